@@ -1,0 +1,148 @@
+"""What is in a checkpoint: collected from a run, and put back into one.
+
+The layout of format 1; everything is plain types and tensors::
+
+    lightkit            {"format", "version", "epoch", "global_step"}
+    model               the task's state_dict, under the task's own names
+    task_class          "module.Class" of the task, for people
+    hparams             the task's constructor arguments
+    datamodule_hparams  the data module's, if it has any
+    optimizers, schedulers, precision, loop, rng (one per rank), data, datamodule, callbacks,
+    metrics, history    everything else that a run needs to go on; left out of weights-only files
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from lightkit import rng
+from lightkit.checkpoint.files import FORMAT
+from lightkit.checkpoint.storable import storable_hparams
+from lightkit.checkpoint.weights import apply_weights, weights_of
+from lightkit.errors import CheckpointError, ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    from lightkit.run import FitRun
+
+_log = logging.getLogger("lightkit")
+
+
+def collect(run: FitRun, *, weights_only: bool = False) -> dict[str, Any]:
+    """Returns the checkpoint of a run as it stands now. The tensors are the live ones.
+
+    Args:
+        run: The run of a fit, at a save point.
+        weights_only: Leave out what is only needed to go on with the run.
+
+    Raises:
+        ConfigError: Two callbacks want to store their state under one key.
+    """
+    task, state = run.task, run.state
+    checkpoint: dict[str, Any] = {
+        "lightkit": {
+            "format": FORMAT,
+            "version": _version(),
+            "epoch": state.epoch,
+            "global_step": state.global_step,
+        },
+        "model": task.state_dict(),
+        "task_class": f"{type(task).__module__}.{type(task).__qualname__}",
+        "hparams": storable_hparams(task.hparams),
+    }
+    datamodule_hparams = getattr(run.datamodule, "hparams", None)
+    if datamodule_hparams:
+        checkpoint["datamodule_hparams"] = storable_hparams(datamodule_hparams)
+    if not weights_only:
+        checkpoint |= run.plan.state_dict()
+        checkpoint["precision"] = run.precision.state_dict()
+        checkpoint["loop"] = state.state_dict()
+        checkpoint["rng"] = [rng.rng_state()]
+        checkpoint["data"] = run.data_state()
+        if hasattr(run.datamodule, "state_dict"):  # any object with loaders may be a data module
+            checkpoint["datamodule"] = run.datamodule.state_dict()
+        checkpoint["callbacks"] = _callback_states(run)
+        checkpoint["metrics"] = run.metrics.state_dict()
+        checkpoint["history"] = list(run.history)
+    for hook in run.hooks.on_save_checkpoint:
+        hook(checkpoint)
+    return checkpoint
+
+
+def restore(run: FitRun, checkpoint: dict[str, Any]) -> None:
+    """Puts everything of a checkpoint back into a run, except the random states.
+
+    Those come last of all, when nothing is drawn any more before the next batch:
+    ``rng.set_rng_state(checkpoint["rng"][rank])``.
+
+    Raises:
+        CheckpointError: The checkpoint holds weights only, comes from Lightning, or was made with
+            another network, other optimizers or other schedulers.
+    """
+    if "loop" not in checkpoint:
+        kind = "weights only" if "lightkit" in checkpoint else "a run of Lightning"
+        raise CheckpointError(
+            f"The checkpoint holds {kind}, so a run cannot go on from it. To start from its "
+            f"weights: task.load_weights(path), then fit without ckpt_path."
+        )
+    for hook in run.hooks.on_load_checkpoint:
+        hook(checkpoint)
+    saved_class = checkpoint.get("task_class", "a task")
+    source = f"the checkpoint (step {checkpoint['loop'].get('global_step', '?')}, {saved_class})"
+    apply_weights(run.task, weights_of(checkpoint, source), source)
+    # Schedulers after optimizers: torch's schedulers keep rates that the optimizer must have.
+    run.plan.load_state_dict(
+        {"optimizers": checkpoint["optimizers"], "schedulers": checkpoint["schedulers"]}
+    )
+    run.precision.load_state_dict(checkpoint["precision"])
+    run.state.load_state_dict(checkpoint["loop"])
+    run.load_data_state(checkpoint["data"])
+    if "datamodule" in checkpoint and hasattr(run.datamodule, "load_state_dict"):
+        run.datamodule.load_state_dict(checkpoint["datamodule"])
+    _restore_callbacks(run, checkpoint["callbacks"])
+    run.metrics.load_state_dict(checkpoint["metrics"])
+    run.history.load(checkpoint["history"])
+
+
+def _callback_states(run: FitRun) -> dict[str, Any]:
+    """Returns the states of all callbacks that have one, by their keys."""
+    states: dict[str, Any] = {}
+    for callback in run.callbacks:
+        state = callback.state_dict()
+        if not state:
+            continue
+        if callback.state_key in states:
+            raise ConfigError(
+                f"Two callbacks store their state under the key {callback.state_key!r}. Give them "
+                f"different arguments, override state_key in their class "
+                f"({type(callback).__qualname__}), or remove one."
+            )
+        states[callback.state_key] = state
+    return states
+
+
+def _restore_callbacks(run: FitRun, states: Mapping[str, Any]) -> None:
+    """Gives every callback its state, and says which states nobody took."""
+    keys = {callback.state_key for callback in run.callbacks}
+    for callback in run.callbacks:
+        if callback.state_key in states:
+            callback.load_state_dict(states[callback.state_key])
+    for key in sorted(set(states) - keys):
+        _log.warning(
+            "The checkpoint holds the state of a callback %r that this run does not have.%s "
+            "It is ignored; add the callback with the same arguments to continue it.",
+            key,
+            did_you_mean(key, keys),
+        )
+
+
+@functools.cache
+def _version() -> str:
+    """Returns the version of lightkit that is installed."""
+    try:
+        return importlib.metadata.version("lightkit")
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout
+        return "0+checkout"

@@ -1,0 +1,133 @@
+"""Looks at a run before it starts: mistakes that would cost hours without an error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.utils.data import (
+    DistributedSampler,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+    WeightedRandomSampler,
+)
+
+from lightkit.errors import OptimizerError
+
+if TYPE_CHECKING:
+    from lightkit.optim import OptimizerPlan
+
+_NAMED = 5
+_WHOLE = (SequentialSampler, RandomSampler, WeightedRandomSampler, DistributedSampler)
+
+
+def check_loaders(train_loader: Any, val_loaders: Sequence[tuple[str, Any]]) -> list[str]:
+    """Returns a warning for every validation loader that gives samples of the training loader.
+
+    Seen are: the same loader, the same dataset object (or the same tensors in two
+    ``TensorDataset``), and ``Subset`` or ``SubsetRandomSampler`` whose indices meet, nested ones
+    too. What a sampler of another kind draws is not known, and nothing is said about it.
+
+    Args:
+        train_loader: Any iterable of batches.
+        val_loaders: Names and loaders, as the trainer validates them.
+    """
+    found: list[str] = []
+    known = _samples(train_loader)
+    for name, loader in val_loaders:
+        what = "is the training loader itself"
+        if loader is not train_loader:
+            root, indices = _samples(loader)
+            if root is None or root is not known[0]:
+                continue
+            what = _overlap(known[1], indices)
+        if what:
+            found.append(
+                f"Validation loader {name!r} {what}: its numbers say nothing about new data, and "
+                f"the best checkpoint is the most overfitted one. Give fit a validation loader "
+                f"over data that is kept apart, for example with torch.utils.data.random_split."
+            )
+    return found
+
+
+def _samples(loader: Any) -> tuple[Any, Sequence[int] | None]:
+    """Returns what a loader draws from, and the indices (None for all); (None, None): unknown."""
+    dataset = getattr(loader, "dataset", None)
+    indices: Sequence[int] | None = None
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    if batch_sampler is not None:
+        sampler = getattr(batch_sampler, "sampler", None)
+        indices = getattr(sampler, "indices", None)
+        if indices is None and not isinstance(sampler, _WHOLE):
+            return None, None
+    while isinstance(dataset, Subset):
+        inner = dataset.indices
+        indices = inner if indices is None else [inner[i] for i in indices]
+        dataset = dataset.dataset
+    if isinstance(dataset, TensorDataset) and dataset.tensors:
+        dataset = dataset.tensors[0]
+    return dataset, indices
+
+
+def _overlap(train: Sequence[int] | None, val: Sequence[int] | None) -> str:
+    if train is None or val is None:
+        both = train is None and val is None
+        return "has the dataset of the training loader" + ("" if both else ", whole or in part")
+    common = len(set(map(int, train)) & set(map(int, val)))
+    return f"shares {common} of its {len(val)} samples with the training loader" if common else ""
+
+
+def check_parameters(task: nn.Module, plan: OptimizerPlan) -> list[str]:
+    """Returns warnings about parameters that the optimizers miss, share, or do not own.
+
+    Args:
+        task: The task, as it will be trained.
+        plan: What its ``configure_optimizers`` returned. In manual optimization trainable
+            parameters may be in no optimizer.
+
+    Raises:
+        OptimizerError: In automatic optimization, when nothing in the task can be trained.
+    """
+    names = {id(p): name for name, p in task.named_parameters()}
+    trainable = {id(p): name for name, p in task.named_parameters() if p.requires_grad}
+    if plan.optimizers and plan.automatic and not trainable:
+        why = "all of them are frozen" if names else "there is none"
+        raise OptimizerError(
+            f"No parameter of {type(task).__name__} can be trained: {why}. Store the layers as "
+            f"attributes (lists of layers in a ModuleList) and set requires_grad_(True) on what "
+            f"shall learn, or return None from configure_optimizers."
+        )
+    seen: dict[int, int] = {}
+    for optimizer in plan.optimizers:
+        for key in {id(p) for group in optimizer.param_groups for p in group["params"]}:
+            seen[key] = seen.get(key, 0) + 1
+    found: list[str] = []
+    foreign = sum(1 for key in seen if key not in names)
+    if foreign:
+        found.append(
+            f"The optimizer holds {foreign} parameters that are not the task's own: they are not "
+            f"moved to the device, not saved, and perhaps of another copy of the model. Make the "
+            f"optimizer in configure_optimizers, from self.parameters()."
+        )
+    missed = [name for key, name in trainable.items() if key not in seen]
+    if missed and plan.optimizers and plan.automatic:
+        found.append(
+            f"{len(missed)} trainable parameters are in no optimizer and will never change: "
+            f"{_list(missed)}. Give them to the optimizer, or set requires_grad_(False) on them."
+        )
+    shared = [name for key, name in names.items() if seen.get(key, 0) > 1]
+    if shared:
+        found.append(
+            f"{len(shared)} parameters are in more than one optimizer and are stepped by each: "
+            f"{_list(shared)}. Split the parameters between the optimizers."
+        )
+    return found
+
+
+def _list(names: Iterable[str]) -> str:
+    every = list(names)
+    more = f" and {len(every) - _NAMED} more" if len(every) > _NAMED else ""
+    return ", ".join(every[:_NAMED]) + more

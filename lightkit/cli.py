@@ -1,0 +1,249 @@
+"""The command ``lightkit``: fit, validate, test, predict from configuration files; new projects.
+
+Only words in, words out: what a command does is a call of `lightkit.config` and of the Trainer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from traceback import walk_tb
+from typing import TYPE_CHECKING, Any
+
+from lightkit.errors import ConfigError, LightkitError, UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from lightkit.config import Sources
+
+_log = logging.getLogger("lightkit")
+
+COMMANDS = {
+    "fit": "train a task",
+    "validate": "run the validation loop once",
+    "test": "run the test loop once",
+    "predict": "predict and save the predictions",
+    "new": "start a project from a template",
+}
+_USAGE = """\
+usage: lightkit fit|validate|test|predict --config FILE [--config FILE ...] [--KEY VALUE ...]
+       lightkit new TEMPLATE FOLDER
+       lightkit new --list
+"""
+_OPTIONS = {
+    "--config FILE": "YAML with the keys trainer, data, task, ckpt_path; may be given several "
+    "times, later files win",
+    "--ckpt_path PATH": "the checkpoint to continue from, or whose weights to use",
+    "--trainer.NAME VALUE": "an argument of the Trainer",
+    "--task module.Class": "the class of the task; --task.NAME VALUE sets its argument NAME",
+    "--data module.Class": "the class of the data; --data.NAME VALUE sets its argument NAME",
+    "--print_config": "print the resolved configuration, which repeats the run, and stop",
+    "--output FILE": "predict: where the predictions go (<default_root_dir>/predictions.pt)",
+    "--help": "print this help, with the arguments of the task and data that are given",
+    "--version": "print the version",
+}
+_SWITCHES = ("--help", "-h", "--version", "--print_config", "--list")
+_ANYWHERE = {"--help", "-h", "--version"}
+
+
+@dataclasses.dataclass
+class _Words:
+    """The command line, taken apart: flags in any order, no abbreviations."""
+
+    positional: list[str] = dataclasses.field(default_factory=list)
+    switches: set[str] = dataclasses.field(default_factory=set)
+    files: list[str] = dataclasses.field(default_factory=list)
+    values: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: The words after ``lightkit``; by default those of this process.
+
+    Returns:
+        0, 2 for a wrong word, file or value, 1 for another error of lightkit's, 130 after Ctrl-C.
+
+    Raises:
+        Exception: What the user's code raised, as it was raised.
+    """
+    cwd = str(Path.cwd())
+    if sys.path[:1] != [cwd]:
+        sys.path.insert(0, cwd)  # the project's modules, however the command was started
+    try:
+        return _run(_split(sys.argv[1:] if argv is None else argv))
+    except LightkitError as error:
+        if _passes_through_user_code(error):
+            raise
+        sys.stderr.write(f"error: {error}\n")
+        return 2 if isinstance(error, UsageError) else 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of the output has gone, as in "lightkit --help | head"
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _split(argv: Sequence[str]) -> _Words:
+    words = _Words()
+    rest = list(argv)
+    while rest:
+        word = rest.pop(0)
+        key, equals, value = word.partition("=")
+        if word in _SWITCHES:
+            words.switches.add(word)
+        elif not word.startswith("-"):
+            words.positional.append(word)
+        elif not word.startswith("--"):
+            known = ", ".join(_OPTIONS)
+            raise ConfigError(f"command line: unknown flag {word}\n  allowed: {known}")
+        elif not equals and (not rest or rest[0].startswith("--")):
+            raise ConfigError(
+                f"command line: {key} needs a value\n  allowed: {key} VALUE or {key}=VALUE"
+            )
+        else:
+            value = value if equals else rest.pop(0)
+            if key == "--config":
+                words.files.append(value)
+            else:
+                words.values[key[2:]] = value
+    return words
+
+
+def _run(words: _Words) -> int:
+    if "--version" in words.switches:
+        import lightkit
+
+        return _say(f"lightkit {lightkit.__version__}")
+    command, *others = words.positional or [""]
+    wants_help = bool(words.switches & {"--help", "-h"})
+    if not command:
+        if words.files or words.values:
+            raise ConfigError(f"command line: no command\n  allowed: {', '.join(COMMANDS)}")
+        return _say(_help())
+    if command not in COMMANDS:
+        raise ConfigError(
+            f"command line: unknown command {command!r}\n"
+            f"  allowed: {', '.join(COMMANDS)}\n {did_you_mean(command, COMMANDS)}".rstrip()
+        )
+    own = "--list" if command == "new" else "--print_config"
+    if wrong := words.switches - _ANYWHERE - {own}:
+        raise ConfigError(f"command line: {command} has no flag {', '.join(wrong)}")
+    if command == "new":
+        return _say(_help()) if wants_help else _new(words, others)
+    if others:
+        is_file = others[0].endswith((".yaml", ".yml"))
+        hint = f"Did you mean --config {others[0]}?" if is_file else ""
+        given = f"command line: one word too many after {command!r}\n  given:   {others[0]}"
+        raise ConfigError(f"{given}\n  allowed: flags, --KEY VALUE\n  {hint}".rstrip())
+    return _entry_point(command, words, wants_help)
+
+
+def _new(words: _Words, others: list[str]) -> int:
+    from lightkit._share import copy_template, templates
+
+    if "--list" in words.switches:
+        return _say("\n".join(f"{name:12}{line}" for name, line in templates().items()))
+    if len(others) != 2 or words.values or words.files:
+        given = " ".join(["lightkit new", *others])
+        allowed = f"lightkit new TEMPLATE FOLDER, where TEMPLATE is {' or '.join(templates())}"
+        raise ConfigError(f"command line: wrong use\n  given:   {given}\n  allowed: {allowed}")
+    name, folder = others
+    files = copy_template(name, folder)
+    return _say(
+        f"{len(files)} files written to {folder}. To train:\n"
+        f"  cd {folder}\n  lightkit fit --config config.yaml"
+    )
+
+
+def _entry_point(command: str, words: _Words, wants_help: bool) -> int:
+    from lightkit.config import build, read_sources, resolve
+
+    output = words.values.pop("output", None)
+    if output is not None and command != "predict":
+        raise ConfigError(f"command line: --output is for predict only\n  given:   {command}")
+    sources = read_sources(words.files, words.values, "command line")
+    if wants_help:
+        return _say(_help(sources))
+    config = resolve(sources)
+    if "--print_config" in words.switches:
+        return _say(config.to_yaml())
+    run = build(config)
+    if command != "fit" and config.ckpt_path is None:
+        _log.warning("untrained weights: no ckpt_path was given.%s", _checkpoint_near(words.files))
+    call = getattr(run.trainer, command)
+    result = call(run.task, datamodule=run.data, ckpt_path=config.ckpt_path)
+    if command == "predict":
+        from lightkit.checkpoint import save_file
+
+        path = Path(output or Path(run.trainer.default_root_dir) / "predictions.pt")
+        save_file(result, path)
+        _say(f"predictions: {path}")
+    return 0
+
+
+def _checkpoint_near(files: list[str]) -> str:
+    """Proposes the checkpoint of the run whose saved configuration is used."""
+    for file in reversed(files):
+        folder = Path(file).parent / "checkpoints"
+        for name in ("best", "last"):
+            found = sorted(folder.glob(f"{name}.*"))
+            if found:
+                return f" This run has one: --ckpt_path {found[0]}"
+    return ""
+
+
+def _help(sources: Sources | None = None) -> str:
+    """Returns the help; with the sources of an entry point, all arguments that it takes."""
+    lines = [_USAGE]
+    if sources is None:
+        lines += ["commands:", *(f"  {name:10}{line}" for name, line in COMMANDS.items()), ""]
+    lines += ["flags, in any order (--KEY=VALUE works too; a value is read as YAML):"]
+    for flag, text in _OPTIONS.items():
+        lines += _entry(flag, text)
+    if sources is None:
+        return "\n".join([*lines, "", "lightkit fit --help shows every argument of the Trainer."])
+    import lightkit
+
+    classes = [("trainer", lightkit.Trainer)]
+    classes += [(section, sources.find_class(section)) for section in ("task", "data")]
+    for section, cls in classes:
+        if cls is not None:
+            lines += ["", f"arguments of {cls.__name__}:", *_arguments(section, cls)]
+    return "\n".join(lines)
+
+
+def _arguments(section: str, cls: Any) -> list[str]:
+    from lightkit.config_types import describe, plain, shown
+    from lightkit.signatures import MISSING, arguments
+
+    lines = []
+    for name, argument in arguments(cls)[0].items():
+        required = argument.default is MISSING
+        state = "required" if required else f"default: {shown(plain(argument.default))}"
+        head = f"--{section}.{name}  {describe(argument.annotation)} ({state})"
+        lines += _entry(head, argument.text)
+    return lines
+
+
+def _entry(head: str, text: str) -> list[str]:
+    wrapped = textwrap.wrap(text, 92, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return [f"  {head}", *wrapped]
+
+
+def _say(text: str) -> int:
+    sys.stdout.write(text.rstrip("\n") + "\n")
+    sys.stdout.flush()
+    return 0
+
+
+def _passes_through_user_code(error: BaseException) -> bool:
+    """Tells whether code that is neither ours nor a library's stands in the traceback."""
+    known = sys.stdlib_module_names | {"lightkit", "torch", "torchmetrics", "tensorboard", "rich"}
+    modules = (frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__))
+    return any(name.partition(".")[0] not in known for name in modules)

@@ -1,0 +1,90 @@
+"""Groups: the batches of one optimizer step."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from lightkit.data.stream import END, BatchStream
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_log = logging.getLogger("lightkit")
+
+
+class Group:
+    """The batches of one optimizer step. Iterate over it once; it is reused for the next group.
+
+    Attributes:
+        size: How many batches the group has; each loss is divided by it before backward.
+        last: Whether it is the last group of the pass.
+    """
+
+    __slots__ = ("_batches", "_stream", "last", "size")
+
+    def __init__(self, stream: BatchStream) -> None:
+        self._stream = stream
+        self._batches: list[Any] | None = None
+        self.size = 0
+        self.last = False
+
+    def __iter__(self) -> Iterator[Any]:
+        if self._batches is not None:
+            yield from self._batches
+            return
+        stream, size = self._stream, self.size
+        for given in range(size):
+            batch = stream.fetch()
+            if batch is END:
+                if given:
+                    _log.warning(_TORN, given, size)
+                return
+            yield batch
+
+
+_TORN = (
+    "The loader ended after %d of the %d batches of an accumulated step, because it has fewer "
+    "batches than its len() says. Correct its __len__, or remove it."
+)
+
+
+def groups(stream: BatchStream, accumulate: int, start: int | None = None) -> Iterator[Group]:
+    """Cuts one pass into groups of ``accumulate`` batches, the ragged tail included.
+
+    Where ``stream.length`` is known, the sizes are planned from it and each batch is fetched just
+    before its turn, while the group is iterated over. Where it is not, the batches of a group are
+    fetched when the group is asked for, and one more to know whether the group is the last; the
+    same is done with batches that come after the ``len()`` of a loader. When a loader ends before
+    its ``len()``, the group in which it ends gives fewer batches than ``size``, possibly none, and
+    is the last to come.
+
+    Args:
+        stream: The pass.
+        accumulate: Batches per optimizer step, at least 1.
+        start: How many batches of the pass are done already. Default: ``stream.fetched``.
+    """
+    group = Group(stream)
+    if stream.length is not None:
+        left = stream.length - (stream.fetched if start is None else start)
+        while left > 0:
+            group.size = size = min(accumulate, left)
+            left -= size
+            group.last = not left
+            yield group
+            if stream.ended:
+                return
+    yield from _gathered(stream, accumulate, group)
+
+
+def _gathered(stream: BatchStream, accumulate: int, group: Group) -> Iterator[Group]:
+    """Groups of a pass whose remaining length is not known: reads one batch ahead."""
+    ahead = stream.fetch()
+    while ahead is not END:
+        batches = [ahead]
+        while (ahead := stream.fetch()) is not END and len(batches) < accumulate:
+            batches.append(ahead)
+        group._batches = batches
+        group.size = len(batches)
+        group.last = ahead is END
+        yield group

@@ -1,0 +1,156 @@
+"""Batches of any nesting: to a device, and how many samples they hold."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, MutableMapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+_PLAIN = frozenset((int, float, bool, str, bytes, complex, type(None)))
+
+
+def move_to_device(
+    batch: Any,
+    device: torch.device | str,
+    *,
+    non_blocking: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Any:
+    """Returns ``batch`` with all its tensors on ``device``.
+
+    Goes through tuples, named tuples, lists, mappings and dataclasses (frozen ones too), in any
+    nesting. Objects with a ``to`` method are moved by it. Everything else is returned as it is.
+    The input is never changed; a container in which nothing changed is returned itself.
+
+    Args:
+        batch: What a loader gave.
+        device: Where to.
+        non_blocking: Copies from pinned memory need not be waited for.
+        dtype: Floating-point tensors are cast to it, those of a ``PackedSequence`` included;
+            objects with their own ``to`` are only moved.
+    """
+    kind = type(batch)
+    if kind is Tensor:
+        return _move_tensor(batch, device, non_blocking, dtype)
+    if kind in _PLAIN:
+        return batch
+    if kind is tuple or kind is list:
+        moved = [
+            move_to_device(item, device, non_blocking=non_blocking, dtype=dtype) for item in batch
+        ]
+        for new, old in zip(moved, batch, strict=True):
+            if new is not old:
+                return moved if kind is list else tuple(moved)
+        return batch
+    if kind is dict:
+        found = {
+            key: move_to_device(item, device, non_blocking=non_blocking, dtype=dtype)
+            for key, item in batch.items()
+        }
+        for key, old in batch.items():
+            if found[key] is not old:
+                return found
+        return batch
+    return _move_other(batch, device, non_blocking, dtype)
+
+
+def _move_tensor(
+    tensor: Tensor, device: torch.device | str, non_blocking: bool, dtype: torch.dtype | None
+) -> Tensor:
+    """Moves one tensor, and casts it where it is of a floating type."""
+    if dtype is not None and tensor.is_floating_point():
+        return tensor.to(device, dtype, non_blocking=non_blocking)
+    return tensor.to(device, non_blocking=non_blocking)
+
+
+def _move_other(
+    batch: Any, device: torch.device | str, non_blocking: bool, dtype: torch.dtype | None
+) -> Any:
+    """Moves what is not of the four most frequent types."""
+    if isinstance(batch, Tensor):
+        return _move_tensor(batch, device, non_blocking, dtype)
+    if isinstance(batch, PackedSequence):
+        packed: Any = batch  # torch types its ``to`` more narrowly than it works
+        cast = dtype if dtype is not None and packed.data.is_floating_point() else packed.data.dtype
+        return packed.to(device, cast, non_blocking)
+    if callable(getattr(batch, "to", None)) and not isinstance(batch, type):
+        return batch.to(device)
+    items = _items(batch)
+    if items is None:
+        return batch
+    moved = {
+        key: move_to_device(item, device, non_blocking=non_blocking, dtype=dtype)
+        for key, item in items
+    }
+    if all(moved[key] is item for key, item in items):
+        return batch
+    return _rebuilt(batch, moved)
+
+
+def _items(batch: Any) -> list[tuple[Any, Any]] | None:
+    """The keys and members of a container, None for what is none."""
+    if isinstance(batch, Mapping):
+        return list(batch.items())
+    if isinstance(batch, (tuple, list)):
+        return list(enumerate(batch))
+    if is_dataclass(batch) and not isinstance(batch, type):
+        # A field with init=False may have no value yet.
+        return [(f.name, getattr(batch, f.name)) for f in fields(batch) if hasattr(batch, f.name)]
+    return None
+
+
+def _rebuilt(batch: Any, members: dict[Any, Any]) -> Any:
+    """A container like ``batch`` with other members; the constructor of a user's class is spared."""
+    if isinstance(batch, tuple):
+        values = list(members.values())
+        make = getattr(type(batch), "_make", None)  # only named tuples have it
+        return type(batch)(values) if make is None else make(values)
+    if isinstance(batch, Mapping) and not isinstance(batch, MutableMapping):
+        return type(batch)(members)  # type: ignore[call-arg]
+    clone = copy.copy(batch)
+    if isinstance(batch, MutableMapping):
+        clone.update(members)
+    elif isinstance(batch, list):
+        clone[:] = members.values()
+    else:
+        for name, value in members.items():
+            object.__setattr__(clone, name, value)  # frozen dataclasses allow no other way
+    return clone
+
+
+def batch_size_of(batch: Any) -> int | None:
+    """Returns the number of samples in ``batch``, or None where it cannot be told for sure.
+
+    It is the size of dimension 0, if all tensors of the batch agree on it (those without a
+    dimension apart). None if they do not, if there is no tensor, or if there is an object with a
+    ``to`` method that may hold others. Give ``batch_size`` to ``self.log`` there.
+
+    A loader's own sample counts (`lightkit.data.sample_counts`) are better where they exist: no
+    rule can tell a list of equally large images from a list of inputs and targets.
+    """
+    found: set[int | None] = set()
+    _collect_sizes(batch, found)
+    return found.pop() if len(found) == 1 else None
+
+
+def _collect_sizes(batch: Any, found: set[int | None]) -> None:
+    """Adds the first dimension of each tensor; None for what cannot be looked into."""
+    if isinstance(batch, Tensor):
+        if batch.dim():
+            found.add(batch.size(0))
+    elif type(batch) in _PLAIN:
+        return
+    elif isinstance(batch, PackedSequence):
+        found.add(int(batch.batch_sizes[0]))  # always on the CPU: no sync
+    else:
+        items = _items(batch)
+        if items is not None:
+            for _, item in items:
+                _collect_sizes(item, found)
+        elif callable(getattr(batch, "to", None)):
+            found.add(None)

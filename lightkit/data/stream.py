@@ -1,0 +1,231 @@
+"""One pass over a loader, in the way the loop needs it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING, Any, Final
+
+from lightkit.data.loaders import SampleCounts, loader_length, sample_counts
+from lightkit.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import TracebackType
+
+_log = logging.getLogger("lightkit")
+_clock = time.perf_counter
+
+
+class _End:
+    """The type of `END`."""
+
+    def __repr__(self) -> str:
+        return "END"
+
+
+#: What `BatchStream.fetch` returns when the pass is over.
+END: Final = _End()
+
+
+class BatchStream:
+    """One pass over a loader: gives what ``for batch in loader`` gives, in that very order.
+
+    ``iter(loader)`` is called once, when the stream is made, and nothing else is drawn from any
+    random state. The loader's own ``next()`` alone ends a pass: a StopIteration from inside a
+    dataset, which would end a plain loop over a DataLoader in silence, raises `DataError`.
+
+    A ``len()`` that is wrong is believed for planning only (`length`, `groups`): all batches that
+    come are given, and a warning names both numbers at the end of the pass. A limit below
+    ``len()`` is exact, and the loader is then not asked for more.
+
+    Args:
+        loader: Any iterable of batches. One that is its own iterator (a generator) is continued
+            where it stands; when nothing is left of it, the first `fetch` raises `DataError`.
+        limit: Give at most so many batches; None for all.
+        skip: Begin so many batches further in, for a run that is resumed. The batches before are
+            fetched and dropped, so random states move as they did then.
+        epoch: What ``set_epoch`` is called with, on the loader, its samplers and its dataset,
+            where they have it. None: it is not called.
+        sizes: What `sample_counts` says about the loader. Default: it is asked here.
+        name: What to call the loader in messages.
+
+    Attributes:
+        length: Batches this pass gives, the skipped ones included and the limit applied; None
+            where the loader has no ``len()``.
+        fetched: Batches of the pass fetched so far, the skipped ones included.
+        size: Samples in the batch fetched last; None where only the batch itself can tell.
+        wait: Seconds spent waiting for the loader, its start included. May be set.
+        ended: Whether the pass is over.
+    """
+
+    __slots__ = (
+        "_announced",
+        "_iterator",
+        "_loader",
+        "_name",
+        "_next",
+        "_sizes",
+        "_stop",
+        "ended",
+        "fetched",
+        "length",
+        "size",
+        "wait",
+    )
+
+    def __init__(
+        self,
+        loader: Any,
+        *,
+        limit: int | None = None,
+        skip: int = 0,
+        epoch: int | None = None,
+        sizes: SampleCounts | None = None,
+        name: str = "loader",
+    ) -> None:
+        self._loader, self._name = loader, name
+        self._announced = announced = loader_length(loader)
+        # A limit that does not shorten the pass is none, so that the loader sees its own end and
+        # runs what it has there, as in a plain loop.
+        whole = limit is None or (announced is not None and limit >= announced)
+        self._stop: int | None = None if whole else limit
+        self.length = announced if whole else (None if announced is None else limit)
+        self.size: int | None = None
+        self.ended = False
+        self._sizes = sizes if sizes is not None else sample_counts(loader)
+        if epoch is not None:
+            _set_epoch(loader, epoch)
+        self.fetched = 0
+        start = _clock()
+        self._iterator: Iterator[Any] | None = iter(loader)
+        self._next = self._iterator.__next__
+        self.wait = _clock() - start
+        if skip:
+            self._skip(skip)
+
+    def fetch(self) -> Any:
+        """Returns the next batch, or `END` when the pass is over.
+
+        Raises:
+            DataError: The loader gave no batch at all, or its dataset raised StopIteration.
+        """
+        index = self.fetched
+        if index == self._stop:
+            self.close()
+            return END
+        start = _clock()
+        try:
+            batch = self._next()
+        except StopIteration as error:
+            self.wait += _clock() - start
+            return self._end(error)
+        except Exception:
+            self.close()
+            raise
+        self.wait += _clock() - start
+        self.fetched = index + 1
+        sizes = self._sizes
+        if sizes is not None:
+            self.size = sizes.of(index)
+        return batch
+
+    def __iter__(self) -> Iterator[Any]:
+        while (batch := self.fetch()) is not END:
+            yield batch
+
+    def close(self) -> None:
+        """Ends the pass and lets go of the iterator; workers end unless they are persistent.
+
+        `fetch` does it at the end and when the loader raises; call it when a pass is left early.
+        """
+        self.ended = True
+        self._stop = self.fetched
+        iterator, self._iterator = self._iterator, None
+        shutdown = getattr(iterator, "_shutdown_workers", None)
+        if shutdown is not None and not getattr(iterator, "_persistent_workers", False):
+            # An error out of a worker holds the iterator in a cycle of references, so letting go
+            # would not end the workers; later ones would inherit it and complain at their end.
+            shutdown()
+        self._next = iter(()).__next__
+        self.size = None
+
+    def _end(self, error: StopIteration) -> _End:
+        """Closes a pass that the loader ended, and says what is wrong with its end."""
+        self.close()
+        if _from_inside(error.__traceback__):
+            raise DataError(
+                f"The dataset or collate_fn of the {self._name} raised StopIteration at batch "
+                f"{self.fetched}. A plain loop would take that for the end of the epoch. See the "
+                f"traceback above for the place."
+            ) from error
+        given, announced = self.fetched, self._announced
+        if given == 0:
+            raise DataError(self._nothing())
+        if announced is not None and given != announced:
+            _log.warning(
+                "The %s gave %d batches although its len() says %d. Correct its __len__, or "
+                "remove it.",
+                self._name,
+                given,
+                announced,
+            )
+        return END
+
+    def _nothing(self) -> str:
+        """The message for a loader that ended before its first batch."""
+        if hasattr(type(self._loader), "__next__"):
+            return (
+                f"The {self._name} is an iterator ({type(self._loader).__name__}) and is used up: "
+                f"it gives its batches only once. Give a DataLoader, or an object whose __iter__ "
+                f"starts anew, for more than one pass."
+            )
+        return f"The {self._name} ({type(self._loader).__name__}) gave no batch at all."
+
+    def _skip(self, skip: int) -> None:
+        """Goes ``skip`` batches further in. A sampler that can be moved may do this in one go."""
+        _log.info("Going to batch %d of the %s by reading the batches before it.", skip, self._name)
+        while self.fetched < skip:
+            if self.fetch() is END:
+                raise DataError(
+                    f"The {self._name} ended after {self.fetched} batches, but the run that is "
+                    f"resumed had completed {skip} of them. The data or the batch size changed."
+                )
+        self.size = None
+        self.wait = 0.0
+
+
+def _set_epoch(loader: Any, epoch: int) -> None:
+    """Calls ``set_epoch`` where a loader or one of its parts has it, once for each object."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    parts = (
+        loader,
+        getattr(loader, "sampler", None),
+        batch_sampler,
+        getattr(batch_sampler, "sampler", None),
+        getattr(loader, "dataset", None),
+    )
+    for part in {id(p): p for p in parts}.values():
+        set_epoch = getattr(part, "set_epoch", None)
+        if callable(set_epoch):
+            set_epoch(epoch)
+
+
+def _from_inside(traceback: TracebackType | None) -> bool:
+    """Tells whether a StopIteration came from the dataset or collate_fn of a DataLoader.
+
+    torch lets it pass through, in this process and out of a worker, and so ends the epoch. The
+    frames tell the two ends apart: a sampler's is raised outside ``fetch``; that of an iterable
+    dataset is raised by ``fetch`` itself, or by the dataset where samples are not batched.
+    """
+    while traceback is not None:
+        frame = traceback.tb_frame
+        place = frame.f_globals.get("__name__"), frame.f_code.co_name
+        if place == ("torch._utils", "reraise"):
+            return True
+        if place == ("torch.utils.data._utils.fetch", "fetch"):
+            fetcher = frame.f_locals["self"]
+            iterable = hasattr(fetcher, "dataset_iter")
+            return not iterable or (fetcher.auto_collation and traceback.tb_next is not None)
+        traceback = traceback.tb_next
+    return False

@@ -1,0 +1,62 @@
+"""How this process was started. The only reader of environment variables."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from lightkit.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchEnv:
+    """This process among those that a launcher started together.
+
+    Attributes:
+        rank: Number of this process, from 0.
+        local_rank: Number of this process on its machine, from 0.
+        world_size: Number of processes.
+        local_world_size: Number of processes on this machine.
+    """
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
+
+
+def launched() -> LaunchEnv:
+    """Reads what torchrun says about this process; one process of one where it was not used.
+
+    Raises:
+        ConfigError: A variable that holds no number.
+    """
+    return LaunchEnv(
+        rank=_number("RANK", 0),
+        local_rank=_number("LOCAL_RANK", 0),
+        world_size=_number("WORLD_SIZE", 1),
+        local_world_size=_number("LOCAL_WORLD_SIZE", 1),
+    )
+
+
+def _number(name: str, default: int) -> int:
+    """Returns the environment variable ``name`` as a number."""
+    text = os.environ.get(name, "")
+    if not text:
+        return default
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(
+            f"The environment variable {name} is {text!r}, but it must hold a number. Unset it, or "
+            f"start the program by torchrun, which sets it."
+        ) from None
+
+
+def require_single_process(env: LaunchEnv) -> None:
+    """Raises `ConfigError` where several processes were started: they would train unsynchronised."""
+    if env.world_size > 1:
+        raise ConfigError(
+            f"started by torchrun with WORLD_SIZE={env.world_size}, but this version of lightkit "
+            f"trains in one process: start it with plain python"
+        )

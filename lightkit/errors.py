@@ -1,0 +1,71 @@
+"""Every error that lightkit raises on purpose.
+
+    LightkitError
+    ├── UsageError (ValueError)          a value or a combination of values that cannot work
+    │   ├── ConfigError                  an argument, a file or a flag; names the nearest valid one
+    │   ├── DataError                    a loader or a batch that cannot be used
+    │   ├── LoggingError                 self.log in a wrong place or with a wrong value
+    │   └── OptimizerError               what configure_optimizers returned
+    ├── HookNameError (TypeError)        a method that looks like a hook and is none
+    ├── CheckpointError (RuntimeError)   a checkpoint that cannot be written, read or applied
+    ├── NonFiniteError (RuntimeError)    a loss or metric that became nan or inf
+    └── NotRunningError (RuntimeError)   something that exists only while fit, validate, ... run
+
+A message says what was given, what is allowed and what to change.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class LightkitError(Exception):
+    """Base of all errors that lightkit raises on purpose."""
+
+
+class UsageError(LightkitError, ValueError):
+    """A value, or a combination of values, that cannot work."""
+
+
+class ConfigError(UsageError):
+    """A wrong argument, configuration key or flag."""
+
+
+class DataError(UsageError):
+    """A loader or a batch that cannot be used."""
+
+
+class LoggingError(UsageError):
+    """``self.log`` in a place where it means nothing, or with a value that cannot be averaged."""
+
+
+class OptimizerError(UsageError):
+    """Something in what ``configure_optimizers`` returned cannot be used."""
+
+
+class HookNameError(LightkitError, TypeError):
+    """A method that looks like a hook of lightkit but is none."""
+
+
+class CheckpointError(LightkitError, RuntimeError):
+    """A checkpoint that cannot be written, read or applied."""
+
+
+class NonFiniteError(LightkitError, RuntimeError):
+    """A loss or a monitored metric is nan or inf."""
+
+
+class NotRunningError(LightkitError, RuntimeError):
+    """An attribute that exists only while an entry point of the Trainer runs."""
+
+
+def did_you_mean(given: str, valid: Iterable[str]) -> str:
+    """Returns ``" Did you mean 'max_epochs'?"``, or ``""`` where nothing is near.
+
+    Args:
+        given: The name that was not recognised.
+        valid: The names that exist.
+    """
+    near = difflib.get_close_matches(given, list(valid), n=1, cutoff=0.6)
+    return f" Did you mean {near[0]!r}?" if near else ""

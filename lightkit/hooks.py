@@ -1,0 +1,406 @@
+"""Hooks: where user code may run, in which order, and how their names are checked.
+
+The order of one fit, printed as the loop runs it (``docs/loop.md`` has the same page, a test
+compares both with a recorded run)::
+
+    setup("fit"), prepare_data before it, configure_model, configure_optimizers
+    on_fit_start
+    [on_sanity_check_start, the validation hooks below, on_sanity_check_end]
+    on_train_start
+    for each epoch:
+        on_train_epoch_start
+        for each group of batches (one optimizer step):
+            on_before_zero_grad
+            for each batch:
+                on_before_batch_transfer, transfer_batch_to_device, on_after_batch_transfer
+                on_train_batch_start
+                training_step
+                on_before_backward, (backward), on_after_backward
+                the last batch of the group: on_before_optimizer_step, (clip, step, schedulers)
+                on_train_batch_end
+            validation, if due at this step
+            on_save_point
+        validation, if due at this epoch
+        on_train_epoch_end
+        on_save_point                      # instead of the last step's, not after it
+    on_train_end
+    on_fit_end
+    teardown("fit")
+
+    validation:
+        on_validation_start, on_validation_epoch_start
+        for each loader, for each batch: (transfer hooks), on_validation_batch_start,
+            validation_step, on_validation_batch_end
+        on_validation_epoch_end, on_validation_end
+
+For one hook the listeners are called in one order: the task, the metric log, the schedulers, the
+callbacks in the order given, the progress display, the checkpoints (`Callback.order`). Every hook
+runs on every rank unless its text says otherwise, and never inside a context manager of the loop.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from lightkit.errors import HookNameError, did_you_mean
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.optim import Optimizer
+
+    from lightkit.task import TaskModule
+    from lightkit.trainer import Trainer
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class Callback:
+    """Code that runs at named places of the loop. Override what you need.
+
+    Every hook gets the trainer and the task first. The task has the same hooks without these two
+    arguments. A method whose name is close to a hook's but is none raises `HookNameError` when the
+    class is made.
+
+    Attributes:
+        order: Place among the listeners of one hook: -50 schedulers, 0 user callbacks,
+            50 the progress display, 100 checkpoints. Equal numbers keep the order given.
+    """
+
+    order: ClassVar[int] = 0
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        check_hook_names(cls, CALLBACK_NAMES)
+
+    @property
+    def state_key(self) -> str:
+        """The key of this callback's state in a checkpoint; two of one class need two keys."""
+        return type(self).__qualname__
+
+    def setup(self, trainer: Trainer, task: TaskModule, stage: str) -> None:
+        """Called when an entry point begins, before the model is on its device."""
+
+    def teardown(self, trainer: Trainer, task: TaskModule, stage: str) -> None:
+        """Called when an entry point ends, also after an exception."""
+
+    def on_fit_start(self, trainer: Trainer, task: TaskModule) -> None:
+        """Called once per fit, when everything is built and a checkpoint is loaded."""
+
+    def on_fit_end(self, trainer: Trainer, task: TaskModule) -> None:
+        """Called once per fit, last, when no exception was raised."""
+
+    def on_sanity_check_start(self, trainer: Trainer, task: TaskModule) -> None:
+        """Called before the validation batches that are tried before training."""
+
+    def on_sanity_check_end(self, trainer: Trainer, task: TaskModule) -> None:
+        """Called after them; what they logged is discarded."""
+
+    def on_train_start(self, trainer: Trainer, task: TaskModule) -> None:
+        """Called once per fit, after the sanity check."""
+
+    def on_train_end(self, trainer: Trainer, task: TaskModule) -> None:
+        """Called once per fit, after the last epoch."""
+
+    def on_train_epoch_start(self, trainer: Trainer, task: TaskModule) -> None:
+        """Called before the first batch of an epoch (not when an epoch is continued)."""
+
+    def on_train_epoch_end(self, trainer: Trainer, task: TaskModule) -> None:
+        """Called when an epoch's batches and its validation are done; epoch means are known."""
+
+    def on_train_batch_start(
+        self, trainer: Trainer, task: TaskModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Called with the batch on its device, before ``training_step``."""
+
+    def on_train_batch_end(
+        self, trainer: Trainer, task: TaskModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Called after the step that the batch belongs to (if it is the last of its group).
+
+        ``outputs`` is what ``training_step`` returned, with the loss detached. The gradients of
+        the step are still there.
+        """
+
+    def on_save_point(self, trainer: Trainer, task: TaskModule) -> None:
+        """Called where everything about a step, or about an epoch, is known: save here.
+
+        ``trainer.epoch_ended`` tells whether an epoch ended with this step.
+        """
+
+    def on_before_zero_grad(self, trainer: Trainer, task: TaskModule, optimizer: Optimizer) -> None:
+        """Called before the gradients of the last step are cleared, at the start of a step."""
+
+    def on_before_backward(self, trainer: Trainer, task: TaskModule, loss: Tensor) -> None:
+        """Called with the loss as it is differentiated (divided by the group's length)."""
+
+    def on_after_backward(self, trainer: Trainer, task: TaskModule) -> None:
+        """Called after backward; under fp16 the gradients are still scaled."""
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, task: TaskModule, optimizer: Optimizer
+    ) -> None:
+        """Called with the gradients of the whole group, unscaled, before they are clipped."""
+
+    def on_validation_start(self, trainer: Trainer, task: TaskModule) -> None:
+        """Called when a validation begins; the model is in eval mode."""
+
+    def on_validation_end(self, trainer: Trainer, task: TaskModule) -> None:
+        """Called when a validation is over; its means are known."""
+
+    def on_validation_epoch_start(self, trainer: Trainer, task: TaskModule) -> None:
+        """Called after ``on_validation_start``."""
+
+    def on_validation_epoch_end(self, trainer: Trainer, task: TaskModule) -> None:
+        """Called after the last validation batch; logging is still possible."""
+
+    def on_validation_batch_start(
+        self,
+        trainer: Trainer,
+        task: TaskModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Called with the batch on its device, before ``validation_step``."""
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        task: TaskModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Called with what ``validation_step`` returned."""
+
+    def on_test_start(self, trainer: Trainer, task: TaskModule) -> None:
+        """Called when a test begins; the model is in eval mode."""
+
+    def on_test_end(self, trainer: Trainer, task: TaskModule) -> None:
+        """Called when a test is over; its means are known."""
+
+    def on_test_epoch_start(self, trainer: Trainer, task: TaskModule) -> None:
+        """Called after ``on_test_start``."""
+
+    def on_test_epoch_end(self, trainer: Trainer, task: TaskModule) -> None:
+        """Called after the last test batch; logging is still possible."""
+
+    def on_test_batch_start(
+        self,
+        trainer: Trainer,
+        task: TaskModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Called with the batch on its device, before ``test_step``."""
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        task: TaskModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Called with what ``test_step`` returned."""
+
+    def on_predict_start(self, trainer: Trainer, task: TaskModule) -> None:
+        """Called when a prediction begins; the model is in eval mode."""
+
+    def on_predict_end(self, trainer: Trainer, task: TaskModule) -> None:
+        """Called when a prediction is over."""
+
+    def on_predict_epoch_start(self, trainer: Trainer, task: TaskModule) -> None:
+        """Called after ``on_predict_start``."""
+
+    def on_predict_epoch_end(self, trainer: Trainer, task: TaskModule) -> None:
+        """Called after the last batch to predict."""
+
+    def on_predict_batch_start(
+        self,
+        trainer: Trainer,
+        task: TaskModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Called with the batch on its device, before ``predict_step``."""
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        task: TaskModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Called with what ``predict_step`` returned."""
+
+    def on_exception(self, trainer: Trainer, task: TaskModule, exception: BaseException) -> None:
+        """Called when an entry point ends by an exception, Ctrl-C included."""
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, task: TaskModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Called with a checkpoint before it is written; plain types and tensors may be added."""
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, task: TaskModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Called with a checkpoint before its parts are restored."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what a checkpoint should keep of this callback: plain types and tensors."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes back what `state_dict` returned."""
+
+
+#: The hooks that the loop calls on listeners, in the order of the class above.
+LOOP_HOOKS: tuple[str, ...] = tuple(n for n in vars(Callback) if n.startswith("on_")) + (
+    "setup",
+    "teardown",
+)
+CALLBACK_NAMES: frozenset[str] = frozenset((*LOOP_HOOKS, "state_dict", "load_state_dict"))
+#: What a task may define beside the hooks of a callback.
+TASK_NAMES: frozenset[str] = CALLBACK_NAMES | {
+    "training_step",
+    "validation_step",
+    "test_step",
+    "predict_step",
+    "configure_optimizers",
+    "configure_model",
+    "configure_callbacks",
+    "configure_gradient_clipping",
+    "prepare_data",
+    "train_dataloader",
+    "val_dataloader",
+    "test_dataloader",
+    "predict_dataloader",
+    "optimizer_step",
+    "optimizer_zero_grad",
+    "lr_scheduler_step",
+    "on_before_batch_transfer",
+    "on_after_batch_transfer",
+    "transfer_batch_to_device",
+}
+#: Names of earlier generations of the field, and what to write instead.
+OLD_NAMES: dict[str, str] = {
+    "training_epoch_end": "on_train_epoch_end (collect outputs in training_step)",
+    "validation_epoch_end": "on_validation_epoch_end (collect outputs in validation_step)",
+    "test_epoch_end": "on_test_epoch_end (collect outputs in test_step)",
+    "training_step_end": "training_step, or on_train_batch_end",
+    "validation_step_end": "validation_step, or on_validation_batch_end",
+    "test_step_end": "test_step, or on_test_batch_end",
+    "on_epoch_start": "on_train_epoch_start",
+    "on_epoch_end": "on_train_epoch_end",
+    "on_batch_start": "on_train_batch_start",
+    "on_batch_end": "on_train_batch_end",
+    "on_init_start": "__init__ or setup",
+    "on_init_end": "__init__ or setup",
+    "on_pretrain_routine_start": "on_fit_start",
+    "on_pretrain_routine_end": "on_fit_start",
+    "on_keyboard_interrupt": "on_exception",
+    "get_progress_bar_dict": "self.log(..., prog_bar=True)",
+    "tbptt_split_batch": "manual optimization in training_step",
+}
+
+
+def not_a_hook(function: Function) -> Function:
+    """Marks a method whose name resembles a hook's as the user's own.
+
+    Args:
+        function: The method; it is returned unchanged.
+    """
+    function._not_a_hook = True  # type: ignore[attr-defined]
+    return function
+
+
+def check_hook_names(cls: type, valid: frozenset[str]) -> None:
+    """Raises `HookNameError` for a method of ``cls`` that looks like a hook and is none.
+
+    Looks like a hook: begins with ``on_``, is a name of an earlier generation of the field, or
+    differs by a letter or two from a hook. Private names are left alone.
+
+    Args:
+        cls: The class that was just made; only what it defines itself is looked at.
+        valid: The names that exist for this kind of class.
+    """
+    for name, member in vars(cls).items():
+        own = name.startswith("_") or not inspect.isfunction(member)
+        if own or name in valid or hasattr(member, "_not_a_hook"):
+            continue
+        if name in OLD_NAMES:
+            raise HookNameError(
+                f"{cls.__qualname__}.{name} is a hook of an earlier generation and would never be "
+                f"called. Write {OLD_NAMES[name]}."
+            )
+        if name.startswith("on_") or difflib.get_close_matches(name, valid, n=1, cutoff=0.88):
+            raise HookNameError(
+                f"{cls.__qualname__}.{name} looks like a hook but is none, so it would never be "
+                f"called.{did_you_mean(name, valid)} If it is a method of your own, rename it or "
+                f"decorate it with @lightkit.not_a_hook."
+            )
+
+
+def positional_arguments(function: Callable[..., Any], offered: int) -> int:
+    """Returns how many of ``offered`` positional arguments ``function`` takes (0 to offered)."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # builtins and C functions have no signature
+        return offered
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return offered
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return min(offered, sum(p.kind in kinds for p in parameters))
+
+
+class HookTable:
+    """For every hook of the loop the bound callables of those who really listen, in order.
+
+    Made once per run, so that a hook nobody overrides costs an empty ``for``. A callable takes the
+    hook's arguments without trainer and task: ``for hook in table.on_train_batch_start:
+    hook(batch, batch_idx)``.
+    """
+
+    __slots__ = LOOP_HOOKS
+
+    def __init__(self, trainer: Trainer, task: TaskModule, callbacks: Sequence[Callback]) -> None:
+        listeners = sorted(callbacks, key=lambda callback: callback.order)
+        offered = {name: _arguments_after_self(getattr(Callback, name)) - 2 for name in LOOP_HOOKS}
+        for name in LOOP_HOOKS:
+            found: list[Callable[..., Any]] = []
+            mine = getattr(task, name, None)
+            if mine is not None:
+                found.append(_trimmed(mine, offered[name]))
+            for callback in listeners:
+                if getattr(type(callback), name) is not getattr(Callback, name) or (
+                    name in vars(callback)
+                ):
+                    method = _trimmed(getattr(callback, name), offered[name] + 2)
+                    found.append(functools.partial(method, trainer, task))
+            setattr(self, name, tuple(found))
+
+    def __getattr__(self, name: str) -> tuple[Callable[..., Any], ...]:  # for type checkers only
+        raise AttributeError(f"{name!r} is no hook.{did_you_mean(name, LOOP_HOOKS)}")
+
+
+def _arguments_after_self(function: Callable[..., Any]) -> int:
+    return len(inspect.signature(function).parameters) - 1
+
+
+def _trimmed(method: Callable[..., Any], offered: int) -> Callable[..., Any]:
+    """Returns ``method``, or a wrapper that drops the trailing arguments it does not take."""
+    taken = positional_arguments(method, offered)
+    if taken == offered:
+        return method
+    return lambda *arguments: method(*arguments[:taken])

@@ -1,0 +1,149 @@
+"""Constructor arguments, remembered: what ``task.hparams`` and ``datamodule.hparams`` hold."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+from lightkit.errors import ConfigError, did_you_mean
+
+T = TypeVar("T")
+
+
+class HParams(dict[str, Any]):
+    """A dict whose keys can be read and written as attributes too.
+
+    An unknown name raises an error that lists the names there are. Pickles and copies as itself;
+    ``dict(hparams)`` is the plain dict.
+    """
+
+    __slots__ = ()
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self:
+            return self[name]
+        raise AttributeError(self._unknown(name))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self[name] = value
+
+    def __delattr__(self, name: str) -> None:
+        if name not in self:
+            raise AttributeError(self._unknown(name))
+        del self[name]
+
+    def __missing__(self, name: str) -> Any:
+        raise KeyError(self._unknown(name))
+
+    def _unknown(self, name: str) -> str:
+        known = ", ".join(map(str, self)) or "none"
+        return (
+            f"no hyperparameter {name!r}.{did_you_mean(str(name), map(str, self))} Known: {known}"
+        )
+
+
+def capture(cls: type[T]) -> type[T]:
+    """Lets every object of ``cls`` and its subclasses remember its constructor arguments.
+
+    Use it once, on a base class (as a decorator or a call). The arguments of the class that is
+    constructed are recorded in ``self.hparams`` before ``__init__`` runs, once, with defaults
+    filled in, ``**kwargs`` flattened, and non-empty ``*args`` as a tuple under their own name. What
+    a subclass hands on to ``super().__init__`` does not matter. Lists and dicts are copied, so that
+    a constructor which changes them leaves the record as it was; all else is kept by reference.
+
+    It works through ``__new__``: no frame in the user's tracebacks, generated constructors
+    (dataclasses) are seen too, and ``torch.nn.Module.__init__`` need not have run.
+
+    Returns:
+        The same class.
+    """
+
+    def construct(made: type[T], *args: Any, **kwargs: Any) -> T:
+        inherited: Callable[..., T] = super(cls, made).__new__  # type: ignore[misc]
+        if inherited is object.__new__:  # which takes no arguments
+            self = inherited(made)
+        else:
+            self = inherited(made, *args, **kwargs)
+        self.__dict__["hparams"] = HParams(_arguments(made, args, kwargs))
+        return self
+
+    cls.__new__ = staticmethod(construct)  # type: ignore[method-assign, assignment]
+    return cls
+
+
+def _arguments(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Returns the bound arguments of ``cls.__init__`` by name, without ``self``."""
+    signature = inspect.signature(cls.__init__)  # type: ignore[misc]
+    try:
+        bound = signature.bind(None, *args, **kwargs)
+    except TypeError:
+        # Either a wrong call, and __init__ is about to say so better, or pickle and copy making
+        # an empty object whose state they fill in afterwards.
+        return {}
+    bound.apply_defaults()
+    found: dict[str, Any] = {}
+    for name, value in list(bound.arguments.items())[1:]:
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_KEYWORD:
+            found.update(_snapshot(value))
+        elif kind is not inspect.Parameter.VAR_POSITIONAL or value:
+            found[name] = _snapshot(value)
+    return found
+
+
+def _snapshot(value: Any) -> Any:
+    """Copies plain containers (nested ones too), keeps everything else as it is."""
+    if type(value) is dict:
+        return {k: _snapshot(v) for k, v in value.items()}
+    if type(value) is list:
+        return [_snapshot(v) for v in value]
+    return value
+
+
+def save_hyperparameters(
+    obj: Any, *names: Any, ignore: str | Iterable[str] = (), logger: bool = True
+) -> None:
+    """Chooses what ``obj.hparams`` holds; without arguments everything stays as captured.
+
+    Args:
+        obj: An object of a class that `capture` prepared.
+        names: Names of constructor arguments to keep (default: all). Or one mapping or
+            ``argparse.Namespace``: its content then becomes ``obj.hparams``, and the name of the
+            argument that it was given for is kept as ``obj._hparams_name``.
+        ignore: Names to drop, one or several.
+        logger: Whether loggers shall get them; kept as ``obj._log_hparams``.
+
+    Raises:
+        ConfigError: A name that is no constructor argument, or anything else in ``names``.
+    """
+    captured: HParams = obj.hparams
+    if len(names) == 1 and isinstance(names[0], (Mapping, argparse.Namespace)):
+        given = names[0]
+        content = given if isinstance(given, Mapping) else vars(given)
+        kept = HParams({str(k): _snapshot(v) for k, v in content.items()})
+        obj.__dict__["_hparams_name"] = next(
+            (n for n, v in captured.items() if type(v) is type(given) and v == given), None
+        )
+    else:
+        kept = HParams({n: captured[_known(obj, n)] for n in names}) if names else captured
+    for name in (ignore,) if isinstance(ignore, str) else ignore:
+        kept.pop(name, None)
+    obj.__dict__["hparams"] = kept
+    obj.__dict__["_log_hparams"] = logger
+
+
+def _known(obj: Any, name: Any) -> str:
+    """Returns ``name`` if it is an argument that was captured, else raises `ConfigError`."""
+    if not isinstance(name, str):
+        raise ConfigError(
+            f"save_hyperparameters takes names of constructor arguments, or one dict or Namespace; "
+            f"got {type(name).__name__}."
+        )
+    if name not in obj.hparams:
+        raise ConfigError(
+            f"save_hyperparameters({name!r}): {type(obj).__name__}.__init__ has no such argument."
+            f"{did_you_mean(name, obj.hparams)} It has: {', '.join(obj.hparams) or 'none'}."
+        )
+    return name

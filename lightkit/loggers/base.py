@@ -1,0 +1,159 @@
+"""What every logger is: rows of numbers and the hyperparameters of a run, written somewhere."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+_log = logging.getLogger("lightkit")
+
+
+class NullExperiment:
+    """Takes every call and does nothing: the writer where a run has no folder."""
+
+    def __getattr__(self, name: str) -> NullExperiment:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> NullExperiment:
+        """Takes any call."""
+        return self
+
+
+class Logger:
+    """Writes the rows of a run. Subclass it for a destination of your own.
+
+    The trainer calls `open` when a fit begins, the ``log_`` methods while it runs, `flush` before
+    a checkpoint is committed, and `close` at the end, also after an exception. All of them are
+    called on rank zero only. Nothing is written for validate, test, predict and fast_dev_run.
+
+    Args:
+        save_dir: Folder of the user's choice. Rows then go to ``save_dir/name/version``, and the
+            trainer keeps everything else of the run there too. None: the trainer's run folder.
+        name: Folder below ``save_dir``; None or "" for none.
+        version: A number N for ``version_N``, or the folder's name. None: the next free number.
+    """
+
+    # Class attributes, so that a subclass need not call super().__init__().
+    _save_dir: Path | None = None
+    _name: str | None = None
+    _version: int | str | None = None
+    _run_dir: Path | None = None
+    _said_unopened: bool = False
+
+    def __init__(
+        self,
+        save_dir: str | Path | None = None,
+        name: str | None = None,
+        version: int | str | None = None,
+    ) -> None:
+        self._save_dir = None if save_dir is None else Path(save_dir)
+        self._name = name
+        self._version = version
+
+    @property
+    def save_dir(self) -> str | None:
+        """The folder given by the user, or None."""
+        return None if self._save_dir is None else str(self._save_dir)
+
+    @property
+    def name(self) -> str | None:
+        """The name given, else that of the run folder's parent; None before a run has a folder."""
+        if self._name is None and self._save_dir is None and self._run_dir is not None:
+            return self._run_dir.parent.name
+        return self._name
+
+    @property
+    def version(self) -> int | str | None:
+        """N where the folder is called ``version_N``, else its name; None before there is one."""
+        if self._version is None and self._save_dir is not None:
+            self._version = self._next_version(self._parent(self._save_dir))
+        if self._version is None and self._run_dir is not None:
+            number = _number(self._run_dir)
+            return self._run_dir.name if number is None else number
+        return self._version
+
+    @property
+    def log_dir(self) -> str | None:
+        """The folder of this logger's files; None where neither user nor trainer named one yet."""
+        if self._run_dir is not None:
+            return str(self._run_dir)
+        if self._save_dir is None:
+            return None
+        version = self.version
+        folder = f"version_{version}" if isinstance(version, int) else str(version)
+        return str(self._parent(self._save_dir) / folder)
+
+    @property
+    def experiment(self) -> Any:
+        """The object that does the writing, for what rows cannot say (images, histograms).
+
+        Where nothing is open (validate without a fit, fast_dev_run, other ranks) it is an object
+        that takes every call and does nothing.
+        """
+        if not self._said_unopened:
+            self._said_unopened = True
+            _log.info(
+                "%s has no run folder here: what is sent to .experiment is dropped",
+                type(self).__name__,
+            )
+        return NullExperiment()
+
+    def open(self, run_dir: str | Path, purge_step: int | None = None) -> None:
+        """Called when a fit begins, before anything is logged.
+
+        Args:
+            run_dir: The folder of the run; it is made if it is missing.
+            purge_step: Where a run is continued: rows of this step and later are taken back.
+        """
+        self._run_dir = Path(run_dir)
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Writes one row.
+
+        Args:
+            metrics: Names and plain numbers (never tensors); nan and inf may be among them.
+            step: Optimizer steps completed, the x axis of every curve.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define log_metrics")
+
+    def log_hyperparams(self, params: Mapping[str, Any]) -> None:
+        """Writes the hyperparameters, once per fit. Does nothing by default."""
+
+    def log_graph(self, task: Any, batch: Any = None) -> None:
+        """Writes the graph of the network, where asked for. Does nothing by default."""
+
+    def flush(self) -> None:
+        """Hands everything logged so far to the operating system. May be called at any time."""
+
+    def close(self) -> None:
+        """Flushes and releases files. May be called twice, and also after an exception."""
+
+    def _parent(self, save_dir: Path) -> Path:
+        return save_dir / self._name if self._name else save_dir
+
+    @staticmethod
+    def _next_version(parent: Path) -> int:
+        taken = [_number(folder) for folder in parent.glob("version_*")]
+        return max((number for number in taken if number is not None), default=-1) + 1
+
+
+def _number(folder: Path) -> int | None:
+    """Returns N of a folder called ``version_N``."""
+    word, _, number = folder.name.partition("_")
+    return int(number) if word == "version" and number.isdigit() else None
+
+
+def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns nested mappings as one level of names joined by "/"; other values are kept."""
+    flat: dict[str, Any] = {}
+    for key, value in params.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, f"{name}/"))
+        else:
+            flat[name] = value
+    return flat

@@ -1,0 +1,192 @@
+"""TensorBoard event files: the only door to tensorboard."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lightkit.loggers.base import Logger, flatten
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_log = logging.getLogger("lightkit")
+
+_FLUSH_SECS = 10  # a page that is open beside the run sees a row at most this much later
+_LONGEST_VALUE = 500  # characters of one hyperparameter
+
+
+class TensorBoardLogger(Logger):
+    """Scalars, hyperparameters, graph, images and histograms for TensorBoard.
+
+    Scalars have the optimizer step as their x axis. Hyperparameters go once into the same event
+    file; the HPARAMS tab finds every scalar of the run by itself, so there is no ``hp_metric``.
+
+    Args:
+        save_dir: Folder for ``save_dir/name/version_N``; None: the trainer's run folder.
+        name: Folder below ``save_dir``; None or "" for none.
+        version: A number N for ``version_N``, or the folder's name; None: the next free number.
+        log_graph: Write the graph of the network too, traced on the task's
+            ``example_input_array`` or on the first batch. If that fails, a warning says so.
+        default_hp_metric: Accepted and without effect: no placeholder metric is ever written.
+        prefix: Put before every scalar's name, with a "-" between.
+        sub_dir: Folder inside the run folder for the event files.
+
+    Raises:
+        ImportError: When a run begins and tensorboard is not installed.
+    """
+
+    def __init__(
+        self,
+        save_dir: str | Path | None = None,
+        name: str | None = None,
+        version: int | str | None = None,
+        log_graph: bool = False,
+        default_hp_metric: bool = False,
+        prefix: str = "",
+        sub_dir: str | Path | None = None,
+    ) -> None:
+        super().__init__(save_dir, name, version)
+        self.graph_wanted = log_graph
+        self._prefix = f"{prefix}-" if prefix else ""
+        self._sub_dir = sub_dir
+        self._writer: Any = None
+        self._purge_step: int | None = None
+        self._event: Any = None
+        self._summary: Any = None
+
+    @property
+    def experiment(self) -> Any:
+        """The ``torch.utils.tensorboard.SummaryWriter``; its file is made at the first use.
+
+        After `close` a further use begins another event file in the same folder.
+        """
+        if self._writer is None:
+            if self._run_dir is None:
+                return super().experiment
+            self._writer = self._make_writer(self._run_dir)
+        return self._writer
+
+    def open(self, run_dir: str | Path, purge_step: int | None = None) -> None:
+        """See `Logger.open`. TensorBoard hides scalars of ``purge_step`` and later."""
+        self.close()
+        super().open(run_dir, purge_step)
+        self._purge_step = purge_step
+        _import_tensorboard()  # a missing package is said before the run, not in the middle of it
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Writes all scalars of the row as one event (an event per scalar costs ten times more)."""
+        files = self.experiment._get_file_writer()
+        if self._writer is None:
+            return
+        summary = self._summary()
+        for name, value in metrics.items():
+            summary.value.add(tag=self._prefix + name, simple_value=value)
+        event = self._event(step=step, wall_time=time.time(), summary=summary)
+        files.event_writer.add_event(event)
+
+    def log_hyperparams(self, params: Mapping[str, Any]) -> None:
+        """Writes the hyperparameters for the HPARAMS tab into the run's own event file."""
+        from torch.utils.tensorboard import summary
+
+        make: Any = summary.hparams
+        plain = {name: _plain(value) for name, value in flatten(params).items()}
+        # Three summaries: what the experiment has, a session's start, its end. The first would fix
+        # the tab's columns to what is known now; without it the tab takes every hyperparameter and
+        # every scalar of all runs that it shows. The last would say that the run has succeeded.
+        _, start, _ = make(plain, {})
+        self.experiment._get_file_writer().add_summary(start, 0)
+
+    def log_graph(self, task: nn.Module, batch: Any = None) -> None:
+        """Writes the graph of ``task.forward`` if it was asked for; a failure is one warning.
+
+        Args:
+            task: The network. Its modes and the random state are left as they were.
+            batch: Traced on this where the task has no ``example_input_array``; the first element
+                of a tuple or list.
+        """
+        if not self.graph_wanted:
+            return
+        inputs = getattr(task, "example_input_array", None)
+        if inputs is None:
+            inputs = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+        try:
+            with _tracing(task), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the tracer warns about every python number
+                self.experiment.add_graph(task, inputs)
+        except Exception as error:  # noqa: BLE001  whatever the tracer meets in the user's code
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            _log.warning(
+                "the graph of %s was not written: %s. Set example_input_array to an input of "
+                "forward, or log_graph=False",
+                type(task).__name__,
+                reason[0],
+            )
+
+    def flush(self) -> None:
+        """Writes what is queued."""
+        if self._writer is not None:
+            self._writer.flush()
+
+    def close(self) -> None:
+        """Writes what is queued and closes the event file."""
+        writer, self._writer = self._writer, None
+        if writer is None:
+            return
+        try:
+            writer.close()
+        except OSError as error:  # must not hide the error that ended the run
+            _log.warning("the last TensorBoard rows could not be written: %s", error)
+
+    def _make_writer(self, run_dir: Path) -> Any:
+        make, self._event, self._summary = _import_tensorboard()
+        folder = run_dir if self._sub_dir is None else run_dir / self._sub_dir
+        purge, self._purge_step = self._purge_step, None
+        # A queue that is never full: a slow disk must not hold up the loop.
+        return make(str(folder), purge_step=purge, max_queue=1000, flush_secs=_FLUSH_SECS)
+
+
+def _import_tensorboard() -> tuple[Any, Any, Any]:
+    """Returns SummaryWriter, Event and Summary, or says how to install them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecations among its dependencies are not the user's
+        try:
+            from tensorboard.compat.proto.event_pb2 import Event
+            from tensorboard.compat.proto.summary_pb2 import Summary
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ImportError(
+                "TensorBoardLogger needs the package tensorboard. Install it "
+                "(pip install tensorboard), or choose Trainer(logger=CSVLogger()), "
+                f"or logger=False for no files ({error})"
+            ) from error
+    return SummaryWriter, Event, Summary
+
+
+def _plain(value: Any) -> int | float | str | None:
+    if value is None or (isinstance(value, (int, float, str)) and not isinstance(value, bool)):
+        return value  # (the summary would show True as 1)
+    text = str(value)
+    return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 3] + "..."
+
+
+@contextlib.contextmanager
+def _tracing(task: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; modes and random states come back afterwards."""
+    modes = [(module, module.training) for module in task.modules()]
+    devices = {p.device for p in task.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
+        for module, _ in modes:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training

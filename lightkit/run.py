@@ -1,0 +1,157 @@
+"""The live objects of one call of an entry point. Data only; nothing here is "not yet" there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from lightkit.data import SampleCounts
+    from lightkit.distributed import Strategy
+    from lightkit.history import History
+    from lightkit.hooks import Callback, HookTable
+    from lightkit.limits import Cadence, Limits
+    from lightkit.metrics import MetricLog
+    from lightkit.optim import OptimizerPlan
+    from lightkit.precision import Precision
+    from lightkit.state import TrainState
+    from lightkit.task import TaskModule
+
+
+@dataclass(slots=True)
+class Flow:
+    """What a run is doing at the moment; never saved. The loop and ``Trainer.stop`` write it.
+
+    Attributes:
+        stop_reason: Why the run shall end at the next step; None to go on.
+        sanity_checking: Whether the validation before training runs.
+        epoch_ended: At a save point: whether an epoch ended with this step.
+        ending: At a save point: whether it is the last of the run.
+        accumulate: Batches per optimizer step from the next epoch on.
+        data_wait: Seconds of this epoch spent waiting for its loader.
+        epoch_started: ``perf_counter`` at the start of the epoch.
+        deadline: ``perf_counter`` after which the run ends; None for never.
+        validated_at: ``perf_counter`` of the last validation's end.
+        validated_step: ``global_step`` of the last validation, -1 before the first.
+        group_open: Whether gradients of a group that did not step yet are there.
+        skipped: Batches that ``training_step`` skipped by returning None.
+    """
+
+    accumulate: int = 1
+    stop_reason: str | None = None
+    sanity_checking: bool = False
+    epoch_ended: bool = False
+    ending: bool = False
+    data_wait: float = 0.0
+    epoch_started: float = 0.0
+    deadline: float | None = None
+    validated_at: float = 0.0
+    validated_step: int = -1
+    group_open: bool = False
+    skipped: int = 0
+
+
+@dataclass(slots=True)
+class LoaderPlan:
+    """One loader of an evaluation.
+
+    Attributes:
+        name: Prefix or suffix of its metrics; None where it is the only one.
+        loader: The loader.
+        limit: Batches to take; None for all.
+        length: Batches it will give; None where unknown.
+    """
+
+    name: str | None
+    loader: Any
+    limit: int | None
+    length: int | None
+
+
+@dataclass(slots=True)
+class EvalRun:
+    """Everything that one evaluation needs, inside a fit or by itself.
+
+    Attributes:
+        stage: "validation", "test" or "predict": the middle of its hooks' names.
+        step: The user's step.
+        arguments: How many of (batch, batch_idx, dataloader_idx) the step takes.
+        prefix: What returned scalars are logged under ("val", "test"); None logs nothing.
+        rename: For each loader, how the names logged there are changed; None leaves them.
+        outputs: Where the outputs of the steps go, for each loader; None keeps none.
+    """
+
+    stage: str
+    task: TaskModule
+    step: Callable[..., Any]
+    arguments: int
+    loaders: list[LoaderPlan]
+    rename: list[Callable[[str], str] | None]
+    prefix: str | None
+    transfer: Callable[[Any, int], Any] | None
+    autocast: AbstractContextManager[Any] | None
+    metrics: MetricLog
+    hooks: HookTable
+    outputs: list[list[Any]] | None = None
+
+
+@dataclass(slots=True)
+class FitRun:
+    """Everything that one fit needs.
+
+    Attributes:
+        training_step: The user's step, bound by the strategy.
+        takes_index: Whether it takes ``batch_idx``.
+        transfer: Brings a batch to the device; None where there is nothing to do.
+        zero_grad: Called instead of clearing the gradients of a list of parameters; None for that.
+        clip: Clips the gradients of a list of parameters; None for no clipping.
+        optimizer_step: An ``optimizer_step`` of the user's; None where it is not overridden.
+        counts: What is known about the samples in each training batch.
+        train_length: Training batches of an epoch; None where unknown.
+        reload: Makes the training loader anew for an epoch; None keeps it.
+        validation: The evaluation within the fit; None where there is nothing to validate.
+        cadence: When to validate.
+        data: What the data room needs to resume in the middle of an epoch.
+    """
+
+    task: TaskModule
+    state: TrainState
+    flow: Flow
+    limits: Limits
+    cadence: Cadence
+    hooks: HookTable
+    callbacks: list[Callback]
+    strategy: Strategy
+    precision: Precision
+    plan: OptimizerPlan
+    metrics: MetricLog
+    history: History
+    device: torch.device
+    training_step: Callable[..., Any]
+    takes_index: bool
+    transfer: Callable[[Any, int], Any] | None
+    zero_grad: Callable[[int], None] | None
+    clip: Callable[[Any, list[Any]], None] | None
+    optimizer_step: Callable[..., Any] | None
+    train_loader: Any
+    train_limit: int | None
+    train_length: int | None
+    counts: SampleCounts | None
+    reload: Callable[[FitRun], None] | None
+    validation: EvalRun | None
+    sanity_batches: int
+    datamodule: Any = None
+    data: dict[str, Any] = field(default_factory=dict)
+    rng: dict[str, Any] | None = None
+
+    def data_state(self) -> dict[str, Any]:
+        """Returns the random states that the order of the running epoch came from."""
+        return dict(self.data)
+
+    def load_data_state(self, state: dict[str, Any]) -> None:
+        """Takes back what `data_state` returned."""
+        self.data = dict(state)

@@ -1,0 +1,46 @@
+"""What a checkpoint says about the position of a run: counters of completed things."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import asdict, dataclass
+
+
+class Stage(str, enum.Enum):
+    """What the trainer is doing."""
+
+    FIT = "fit"
+    VALIDATE = "validate"
+    TEST = "test"
+    PREDICT = "predict"
+
+
+@dataclass(slots=True)
+class TrainState:
+    """Counters of *completed* work. Only ``loops.py`` moves them; a checkpoint holds them whole.
+
+    Attributes:
+        epoch: Epochs completed. 0 during the whole first epoch, its end hooks included.
+        global_step: Optimizer steps completed (one per training step, whatever the number of
+            optimizers).
+        batch_idx: Batches of the current epoch completed.
+        batches_seen: Training batches completed in all epochs.
+        validations: Validation rounds completed (the sanity check is none).
+        seconds: Training time of all earlier runs that this one continues.
+    """
+
+    epoch: int = 0
+    global_step: int = 0
+    batch_idx: int = 0
+    batches_seen: int = 0
+    validations: int = 0
+    seconds: float = 0.0
+
+    def state_dict(self) -> dict[str, int | float]:
+        """Returns the counters as plain numbers."""
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, int | float]) -> None:
+        """Takes the counters from ``state``; a name it does not hold keeps its default."""
+        for name, default in asdict(TrainState()).items():
+            setattr(self, name, state.get(name, default))

@@ -1,0 +1,107 @@
+"""Each guest enters through one door, and each fact is written in one place."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+
+import pytest
+
+#: Packages, and the only files that may import them.
+PACKAGES: dict[str, set[str]] = {
+    "rich": {"screen.py"},
+    "yaml": {"config.py"},
+    "tensorboard": {"loggers/tensorboard.py"},
+    "torch.utils.tensorboard": {"loggers/tensorboard.py"},
+    "torchmetrics": {"metrics.py"},
+    "matplotlib": {"history.py"},
+    "pandas": {"history.py"},
+    "argparse": {"cli.py", "hparams.py"},  # hparams: its Namespace
+    "torch.distributed": {"distributed/"},
+    "sklearn": set(),
+    "pickle": {"checkpoint/"},  # its errors
+}
+#: Expressions as they are written, and the only files that may contain them.
+EXPRESSIONS: dict[str, set[str]] = {
+    r"os\.(environ|getenv|putenv)": {"distributed/env.py"},
+    r"torch\.distributed\.": {"distributed/"},
+    r"(torch\.)?(amp\.|cuda\.amp\.)?(autocast|GradScaler)\(": {"precision.py"},
+    r"torch\.(save|load)\(": {"checkpoint/"},
+    r"weights_only=False": set(),
+    r"signal\.signal": set(),
+    r"torch\.inference_mode": set(),
+}
+
+
+def _within(file: str, doors: set[str]) -> bool:
+    return any(file == door or (door.endswith("/") and file.startswith(door)) for door in doors)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_one_door_per_package(modules, package):
+    strangers = [
+        f"{module.file}:{item.line} imports {item.target}"
+        for module in modules.values()
+        for item in module.imports
+        if f"{item.target}.".startswith(f"{package}.")
+        and not _within(module.file, PACKAGES[package])
+    ]
+    assert strangers == []
+
+
+@pytest.mark.parametrize("pattern", EXPRESSIONS)
+def test_one_door_per_expression(modules, pattern):
+    strangers = [
+        f"{module.file}:{node.lineno} {ast.unparse(node)}"
+        for module in modules.values()
+        for node in ast.walk(module.tree)
+        if isinstance(node, (ast.Attribute, ast.Call))
+        and re.match(pattern, ast.unparse(node))
+        and not _within(module.file, EXPRESSIONS[pattern])
+    ]
+    assert strangers == []
+
+
+def test_only_the_screen_and_the_command_line_print(modules):
+    prints = [
+        f"{module.file}:{node.lineno}"
+        for module in modules.values()
+        for node in ast.walk(module.tree)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id == "print"
+        and module.file not in {"cli.py", "screen.py", "callbacks/progress.py"}
+    ]
+    assert prints == []
+
+
+def test_only_the_loop_moves_the_counters(modules):
+    from lightkit.state import TrainState
+
+    counters = {field.name for field in dataclasses.fields(TrainState)}
+    writes = [
+        f"{module.file}:{node.lineno} {ast.unparse(node)}"
+        for module in modules.values()
+        if module.file not in {"loops.py", "state.py"}
+        for node in ast.walk(module.tree)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.ctx, ast.Store)
+        and node.attr in counters
+        and re.fullmatch(r"(.*\.)?_?(train_)?state", ast.unparse(node.value))
+    ]
+    assert writes == []
+
+
+def test_only_the_loop_calls_the_steps_of_the_user(modules):
+    steps = {"training_step", "validation_step", "test_step", "predict_step"}
+    calls = [
+        f"{module.file}:{node.lineno} {ast.unparse(node)}"
+        for module in modules.values()
+        if module.file not in {"loops.py", "task.py"} and not module.file.startswith("distributed/")
+        for node in ast.walk(module.tree)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in steps
+    ]
+    assert calls == []

@@ -1,0 +1,115 @@
+"""What `import lightkit` does and what it leaves alone."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+import types
+
+import pytest
+
+LAZY = (
+    "IPython",
+    "matplotlib",
+    "pandas",
+    "rich",
+    "sklearn",
+    "tensorboard",
+    "torch._dynamo",
+    "torch.utils.tensorboard",
+    "torchmetrics",
+    "yaml",
+)
+#: Audit events of a thread, a process or a socket that begins.
+EVENTS = ("_thread.start_new_thread", "os.exec", "os.fork", "os.posix_spawn", "os.spawn",
+          "os.system", "pty.spawn", "socket.__new__", "subprocess.Popen")  # fmt: skip
+
+
+def python(code: str) -> str:
+    """Runs code in a new process and returns what it printed."""
+    command = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_heavy_modules_stay_out():
+    code = f"""
+import sys, torch
+before = set(sys.modules)
+import lightkit
+print([name for name in {LAZY} if name in sys.modules and name not in before])
+"""
+    assert python(code).strip() == "[]"
+
+
+def test_importing_starts_nothing():
+    code = f"""
+import sys, threading, torch
+threads, seen = threading.active_count(), []
+def watch(event, args):
+    if event in {EVENTS}:
+        seen.append(event)
+sys.addaudithook(watch)
+import lightkit
+for name in lightkit.__all__:
+    getattr(lightkit, name)
+print(seen, threading.active_count() - threads)
+"""
+    assert python(code).strip() == "[] 0"
+
+
+def test_all_is_the_truth():
+    import lightkit
+
+    exported = {
+        name
+        for name, value in vars(lightkit).items()
+        if not name.startswith("_") and name != "annotations"
+        if not isinstance(value, types.ModuleType) or name in lightkit.__all__
+    }
+    lazy = {name for name in lightkit.__all__ if name.startswith("__")}
+    assert exported | lazy <= set(lightkit.__all__)
+    for name in lightkit.__all__:
+        assert hasattr(lightkit, name), name
+    assert set(lightkit.__all__) <= set(dir(lightkit))
+    assert len(lightkit.__all__) == len(set(lightkit.__all__))
+
+
+def _public() -> dict[str, object]:
+    import lightkit
+
+    return {name: getattr(lightkit, name) for name in lightkit.__all__ if name != "__version__"}
+
+
+def test_every_public_name_is_documented():
+    bare = [
+        name
+        for name, value in _public().items()
+        if not (vars(value).get("__doc__") if inspect.isclass(value) else value.__doc__)
+    ]
+    assert bare == []
+
+
+def test_every_public_method_is_documented():
+    """Its own docstring, or that of the method that it overrides."""
+    bare = [
+        f"{name}.{method}"
+        for name, value in _public().items()
+        if inspect.isclass(value)
+        for method, member in vars(value).items()
+        if not method.startswith("_")
+        and isinstance(member, (types.FunctionType, property, classmethod, staticmethod))
+        and not inspect.getdoc(getattr(value, method))
+    ]
+    assert bare == []
+
+
+@pytest.mark.parametrize("package", ["callbacks", "loggers"])
+def test_packages_export_what_they_say(package):
+    import importlib
+
+    module = importlib.import_module(f"lightkit.{package}")
+    for name in module.__all__:
+        assert inspect.getdoc(getattr(module, name)), f"{package}.{name}"

@@ -1,0 +1,93 @@
+"""What a person sees who opens TensorBoard on a run folder."""
+
+from __future__ import annotations
+
+import math
+import re
+import subprocess
+import sys
+
+import pytest
+
+from lightkit.loggers import TensorBoardLogger
+from tests.browser.chromium import CHROMIUM, Page
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not CHROMIUM.exists(), reason="needs Chromium"),
+]
+
+#: The points of each curve on the page, once all are drawn: three pictures, two runs, each raw
+#: and smoothed, of which some may be below the edge of the window and not drawn yet.
+CURVES = """
+const points = all.filter(e => e.tagName === 'path' && getComputedStyle(e).stroke.startsWith('rgb')
+                       && getComputedStyle(e).fill === 'none')
+          .map(e => (e.getAttribute('d').match(/L/g) || []).length + 1).filter(n => n > 3);
+return points.length >= 6 ? points : null;
+"""
+TEXTS = "return all.map(e => e.children.length ? '' : e.textContent.trim()).filter(t => t);"
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Two runs of 20 rows, as a fit writes them."""
+    for version, lr in enumerate((0.1, 0.2)):
+        logger = TensorBoardLogger()
+        logger.open(tmp_path / "runs" / "digits" / f"version_{version}")
+        logger.log_hyperparams({"lr": lr, "net": {"width": 8}})
+        for step in range(50, 1001, 50):
+            loss = math.exp(-step * lr / 100)
+            logger.log_metrics({"train_loss": loss, "epoch": step // 200}, step)
+            if step % 200 == 0:
+                logger.log_metrics({"val_loss": loss * 1.1, "val_acc": 1 - loss}, step)
+        logger.close()
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def address(runs):
+    """TensorBoard on a free port of this machine."""
+    server = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "tensorboard.main", "--logdir", str(runs)),
+            *("--host", "127.0.0.1", "--port", "0", "--load_fast", "false"),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    lines = iter(server.stdout.readline, "")
+    yield next(found.group() for line in lines if (found := re.search(r"http://\S+/", line)))
+    server.terminate()
+    server.wait(10)
+    server.stdout.close()
+
+
+@pytest.fixture
+def page(tmp_path):
+    page = Page(tmp_path / "profile")
+    yield page
+    page.close()
+
+
+def test_the_curves_are_on_the_time_series_page(page, address, tmp_path):
+    page.open(f"{address}?forceSVG=true&tagFilter=loss%7Cacc#timeseries")
+    curves = page.wait_for(CURVES)
+    texts = page.evaluate(TEXTS)
+    picture = page.screenshot(tmp_path / "timeseries.png")
+    assert {"train_loss", "val_loss", "val_acc"} <= set(texts)
+    assert {"digits/version_0", "digits/version_1"} <= set(texts)
+    assert sorted(set(curves)) == [5, 20]  # every row of both kinds became a point
+    assert len(picture) > 30_000  # a blank page is a third of that
+
+
+def test_the_hparams_page_has_hyperparameters_and_metrics(page, address, tmp_path):
+    page.open(f"{address}#hparams")
+    texts = page.wait_for(
+        f"const t = (() => {{{TEXTS}}})(); return t.includes('Trial ID') && t.includes('0.20000')"
+        " ? t : null;"
+    )
+    page.screenshot(tmp_path / "hparams.png")
+    assert {"lr", "net/width", "train_loss", "val_loss", "val_acc"} <= set(texts)
+    assert "hp_metric" not in texts
+    assert {"0.10000", "0.20000"} <= set(texts)

@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+from datetime import timedelta
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from torch import nn
+
+from lightkit.callbacks import timer as module
+from lightkit.callbacks.timer import Timer
+from lightkit.errors import ConfigError
+
+TASK: Any = nn.Linear(1, 1)
+
+
+class Clock:
+    now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(module, "time", clock)
+    return clock
+
+
+def trainer() -> Any:
+    reasons: list[str] = []
+    return SimpleNamespace(stop=reasons.append, reasons=reasons, sanity_checking=False)
+
+
+def train(timer: Timer, fake: Any, clock: Clock, batches: int) -> None:
+    """Trains batches of 10 seconds, or fewer when stopped."""
+    timer.on_train_start(fake, TASK)
+    for batch_idx in range(batches):
+        if fake.reasons:
+            break
+        clock.now += 10
+        timer.on_train_batch_end(fake, TASK, None, None, batch_idx)
+    timer.on_train_epoch_end(fake, TASK)
+    timer.on_train_end(fake, TASK)
+
+
+def test_it_stops_when_the_time_is_over(clock: Clock) -> None:
+    timer, fake = Timer("00:00:01:00"), trainer()
+    timer.setup(fake, TASK, "fit")
+    assert timer.time_remaining() == 60
+    train(timer, fake, clock, 100)
+    assert timer.time_elapsed() == 60
+    assert timer.time_remaining() == 0
+    assert fake.reasons == ["the time of 0:01:00 is over"]
+
+
+@pytest.mark.parametrize("given", ["1 min", timedelta(minutes=1), {"minutes": 1}, "00:00:01:00"])
+def test_a_duration_is_given_in_many_ways(given: Any) -> None:
+    assert Timer(given).time_remaining() == 60
+
+
+def test_by_epoch_it_looks_at_the_clock_after_epochs(clock: Clock) -> None:
+    timer, fake = Timer("1 min", interval="epoch"), trainer()
+    train(timer, fake, clock, 9)
+    assert timer.time_elapsed() == 90
+    assert len(fake.reasons) == 1
+
+
+def test_without_a_duration_it_measures(clock: Clock) -> None:
+    timer, fake = Timer(), trainer()
+    train(timer, fake, clock, 3)
+    assert timer.time_elapsed() == 30
+    assert timer.time_remaining() is None
+    assert fake.reasons == []
+
+
+def test_stages_are_measured_apart(clock: Clock) -> None:
+    timer, fake = Timer(), trainer()
+    for start, end in (
+        (timer.on_validation_start, timer.on_validation_end),
+        (timer.on_test_start, timer.on_test_end),
+        (timer.on_predict_start, timer.on_predict_end),
+    ):
+        clock.now += 1
+        start(fake, TASK)
+        clock.now += 5
+        end(fake, TASK)
+    fake.sanity_checking = True
+    timer.on_validation_start(fake, TASK)
+    clock.now += 5
+    timer.on_validation_end(fake, TASK)
+    stages = ("train", "validate", "test", "predict")
+    assert [timer.time_elapsed(s) for s in stages] == [0, 5, 5, 5]
+    with pytest.raises(ConfigError, match="Did you mean 'validate'"):
+        timer.time_elapsed("validation")
+
+
+def test_a_resumed_run_goes_on_counting(clock: Clock) -> None:
+    first, fake = Timer("1 min"), trainer()
+    train(first, fake, clock, 4)
+    second = Timer("1 min")
+    second.setup(fake, TASK, "fit")
+    second.load_state_dict(first.state_dict())
+    train(second, fake, clock, 100)
+    assert second.time_elapsed() == 60
+    third, fake = Timer("1 min"), trainer()
+    third.load_state_dict(second.state_dict())
+    third.on_train_start(fake, TASK)
+    assert len(fake.reasons) == 1
+
+
+def test_the_state_holds_a_clock_that_runs(clock: Clock) -> None:
+    timer, fake = Timer(), trainer()
+    timer.on_train_start(fake, TASK)
+    clock.now += 7
+    assert timer.state_dict()["time_elapsed"]["train"] == 7
+
+
+def test_a_new_fit_begins_at_zero_and_errors_end_the_clocks(clock: Clock) -> None:
+    timer, fake = Timer(), trainer()
+    timer.setup(fake, TASK, "fit")
+    timer.on_train_start(fake, TASK)
+    clock.now += 7
+    timer.on_exception(fake, TASK, KeyError())
+    clock.now += 7
+    assert timer.time_elapsed() == 7
+    timer.setup(fake, TASK, "test")
+    assert timer.time_elapsed() == 7
+    timer.setup(fake, TASK, "fit")
+    assert timer.time_elapsed() == 0
+
+
+def test_impossible_arguments_are_refused() -> None:
+    with pytest.raises(ConfigError, match="Did you mean 'epoch'"):
+        Timer("1 min", interval="epochs")
+    with pytest.raises(ConfigError, match="soon"):
+        Timer("soon")

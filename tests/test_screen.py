@@ -1,0 +1,150 @@
+"""The progress display of a real fit, in a real pseudo-terminal and in a real pipe."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tests.pseudo_terminal import render, run, run_in_pipe
+
+#: A fit of two epochs, 30 batches of 10 ms each; ``in_step`` is put into the training step.
+FIT = """
+import os, sys, time
+import torch
+import lightkit as lk
+from torch.utils.data import DataLoader, TensorDataset
+
+class Net(lk.TaskModule):
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Linear(4, 2)
+
+    def training_step(self, batch, batch_idx):
+        time.sleep(0.01)
+        epoch = self.trainer.current_epoch
+        {in_step}
+        return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        time.sleep(0.01)
+        return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+data = TensorDataset(torch.randn(240, 4), torch.randint(0, 2, (240,)))
+held = TensorDataset(torch.randn(80, 4), torch.randint(0, 2, (80,)))
+trainer = lk.Trainer(
+    max_epochs=2, logger=False, enable_checkpointing=False, enable_model_summary=False,
+    accelerator="cpu", log_every_n_steps=5, callbacks=[{callbacks}],
+    default_root_dir={folder!r},
+)
+trainer.fit(Net(), DataLoader(data, 8), DataLoader(held, 8))
+print("the end")
+"""
+
+
+def program(tmp_path, in_step="pass", callbacks=""):
+    indented = in_step.replace("\n", "\n        ")
+    return FIT.format(in_step=indented, callbacks=callbacks, folder=str(tmp_path))
+
+
+def lines(raw, columns=80):
+    return [line for line in render(raw, columns) if line]
+
+
+def table(shown):
+    return [line.split() for line in shown if re.match(r" +(epoch|\d/2) ", line)]
+
+
+@pytest.mark.parametrize("columns", [40, 80, 120])
+def test_what_is_left_when_a_fit_has_ended(tmp_path, columns):
+    status, raw = run(
+        program(
+            tmp_path,
+            "if batch_idx == 10:\n"
+            "    print('a print', epoch)\n"
+            "    os.system('echo a subprocess')\n"
+            "    print('to', 'stderr', file=sys.stderr)",
+        ),
+        columns=columns,
+    )
+    shown = lines(raw, columns)
+    assert status == 0, raw
+    rows = table(shown)
+    assert [row[0] for row in rows] == ["epoch", "1/2", "2/2"]
+    assert rows[0][1:3] == ["train_loss", "val_loss"]
+    assert all(re.fullmatch(r"\d\.\d{4}", cell) for row in rows[1:] for cell in row[1:3])
+    for text in ("a print 0", "a print 1", "the end"):
+        assert shown.count(text) == 1
+    assert shown.count("a subprocess") == shown.count("to stderr") == 2
+    assert not any("━" in line for line in shown)
+    assert "━" in raw
+    assert "validating" in raw
+
+
+def test_the_bar_is_drawn_at_most_ten_times_a_second(tmp_path):
+    status, raw = run(program(tmp_path))
+    assert status == 0, raw
+    # 80 batches of 10 ms; the bars of one drawing are one write, which goes up again once.
+    assert 3 < len(re.findall(r"\x1b\[[12]A\r", raw)) < 25
+
+
+def test_breakpoint_can_be_used(tmp_path):
+    step = "if epoch == 0 and batch_idx == 20:\n    answer = 41\n    breakpoint()"
+    status, raw = run(
+        program(tmp_path, step),
+        keys=[("(Pdb) ", b"p answer + 1\n"), ("(Pdb) ", b"n\n"), ("(Pdb) ", b"c\n")],
+    )
+    assert status == 0, raw
+    shown = lines(raw)
+    start = next(i for i, line in enumerate(shown) if line.startswith("> "))
+    assert "training_step" in shown[start]  # pdb stops in the user's code
+    assert shown[start + 2 : start + 4] == ["(Pdb) p answer + 1", "42"]
+    assert [row[0] for row in table(shown)] == ["epoch", "1/2", "2/2"]
+
+
+def test_input_can_be_used(tmp_path):
+    step = "if epoch == 0 and batch_idx == 20:\n    print('got', input('name? '))"
+    status, raw = run(program(tmp_path, step), keys=[("name? ", b"anne\n")])
+    assert status == 0, raw
+    shown = lines(raw)
+    at = shown.index("name? anne")
+    assert shown[at + 1] == "got anne"
+
+
+def test_ctrl_c_leaves_the_terminal_clean(tmp_path):
+    step = "if epoch == 1 and batch_idx == 10: print('now', flush=True)"
+    status, raw = run(program(tmp_path, step), keys=[("now", b"\x03")])
+    assert status != 0
+    shown = lines(raw)
+    assert any(re.match(r"Epoch 2/2 stopped at batch \d+/30$", line) for line in shown), shown
+    assert not any("━" in line for line in shown)
+    assert "the end" not in shown
+    assert "\x1b[?25l" not in raw  # the cursor was never hidden, so it need not come back
+
+
+def test_an_exception_leaves_the_terminal_clean(tmp_path):
+    step = "if epoch == 1 and batch_idx == 10: raise ValueError('boom')"
+    status, raw = run(program(tmp_path, step))
+    assert status == 1
+    shown = lines(raw)
+    assert "Epoch 2/2 stopped at batch 10/30" in shown
+    assert shown[-1] == "ValueError: boom"
+    assert not any("━" in line for line in shown)
+
+
+def test_a_pipe_gets_plain_lines(tmp_path):
+    status, text = run_in_pipe(
+        program(tmp_path, callbacks="lk.callbacks.ProgressBar(interval=0.1)"),
+        env={"FORCE_COLOR": "1"},
+    )
+    assert status == 0, text
+    assert "\x1b" not in text
+    assert "\r" not in text
+    shown = text.splitlines()
+    assert [row[0] for row in table(shown)] == ["epoch", "1/2", "2/2"]
+    between = [line for line in shown if line.startswith("Epoch 1/2  ")]
+    assert 1 <= len(between) <= 5
+    assert re.search(r"  \d+/30  \d+\.\d it/s  0:0\d left", between[-1])

@@ -1,0 +1,115 @@
+"""Every template runs where it lies, and as a copy; and keeps the promise of its README."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lightkit._share import copy_template, share_dir, templates
+from lightkit.errors import ConfigError
+
+ROOT = Path(__file__).parents[1]
+#: The accuracy on the validation data that each README promises.
+PROMISES = {"digits": 0.97, "tabular": 0.94}
+
+pytest.importorskip("sklearn")
+
+
+def lightkit(*args: str, cwd: Path) -> str:
+    """Runs the command line in a process of its own, with warnings as errors."""
+    command = [sys.executable, "-W", "error", "-m", "lightkit", *args]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120"}
+    done = subprocess.run(
+        command, cwd=cwd, env=env, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def last_values(run: Path) -> dict[str, float]:
+    """Returns the last value of each name in a run's metrics file."""
+    values: dict[str, float] = {}
+    for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        values |= json.loads(line)
+    return values
+
+
+@pytest.mark.parametrize("name", templates())
+def test_complete(name):
+    folder = share_dir("templates") / name
+    files = {path.name for path in folder.iterdir() if path.is_file()}
+    assert {"README.md", "model.py", "data.py", f"test_{name}.py"} <= files
+    assert (share_dir("configs") / f"{name}.yaml").is_file()
+    readme = (folder / "README.md").read_text(encoding="utf-8")
+    assert readme.startswith(f"# {name}: ")
+    assert f"at least {PROMISES[name]}" in readme
+
+
+def test_templates_are_listed_with_a_line_each():
+    assert set(templates()) == set(PROMISES)
+    assert all(10 < len(line) < 80 for line in templates().values())
+
+
+@pytest.mark.parametrize("name", templates())
+def test_in_the_clone(name, tmp_path):
+    lightkit(
+        *("fit", "--config", f"configs/{name}.yaml", "--trainer.fast_dev_run", "true"),
+        *("--trainer.default_root_dir", str(tmp_path)),
+        cwd=ROOT,
+    )
+    assert list(tmp_path.iterdir()) == []  # fast_dev_run leaves nothing behind
+
+
+@pytest.mark.parametrize("name", templates())
+def test_as_a_copy(name, tmp_path):
+    """The commands that `lightkit new` prints, the figure of the README, and the copy's tests."""
+    project = tmp_path / "my-project"
+    said = lightkit("new", name, "my-project", cwd=tmp_path)
+    commands = re.findall(r"^ +lightkit (.+)$", said, re.MULTILINE)
+    assert commands == ["fit --config config.yaml"]
+    lightkit(*commands[0].split(), cwd=project)
+
+    (run,) = (project / "runs").glob("*/version_0")
+    assert last_values(run)["val_accuracy"] >= PROMISES[name]
+    best = run / "checkpoints" / "best.ckpt"
+    lightkit(*("test", "--config", str(run / "config.yaml"), "--ckpt_path", str(best)), cwd=project)
+
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, cwd=project, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def test_a_copy_is_rewritten(tmp_path):
+    target = tmp_path / "deep" / "project"
+    written = copy_template("digits", target)
+    assert written == sorted(path for path in target.rglob("*") if path.is_file())
+    assert {"config.yaml", "model.py", "README.md"} <= {path.name for path in written}
+    config = (target / "config.yaml").read_text(encoding="utf-8")
+    assert "class_path: model.DigitsNet" in config
+    assert "lightkit fit --config config.yaml" in config
+    assert "templates." not in config
+    assert not list(target.rglob("__pycache__"))
+
+
+def test_an_empty_folder_may_be_there(tmp_path):
+    assert copy_template("tabular", tmp_path)
+
+
+def test_wrong_targets(tmp_path):
+    (tmp_path / "mine.txt").write_text("precious")
+    with pytest.raises(ConfigError, match="is not empty"):
+        copy_template("digits", tmp_path)
+    with pytest.raises(ConfigError, match="is not empty"):
+        copy_template("digits", tmp_path / "mine.txt")
+    with pytest.raises(ConfigError, match=r"no template 'digit'\. Did you mean 'digits'\?"):
+        copy_template("digit", tmp_path / "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
