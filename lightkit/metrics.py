@@ -8,6 +8,7 @@ made, weighted by the number of samples, in 64 bit.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import sys
@@ -60,9 +61,13 @@ class CallbackMetrics(Mapping[str, Tensor]):
     Reading never flushes, synchronises or communicates.
     """
 
-    def __init__(self, log: MetricLog | None = None) -> None:
-        self._log = log
+    def __init__(self) -> None:
+        self._log: MetricLog | None = None
         self.results: dict[str, Tensor] = {}
+
+    def read_from(self, log: MetricLog) -> None:
+        """Lets it show what ``log`` is given from now on."""
+        self._log = log
 
     def __getitem__(self, name: str) -> Tensor:
         column = self._log.column(name) if self._log is not None else None
@@ -108,13 +113,15 @@ class MetricLog(Callback):
         every: int,
         stop_on_nan: bool = True,
         scaled: bool = False,
+        results: CallbackMetrics | None = None,
     ) -> None:
         self.state, self.loggers, self.history, self.every = state, loggers, history, every
         self.stop_on_nan, self._scaled = stop_on_nan, scaled
         self.train: dict[str, Column] = {}
         self.loss = Column("train_loss", prog_bar=True)
         self.loss_steps: list[int] = []
-        self.callback_metrics = CallbackMetrics(self)
+        self.callback_metrics = CallbackMetrics() if results is None else results
+        self.callback_metrics.read_from(self)
         self.row: dict[str, float] = {}
         self.bar: dict[str, float] = {}
         self.batch: Any = None
@@ -127,6 +134,8 @@ class MetricLog(Callback):
         self._place = "before training"
         self._next_flush = every
         self._epoch_row: dict[str, float] = {}
+        self._loader = -1
+        self._loader_of: dict[str, int] = {}
         self._eval_steps: dict[str, int] = {}
         self._discard = False
         self._warned_size = False
@@ -205,6 +214,7 @@ class MetricLog(Callback):
         )
         assert self._columns is not None
         self._columns[name] = column
+        self._loader_of[name] = self._loader
         return column
 
     def _unusual(self, column: Column, name: str, value: Any) -> Tensor | float | None:
@@ -288,20 +298,33 @@ class MetricLog(Callback):
         self._columns, self._rename, self.in_step = self.train, None, False
         self.batch, self.size = None, None
 
-    def begin_eval(self, rename: Callable[[str], str] | None = None, *, sanity: bool) -> None:
-        """Opens the columns of an evaluation, or of its next loader."""
-        if self._columns is not self._eval:
-            self._eval = {}
+    def begin_eval(
+        self, rename: Callable[[str], str] | None = None, *, loader: int = -1, sanity: bool
+    ) -> None:
+        """Opens the columns of an evaluation (loader -1), or goes on to one of its loaders."""
+        if loader < 0:
+            self._eval, self._loader_of = {}, {}
+        self._loader = loader
         self._columns, self._rename, self._discard = self._eval, rename, sanity
         self.batch, self.size = None, None
 
     def begin_eval_hooks(self) -> None:
         """From here on names are logged as they are: the epoch-end hooks of an evaluation."""
-        self._rename, self.in_step, self.batch, self.size = None, False, None, None
+        self._rename, self._loader, self.in_step = None, -1, False
+        self.batch, self.size = None, None
 
     def close(self, place: str) -> None:
         """From here on logging is an error that names ``place``."""
         self._columns, self._place, self.in_step = None, place, False
+
+    @contextlib.contextmanager
+    def muted(self) -> Iterator[None]:
+        """Drops what is logged within: a step that is computed again says nothing new."""
+        columns, self._columns = self._columns, {}
+        try:
+            yield
+        finally:
+            self._columns = columns
 
     # --- rows and means --------------------------------------------------------------------------
 
@@ -472,9 +495,18 @@ class MetricLog(Callback):
         self.loss = Column("train_loss", prog_bar=True)
         self.loss_steps, self._epoch_row = [], {}
 
-    def eval_results(self) -> dict[str, float]:
-        """Returns the means of the last evaluation by name."""
-        return {name: c.total for name, c in self._eval.items() if c.total is not None}
+    def eval_results(self, loaders: int) -> list[dict[str, float]]:
+        """Returns the means of the last evaluation, one dict for each of its loaders.
+
+        What was logged in its epoch hooks belongs to no single loader and is in all of them.
+        """
+        found: list[dict[str, float]] = [{} for _ in range(loaders)]
+        for name, column in self._eval.items():
+            place = self._loader_of[name]
+            for row in found if place < 0 else [found[place]]:
+                if column.total is not None:
+                    row[name] = column.total
+        return found
 
     # --- checkpoints -----------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -56,6 +57,7 @@ class OptimizerPlan:
         epoch_entries: Those that move by epochs without a monitor.
         plateau_entries: Those that read a monitor.
         parameters: Every parameter of every group once; see `current_parameters`.
+        needs_closure: Whether an optimizer computes the loss again within its step, as LBFGS does.
         automatic: Whether the loop steps (``task.automatic_optimization``).
     """
 
@@ -76,6 +78,7 @@ class OptimizerPlan:
         self.step_entries = tuple(e for e in plain if e.interval == "step")
         self.epoch_entries = tuple(e for e in plain if e.interval == "epoch")
         self.plateau_entries = tuple(e for e in moved if e.is_plateau)
+        self.needs_closure = any(_needs_closure(o) for o in optimizers)
         self._fused: FusedChoice | None = None
         self._warned: set[str] = set()
         self.parameters: list[Parameter] = []
@@ -162,10 +165,13 @@ class OptimizerPlan:
         Args:
             interval: "step" after an optimizer step, "epoch" after an epoch.
             count: Completed steps or epochs, this one included.
-            skip: Nothing was learned (the scaler skipped the step), so nothing moves.
+            skip: Nothing was learned (the scaler skipped the step), so nothing moves. Nor does it
+                after epochs whose steps were all skipped, from the first one on.
         """
         for entry in self.step_entries if interval == "step" else self.epoch_entries:
-            if not skip and count % entry.frequency == 0:
+            if skip or count % entry.frequency:
+                continue
+            if interval == "step" or _has_stepped(entry.optimizer):
                 self._move(entry, None)
 
     def step_plateau(
@@ -388,6 +394,17 @@ def _entry(
     return SchedulerEntry(optimizer=moved, **values)
 
 
+def _needs_closure(optimizer: Optimizer) -> bool:
+    first = list(inspect.signature(type(optimizer).step).parameters.values())[1:2]
+    return bool(first) and first[0].default is inspect.Parameter.empty
+
+
+def _has_stepped(optimizer: Optimizer) -> bool:
+    # Torch's own mark, set where a torch schedule was made; it warns of the wrong order by it.
+    marked = hasattr(optimizer.step, "_wrapped_by_lr_sched")
+    return not marked or getattr(optimizer, "_opt_called", False)
+
+
 def _same_count(what: str, saved: int, here: int) -> None:
     if saved != here:
         raise CheckpointError(
@@ -405,6 +422,9 @@ class ManualOptimizer:
     It is the optimizer in every respect (``isinstance`` included), but `step` unscales, runs the
     hooks and clips first, and goes through the precision of the run.
 
+    Attributes:
+        raw_optimizer: The optimizer itself.
+
     Args:
         optimizer: The optimizer as ``configure_optimizers`` returned it.
         precision: The precision of the run.
@@ -414,35 +434,35 @@ class ManualOptimizer:
     def __init__(
         self, optimizer: Optimizer, precision: Precision, on_step: Callable[[Optimizer], None]
     ) -> None:
-        self.optimizer = optimizer
+        self.raw_optimizer = optimizer
         self._precision = precision
         self._on_step = on_step
 
     @property  # type: ignore[misc]
     def __class__(self) -> type[Optimizer]:  # type: ignore[override]
-        return type(self.optimizer)
+        return type(self.raw_optimizer)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.optimizer, name)
+        return getattr(self.raw_optimizer, name)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Takes a step and returns what ``closure`` returned the first time, if there is one."""
         if closure is None:
-            self._precision.unscale(self.optimizer)
-            self._on_step(self.optimizer)
-            self._precision.step(self.optimizer)
+            self._precision.unscale(self.raw_optimizer)
+            self._on_step(self.raw_optimizer)
+            self._precision.step(self.raw_optimizer)
             return None
         losses: list[Any] = []
 
         def run() -> Any:
             with torch.enable_grad():
                 losses.append(closure())
-            self._precision.unscale(self.optimizer)
-            self._on_step(self.optimizer)
+            self._precision.unscale(self.raw_optimizer)
+            self._on_step(self.raw_optimizer)
             return losses[-1]
 
-        self._precision.step(self.optimizer, run)
+        self._precision.step(self.raw_optimizer, run)
         return losses[0] if losses else None
 
     def __repr__(self) -> str:
-        return repr(self.optimizer)
+        return repr(self.raw_optimizer)

@@ -137,7 +137,8 @@ class ScaledPrecision(Precision):
             self._stepped = False
 
     def unscale(self, optimizer: Optimizer) -> None:
-        """See `Precision.unscale`."""
+        """See `Precision.unscale`. It takes what ``self.optimizers()`` returned, too."""
+        optimizer = getattr(optimizer, "raw_optimizer", optimizer)
         if id(optimizer) not in self._unscaled:
             self.scaler.unscale_(optimizer)
             self._unscaled.add(id(optimizer))

@@ -110,6 +110,7 @@ class FitRun:
         zero_grad: Called instead of clearing the gradients of a list of parameters; None for that.
         clip: Clips the gradients of a list of parameters; None for no clipping.
         optimizer_step: An ``optimizer_step`` of the user's; None where it is not overridden.
+        keeps_batches: Whether the batches of a group are kept for a closure.
         counts: What is known about the samples in each training batch.
         train_length: Training batches of an epoch; None where unknown.
         reload: Makes the training loader anew for an epoch; None keeps it.
@@ -137,6 +138,7 @@ class FitRun:
     zero_grad: Callable[[int], None] | None
     clip: Callable[[Any, list[Any]], None] | None
     optimizer_step: Callable[..., Any] | None
+    keeps_batches: bool
     train_loader: Any
     train_limit: int | None
     train_length: int | None

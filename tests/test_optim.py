@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import copy
 import io
 import logging
 import timeit
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
+from torch.optim import SGD, Adam, Optimizer
 from torch.optim import lr_scheduler as schedules
 
 from lightkit.errors import CheckpointError, OptimizerError
@@ -158,6 +157,12 @@ def test_none_warns_once_and_has_no_optimizer(caplog: pytest.LogCaptureFixture) 
     assert [r.levelno for r in caplog.records] == [logging.WARNING]
 
 
+def test_optimizers_that_need_a_closure_are_known() -> None:
+    assert build(lambda t: torch.optim.LBFGS(t.parameters())).needs_closure
+    assert not build(adam).needs_closure
+    assert not build(lambda t: ([o := adam(t)], [schedules.StepLR(o, 1)])).needs_closure
+
+
 def test_two_optimizers_need_manual_optimization() -> None:
     with pytest.raises(OptimizerError, match="automatic_optimization = False"):
         build(lambda t: [adam(t), adam(t)])
@@ -246,6 +251,16 @@ def test_step_and_epoch_schedules_move_by_their_frequency() -> None:
     assert by_step.last_epoch == 2
 
 
+def test_a_schedule_by_epoch_waits_for_the_first_step() -> None:
+    # As after an epoch whose steps the scaler skipped. Torch would warn, and warnings are errors.
+    plan = build(lambda t: ([o := adam(t)], [schedules.StepLR(o, 1)]))
+    plan.step_schedulers("epoch", 1)
+    assert plan.schedulers[0].scheduler.last_epoch == 0
+    learn(plan)
+    plan.step_schedulers("epoch", 2)
+    assert plan.schedulers[0].scheduler.last_epoch == 1
+
+
 def test_the_rates_are_those_of_a_loop_by_hand() -> None:
     def one_cycle(o: Optimizer) -> Any:
         return schedules.OneCycleLR(o, 0.1, total_steps=12)
@@ -281,6 +296,7 @@ def test_the_task_may_move_schedules_itself() -> None:
         return [o], [schedules.StepLR(o, 1), plateau]
 
     plan = build(returned, task=Own)
+    learn(plan)
     plan.step_schedulers("epoch", 1)
     plan.step_plateau("epoch", 1, {"val_loss": torch.tensor(1.0)})
     assert calls == [
@@ -364,133 +380,6 @@ def test_the_calls_of_every_step_cost_next_to_nothing() -> None:
     assert steps < 3e-6
 
 
-# --- fused ---------------------------------------------------------------------------------------
-
-FUSED: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
-    "adam": (Adam, {"lr": 0.01}),
-    "amsgrad": (Adam, {"lr": 0.01, "amsgrad": True, "weight_decay": 0.1}),
-    "maximize": (Adam, {"lr": 0.01, "maximize": True}),
-    "adamw": (AdamW, {"lr": 0.01}),
-    "sgd": (SGD, {"lr": 0.01}),
-    "momentum": (SGD, {"lr": 0.01, "momentum": 0.9}),
-    "nesterov": (SGD, {"lr": 0.01, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}),
-}
-
-
-@pytest.mark.parametrize("case", FUSED)
-def test_fused_takes_effect_and_is_equal(case: str) -> None:
-    kind, kwargs = FUSED[case]
-    plain = build(lambda t: kind(t.parameters(), **kwargs), fused=False)
-    fused = build(lambda t: kind(t.parameters(), **kwargs), fused=None)
-    assert fused.fused == fused.optimizers
-    assert plain.fused == []
-    name = "_fused_sgd_" if kind is SGD else f"_fused_{kind.__name__.lower()}_"
-    with torch.profiler.profile() as profile:
-        learn(fused)
-    assert f"aten::{name}" in {event.key for event in profile.key_averages()}
-    learn(plain)
-    for seed in range(1, 50):
-        learn(plain, seed)
-        learn(fused, seed)
-    pairs = zip(plain.parameters, fused.parameters, strict=True)
-    difference = max((a - b).abs().max().item() for a, b in pairs)
-    print(f"{case}: {difference:.1e}")
-    assert difference <= 1e-6
-
-
-class Sparse(Task):
-    def __init__(self, returned: Callable[[Task], Any]) -> None:
-        super().__init__(returned)
-        self.table = nn.Embedding(4, 2, sparse=True)
-
-
-class Half(Task):
-    def __init__(self, returned: Callable[[Task], Any]) -> None:
-        super().__init__(returned)
-        self.bfloat16()
-
-
-class SubAdam(Adam):
-    pass
-
-
-NOT_FUSED: dict[str, tuple[Callable[[Task], Any], type[Task]]] = {
-    "another class": (lambda t: Adagrad(t.parameters()), Task),
-    "a subclass": (lambda t: SubAdam(t.parameters()), Task),
-    "foreach chosen": (lambda t: adam(t, foreach=True), Task),
-    "unfused chosen": (lambda t: adam(t, fused=False), Task),
-    "differentiable": (lambda t: adam(t, differentiable=True), Task),
-    "a tensor as rate": (lambda t: Adam(t.parameters(), lr=torch.tensor(0.1)), Task),
-    "sparse gradients": (lambda t: SGD(t.parameters(), lr=0.1), Sparse),
-    "half types": (lambda t: SGD(t.parameters(), lr=0.1), Half),
-    "dampening": (lambda t: SGD(t.parameters(), lr=0.1, momentum=0.9, dampening=0.1), Task),
-}
-
-
-@pytest.mark.parametrize("case", NOT_FUSED)
-def test_what_was_not_measured_is_left_alone(case: str) -> None:
-    returned, task = NOT_FUSED[case]
-    assert build(returned, fused=None, task=task).fused == []
-    with pytest.raises(OptimizerError, match="fused=True is not possible for"):
-        build(returned, fused=True, task=task)
-
-
-def test_an_optimizer_with_a_history_is_left_alone() -> None:
-    task = Task(lambda t: t.kept)
-    task.kept = adam(task)
-    learn(OptimizerPlan.build(task, fused=False, device=CPU))
-    assert OptimizerPlan.build(task, fused=None, device=CPU).fused == []
-
-
-def test_other_devices_are_left_alone() -> None:
-    task = Task(adam).to("meta")
-    assert OptimizerPlan.build(task, fused=None, device=torch.device("meta")).fused == []
-
-
-def test_a_user_who_asked_for_fused_satisfies_fused_true() -> None:
-    plan = build(lambda t: adam(t, fused=True), fused=True)
-    assert plan.optimizers[0].param_groups[0]["fused"] is True
-
-
-def test_loading_an_unfused_state_stays_fused_and_the_other_way_round() -> None:
-    plain, fused = build(adam, fused=False), build(adam, fused=None)
-    learn(plain)
-    learn(fused)
-    saved_plain, saved_fused = (copy.deepcopy(p.state_dict()) for p in (plain, fused))
-    fused.load_state_dict(saved_plain)
-    plain.load_state_dict(saved_fused)
-    assert fused.optimizers[0].param_groups[0]["fused"] is True
-    assert plain.optimizers[0].param_groups[0]["fused"] is None
-    assert saved_plain["optimizers"][0]["param_groups"][0]["fused"] is None
-    learn(fused, 1)
-    learn(plain, 1)
-
-
-def test_groups_added_later_run_fused_too() -> None:
-    plan = build(adam, fused=None)
-    plan.optimizers[0].add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
-    plan.optimizers[0].add_param_group({"params": [nn.Parameter(torch.zeros(2).half())]})
-    plan.current_parameters()
-    assert [g["fused"] for g in plan.optimizers[0].param_groups] == [True, True, None]
-    # A scaler must not leave the flag of a skipped step to kernels that one group does not use.
-    assert plan.optimizers[0]._step_supports_amp_scaling is False
-
-
-def test_a_first_gradient_that_comes_late_works_with_momentum() -> None:
-    def late(plan: OptimizerPlan) -> list[torch.Tensor]:
-        for number, p in enumerate(plan.parameters):
-            p.grad = None if number else torch.ones_like(p)
-        plan.optimizers[0].step()
-        learn(plan)
-        learn(plan, 1)
-        return [p.detach() for p in plan.parameters]
-
-    returned = lambda t: SGD(t.parameters(), lr=0.1, momentum=0.9)  # noqa: E731
-    expected, got = late(build(returned, fused=False)), late(build(returned, fused=None))
-    for a, b in zip(expected, got, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
-
-
 # --- saving ----------------------------------------------------------------------------------------
 
 SCHEDULES: dict[str, Callable[[Optimizer, Task], Any]] = {
@@ -566,68 +455,19 @@ def test_a_state_of_another_shape_says_what_differs() -> None:
             plan.load_state_dict(state)
 
 
-# --- words -----------------------------------------------------------------------------------------
+def test_lines_and_lengths_are_in_the_unit_of_each_schedule() -> None:
+    def returned(task: Task) -> Any:
+        o = adam(task)
+        by_step = {"scheduler": schedules.OneCycleLR(o, 0.1, total_steps=100)}
+        return [o], [by_step, schedules.ConstantLR(o)]
 
-
-def described(scheduler: Callable[[Optimizer], Any], steps: int | None = 100) -> str:
-    return build(lambda t: ([o := adam(t)], [scheduler(o)])).describe(steps, 10)[0]
-
-
-def test_a_schedule_is_told_in_one_line() -> None:
-    line = described(lambda o: schedules.OneCycleLR(o, 0.1, total_steps=100))
-    assert line == "OneCycleLR per step: lr 0.004 -> 0.1 (step 30) -> 4e-07 over 100 steps"
-    line = described(lambda o: schedules.StepLR(o, 3))
-    assert line == "StepLR per epoch: lr 0.1 -> 0.0001 over 10 epochs"
-    every = described(lambda o: {"scheduler": schedules.StepLR(o, 3), "frequency": 2})
-    assert every == "StepLR every 2 epochs: lr 0.1 -> 0.01 over 10 epochs"
-    plateau = {"monitor": "val_loss"}
-    line = described(lambda o: {"scheduler": schedules.ReduceLROnPlateau(o), **plateau})
-    assert line == "ReduceLROnPlateau per epoch: lr 0.1, lowered when 'val_loss' stays on a plateau"
-
-
-def test_long_or_open_runs_tell_the_first_rate() -> None:
-    def one_cycle(o: Optimizer) -> Any:
-        return schedules.OneCycleLR(o, 0.1, total_steps=100_000)
-
-    for steps in (None, 100_000):
-        assert described(one_cycle, steps) == "OneCycleLR per step: lr 0.004 at the start"
-
-
-def test_a_schedule_that_cannot_be_copied_tells_the_first_rate() -> None:
-    class Stubborn(schedules.ConstantLR):
-        def __deepcopy__(self, memo: Any) -> Any:
-            raise TypeError("no copies")
-
-    assert described(lambda o: Stubborn(o, 1.0)) == "Stubborn per epoch: lr 0.1 at the start"
-
-
-def test_a_schedule_made_from_a_method_does_not_copy_the_task() -> None:
-    class Heavy(Task):
-        def __deepcopy__(self, memo: Any) -> Any:
-            raise AssertionError("the task was copied")
-
-    plan = build(lambda t: ([o := adam(t)], [schedules.LambdaLR(o, t.warm_up)]), task=Heavy)
-    assert plan.describe(100, 10) == ["LambdaLR per epoch: lr 0.02 -> 0.1 over 10 epochs"]
-
-
-def test_a_one_cycle_of_another_length_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    def plan(**keys: Any) -> OptimizerPlan:
-        def returned(task: Task) -> Any:
-            o = adam(task)
-            return [o], [{"scheduler": schedules.OneCycleLR(o, 0.1, total_steps=100), **keys}]
-
-        return build(returned)
-
-    plan().check_horizon(100, 1)
-    plan().check_horizon(None, None)
-    plan(frequency=2).check_horizon(200, 1)
-    assert caplog.text == ""
-    with pytest.raises(OptimizerError, match="total_steps=100, but this run of 101 steps"):
-        plan().check_horizon(101, 1)
-    plan(interval="epoch").check_horizon(100, 10)
-    assert "or set interval='step'" in caplog.text
-    plan().check_horizon(99, 1)
-    assert "Make it with total_steps=99" in caplog.text
+    plan = build(returned)
+    by_step, by_epoch = plan.describe(100, 7)
+    assert by_step.endswith("over 100 steps")
+    assert by_epoch.endswith("over 7 epochs")
+    plan.check_horizon(100, 7)
+    with pytest.raises(OptimizerError, match="total_steps=101"):
+        plan.check_horizon(101, 7)
 
 
 # --- manual optimization -----------------------------------------------------------------------------

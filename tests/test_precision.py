@@ -231,6 +231,9 @@ def test_a_manual_step_unscales_before_hooks_and_clipping() -> None:
 
     manual = ManualOptimizer(SGD([p], lr=1.0), precision, before)
     precision.backward((p * 2).sum())
+    precision.unscale(manual)  # a task that clips by itself
+    assert p.grad is not None
+    assert p.grad.tolist() == [2.0, 2.0]
     manual.step()
 
     def closure() -> torch.Tensor:

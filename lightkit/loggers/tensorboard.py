@@ -118,6 +118,8 @@ class TensorBoardLogger(Logger):
         if inputs is None:
             inputs = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
         try:
+            if inputs is None:
+                raise ValueError("there is no input to trace it on")
             with _tracing(task), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the tracer warns about every python number
                 self.experiment.add_graph(task, inputs)

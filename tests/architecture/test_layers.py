@@ -9,7 +9,7 @@ import graphlib
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "state", "rng", "signatures", "screen", "_share"),
     ("hooks", "hparams", "limits", "console", "precision", "data", "distributed", "loggers.base"),
-    ("history", "fused", "schedules", "task", "optim", "metrics", "checkpoint"),
+    ("history", "fused", "schedules", "columns", "task", "optim", "metrics", "checkpoint"),
     ("run",),
     ("loops",),
     ("callbacks", "loggers"),

@@ -209,6 +209,13 @@ def test_a_graph_that_cannot_be_traced_is_one_warning(tmp_path, caplog):
     assert rows(tmp_path) == [(1, {"loss": 1.0})]
 
 
+def test_a_graph_without_any_input_says_so(tmp_path, caplog):
+    logger = opened(tmp_path, log_graph=True)
+    logger.log_graph(Net())
+    logger.close()
+    assert "was not written: there is no input to trace it on. Set example_input" in caplog.text
+
+
 def test_no_graph_unless_asked_for(tmp_path):
     logger = opened(tmp_path)
     logger.log_graph(Net(), torch.zeros(2, 4))

@@ -1,0 +1,32 @@
+"""lightkit: a structured trainer for PyTorch.
+
+Subclass `TaskModule`, give it to a `Trainer`::
+
+    import lightkit as lk
+
+    history = lk.Trainer(max_epochs=3).fit(Net(), train_loader, val_loader)
+"""
+
+from lightkit import callbacks, loggers
+from lightkit.data import DataModule
+from lightkit.errors import LightkitError
+from lightkit.history import History
+from lightkit.hooks import Callback, not_a_hook
+from lightkit.rng import seed_everything
+from lightkit.task import TaskModule
+from lightkit.trainer import Trainer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Callback",
+    "DataModule",
+    "History",
+    "LightkitError",
+    "TaskModule",
+    "Trainer",
+    "callbacks",
+    "loggers",
+    "not_a_hook",
+    "seed_everything",
+]

@@ -1,0 +1,174 @@
+"""The Trainer's arguments, checked: what is wrong by itself or contradicts another is said early."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+from lightkit.errors import ConfigError, did_you_mean
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+#: Arguments of earlier generations of the field, and what to write instead.
+_OLD = {
+    "resume_from_checkpoint": "fit(..., ckpt_path=...)",
+    "checkpoint_callback": "enable_checkpointing",
+    "progress_bar_refresh_rate": "callbacks=[ProgressBar(...)], or enable_progress_bar=False",
+    "weights_summary": "enable_model_summary",
+    "early_stop_callback": "callbacks=[EarlyStopping(monitor=...)]",
+    "auto_lr_find": "a learning rate in configure_optimizers",
+    "distributed_backend": "strategy",
+    "track_grad_norm": "gradient_clip_val (the norm is logged as grad_norm)",
+    "num_processes": "devices",
+    "tpu_cores": "accelerator and devices",
+    "epochs": "max_epochs",
+    "barebones": "nothing: every part has its own enable_... argument",
+}
+
+
+def known_names(init: Callable[P, R]) -> Callable[P, R]:
+    """Makes an unknown keyword of a constructor an error that names the nearest valid one."""
+    names = list(inspect.signature(init).parameters)[1:]
+
+    @functools.wraps(init)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        if len(args) > 1:
+            raise ConfigError("Trainer takes keyword arguments only, such as Trainer(max_epochs=3).")
+        for name in kwargs:
+            if name not in names:
+                hint = f" Write {_OLD[name]}." if name in _OLD else did_you_mean(name, names)
+                raise ConfigError(f"Trainer has no argument {name!r}.{hint}")
+        return init(*args, **kwargs)
+
+    return checked
+
+
+@dataclass(frozen=True)
+class Options:
+    """Every argument of the Trainer under its own name; `Trainer` documents them."""
+
+    max_epochs: int | None
+    min_epochs: int | None
+    max_steps: int | None
+    min_steps: int | None
+    max_time: str | timedelta | dict[str, int] | None
+    accelerator: str
+    devices: int | str | list[int]
+    gpus: int | list[int] | None
+    strategy: str
+    precision: str | int
+    accumulate_grad_batches: int
+    gradient_clip_val: float | None
+    gradient_clip_algorithm: str
+    limit_train_batches: int | float | None
+    limit_val_batches: int | float | None
+    limit_test_batches: int | float | None
+    limit_predict_batches: int | float | None
+    val_check_interval: int | float | str | None
+    check_val_every_n_epoch: int | None
+    num_sanity_val_steps: int | None
+    log_every_n_steps: int
+    callbacks: Any
+    logger: Any
+    enable_progress_bar: bool
+    enable_checkpointing: bool
+    enable_model_summary: bool
+    default_root_dir: str | Path | None
+    fast_dev_run: bool | int
+    overfit_batches: int | float
+    reload_dataloaders_every_n_epochs: int
+    deterministic: Any
+    benchmark: bool | None
+    detect_anomaly: bool
+    fused: bool | None
+    terminate_on_nan: bool
+    seed: int | None
+
+    def __post_init__(self) -> None:
+        """Checks every argument by itself, and those that belong together."""
+        for name, lowest in _WHOLE.items():
+            self._whole(name, lowest)
+        for name in ("enable_progress_bar", "enable_checkpointing", "enable_model_summary"):
+            self._one_of(name, (True, False))
+        for name in ("detect_anomaly", "terminate_on_nan"):
+            self._one_of(name, (True, False))
+        self._one_of("gradient_clip_algorithm", ("norm", "value"))
+        self._one_of("fused", (None, True, False))
+        self._one_of("benchmark", (None, True, False))
+        self._one_of("deterministic", (None, True, False, "warn"))
+        self._one_of("strategy", ("auto",))
+        self._numbers()
+        if self.fast_dev_run is not True and (
+            not isinstance(self.fast_dev_run, int) or self.fast_dev_run < 0
+        ):
+            raise ConfigError(
+                f"fast_dev_run={self.fast_dev_run!r}: allowed are True, False or a number of "
+                f"batches."
+            )
+
+    def _numbers(self) -> None:
+        clip = self.gradient_clip_val
+        if clip is not None and (not _is_number(clip) or clip <= 0):
+            raise ConfigError(
+                f"gradient_clip_val={clip!r}: allowed is a number above 0, or None for no clipping."
+            )
+        interval = self.val_check_interval
+        if interval is not None and not isinstance(interval, str):
+            fraction = isinstance(interval, float) and 0 < interval <= 1
+            if not fraction and (type(interval) is not int or interval < 1):
+                raise ConfigError(
+                    f"val_check_interval={interval!r}: allowed are a whole number of batches, a "
+                    f"fraction of the epoch such as 0.25, '500 steps' or '10 min'."
+                )
+        overfit = self.overfit_batches
+        if not _is_number(overfit) or overfit < 0 or (isinstance(overfit, float) and overfit > 1):
+            raise ConfigError(
+                f"overfit_batches={overfit!r}: allowed are a number of batches, or a fraction of "
+                f"the training batches between 0 and 1."
+            )
+
+    def _whole(self, name: str, lowest: int) -> None:
+        value = getattr(self, name)
+        optional = name not in _NEEDED
+        if (value is None and optional) or (type(value) is int and value >= lowest):
+            return
+        more = ", or None" if optional else ""
+        unlimited = " (-1: no limit)" if lowest == -1 and name != "num_sanity_val_steps" else ""
+        raise ConfigError(
+            f"{name}={value!r}: allowed is a whole number of at least {lowest}{unlimited}{more}."
+        )
+
+    def _one_of(self, name: str, allowed: tuple[Any, ...]) -> None:
+        value = getattr(self, name)
+        if any(value is a or (isinstance(a, str) and value == a) for a in allowed):
+            return
+        words = [a for a in allowed if isinstance(a, str)]
+        hint = did_you_mean(value, words) if isinstance(value, str) else ""
+        listed = ", ".join(repr(a) for a in allowed)
+        more = " Several processes are not in this version." if name == "strategy" else ""
+        raise ConfigError(f"{name}={value!r}: allowed: {listed}.{hint}{more}")
+
+
+_WHOLE = {
+    "max_epochs": -1,
+    "min_epochs": 0,
+    "max_steps": -1,
+    "min_steps": 0,
+    "accumulate_grad_batches": 1,
+    "check_val_every_n_epoch": 1,
+    "num_sanity_val_steps": -1,
+    "log_every_n_steps": 1,
+    "reload_dataloaders_every_n_epochs": 0,
+    "seed": 0,
+}
+_NEEDED = ("accumulate_grad_batches", "log_every_n_steps", "reload_dataloaders_every_n_epochs")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

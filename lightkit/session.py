@@ -1,0 +1,62 @@
+"""What a trainer holds during and after one call of an entry point."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lightkit.distributed import SingleDevice, Strategy
+from lightkit.history import History
+from lightkit.metrics import CallbackMetrics
+from lightkit.precision import Precision
+from lightkit.run import Flow
+from lightkit.state import Stage, TrainState
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from lightkit.hooks import Callback, HookTable
+    from lightkit.loggers.base import Logger
+    from lightkit.metrics import MetricLog
+    from lightkit.optim import OptimizerPlan
+    from lightkit.task import TaskModule
+
+
+def _cpu() -> torch.device:
+    return torch.device("cpu")
+
+
+@dataclass(slots=True)
+class Session:
+    """The side of a call that callbacks and users may look at, during it and afterwards.
+
+    Attributes:
+        stage: The entry point that runs; None between calls.
+        task: The task of the last call.
+        lengths: Batches of each evaluation loader by stage, None where unknown.
+        given_train: The training data as the user gave it.
+        named_by_user: Whether evaluation loaders came as a dict, whose names prefix metrics.
+    """
+
+    task: TaskModule = None  # type: ignore[assignment]  # before the first call there is none
+    datamodule: Any = None
+    stage: Stage | None = None
+    state: TrainState = field(default_factory=TrainState)
+    flow: Flow = field(default_factory=Flow)
+    history: History = field(default_factory=History)
+    results: CallbackMetrics = field(default_factory=CallbackMetrics)
+    metrics: MetricLog | None = None
+    hooks: HookTable | None = None
+    callbacks: list[Callback] = field(default_factory=list)
+    loggers: list[Logger] = field(default_factory=list)
+    run_dir: Path | None = None
+    device: torch.device = field(default_factory=_cpu)
+    strategy: Strategy = field(default_factory=lambda: SingleDevice(_cpu()))
+    precision: Precision = field(default_factory=lambda: Precision("32-true"))
+    plan: OptimizerPlan | None = None
+    train_length: int | None = None
+    lengths: dict[str, list[int | None]] = field(default_factory=dict)
+    given_train: Any = None
+    named_by_user: bool = False

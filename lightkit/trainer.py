@@ -1,0 +1,503 @@
+"""`Trainer`: decisions, entry points, opening and closing a run. It contains no loop."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from lightkit import checkpoint, console, loops, opening, rng
+from lightkit.callbacks import ModelCheckpoint, ModelSummary, ProgressBar
+from lightkit.distributed import SingleDevice, launched, require_single_process, resolve_device
+from lightkit.errors import ConfigError, NotRunningError, UsageError
+from lightkit.history import History
+from lightkit.hooks import Callback, HookTable
+from lightkit.limits import make_limits
+from lightkit.loggers import JSONLLogger, Logger, TensorBoardLogger
+from lightkit.metrics import MetricLog
+from lightkit.options import Options, known_names
+from lightkit.precision import resolve_precision
+from lightkit.run import EvalRun, FitRun
+from lightkit.session import Session
+from lightkit.state import Stage
+from lightkit.task import TaskModule, require_steps
+from lightkit.view import TrainerView
+
+_log = logging.getLogger("lightkit")
+_FIT_NEEDS = {
+    "training_step": "returns the loss of a batch",
+    "configure_optimizers": "returns the optimizer",
+}
+
+
+class Trainer(TrainerView):
+    """Trains, validates, tests and predicts. It holds decisions; nothing is opened before a call.
+
+    All arguments are keywords, and an unknown one is an error that names the nearest valid one.
+
+    Args:
+        max_epochs: Epochs to train; -1 for no limit. Without it, ``max_steps`` and ``max_time``: 10.
+        min_epochs: Requests to stop wait for so many epochs.
+        max_steps: Optimizer steps to train; None or -1 for no limit.
+        min_steps: Requests to stop wait for so many steps.
+        max_time: Time to train: "DD:HH:MM:SS", "90 min", a timedelta, or a dict of its arguments.
+        accelerator: "auto" (CUDA, else the CPU), "cpu", "gpu", "cuda" or "mps".
+        devices: 1, "auto", or a list with the index of one device.
+        gpus: 0 for the CPU, 1 for one GPU, or a list with the index of one.
+        strategy: "auto"; several processes are not in this version.
+        precision: 32, "bf16-mixed", "16-mixed", "bf16-true" or 64.
+        accumulate_grad_batches: Batches per optimizer step; the last group of an epoch may be
+            shorter and is weighted right.
+        gradient_clip_val: Clip gradients to this; the norm before is logged as ``grad_norm``.
+        gradient_clip_algorithm: "norm" (of all gradients together) or "value" (of each element).
+        limit_train_batches: Training batches per epoch: a number, or a fraction as a float.
+        limit_val_batches: The same for each validation loader; 0 for no validation.
+        limit_test_batches: The same for each test loader.
+        limit_predict_batches: The same for each loader to predict.
+        val_check_interval: When to validate within an epoch: a number of batches, a fraction of
+            the epoch, "500 steps" or "10 min". Default: at its end.
+        check_val_every_n_epoch: Validate in every so many epochs; None counts the interval over
+            epochs.
+        num_sanity_val_steps: Validation batches tried before a fresh fit, on a copy of the random
+            states; default 2, -1 for all, 0 for none.
+        log_every_n_steps: Steps per row of the loggers; a row holds means over them.
+        callbacks: A callback or a list of them.
+        logger: True for TensorBoard and metrics.jsonl, False for none, a logger, or a list.
+        enable_progress_bar: Whether progress is shown.
+        enable_checkpointing: Whether checkpoints are written by default.
+        enable_model_summary: Whether a table of the model is shown.
+        default_root_dir: Where run folders go; default "runs".
+        fast_dev_run: True or a number of batches: one epoch of so many, nothing is written.
+        overfit_batches: Train on the same few batches: a number, or a fraction as a float.
+        reload_dataloaders_every_n_epochs: Make the loaders anew every so many epochs.
+        deterministic: True for deterministic algorithms only, "warn" to be told where there are
+            none.
+        benchmark: Whether cuDNN tries algorithms for the fastest.
+        detect_anomaly: Whether autograd looks for the origin of nan; slow.
+        fused: None runs Adam, AdamW and SGD fused where that was measured faster; False never (the
+            bits of a plain loop); True always.
+        terminate_on_nan: Whether a loss that is not finite ends the run.
+        seed: Seeds everything when the trainer is made.
+
+    Raises:
+        ConfigError: For arguments that cannot work.
+    """
+
+    #: The resolved configuration, where a command line made this trainer; fit saves it.
+    config_text: str | None = None
+
+    @known_names
+    def __init__(
+        self,
+        *,
+        max_epochs: int | None = None,
+        min_epochs: int | None = None,
+        max_steps: int | None = None,
+        min_steps: int | None = None,
+        max_time: str | timedelta | dict[str, int] | None = None,
+        accelerator: str = "auto",
+        devices: int | str | list[int] = "auto",
+        gpus: int | list[int] | None = None,
+        strategy: str = "auto",
+        precision: str | int = "32",
+        accumulate_grad_batches: int = 1,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: Literal["norm", "value"] = "norm",
+        limit_train_batches: int | float | None = None,
+        limit_val_batches: int | float | None = None,
+        limit_test_batches: int | float | None = None,
+        limit_predict_batches: int | float | None = None,
+        val_check_interval: int | float | str | None = None,
+        check_val_every_n_epoch: int | None = 1,
+        num_sanity_val_steps: int | None = None,
+        log_every_n_steps: int = 50,
+        callbacks: list[Callback] | Callback | None = None,
+        logger: bool | Logger | list[Logger] | None = True,
+        enable_progress_bar: bool = True,
+        enable_checkpointing: bool = True,
+        enable_model_summary: bool = True,
+        default_root_dir: str | Path | None = None,
+        fast_dev_run: bool | int = False,
+        overfit_batches: int | float = 0.0,
+        reload_dataloaders_every_n_epochs: int = 0,
+        deterministic: bool | Literal["warn"] | None = None,
+        benchmark: bool | None = None,
+        detect_anomaly: bool = False,
+        fused: bool | None = None,
+        terminate_on_nan: bool = True,
+        seed: int | None = None,
+    ) -> None:
+        self.options = Options(**{k: v for k, v in locals().items() if k != "self"})
+        self.limits, self.default_epochs = make_limits(self.options)
+        self._callbacks = _listed(callbacks, Callback, "callbacks")
+        self._loggers = _chosen_loggers(self.options)
+        self.session = Session()
+        if seed is not None:
+            rng.seed_everything(seed, verbose=False)
+
+    # --- entry points ----------------------------------------------------------------------------
+
+    def fit(
+        self,
+        model: TaskModule,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: Any = None,
+        ckpt_path: str | Path | None = None,
+    ) -> History:
+        """Trains a task.
+
+        Args:
+            model: The task.
+            train_dataloaders: A DataLoader or any iterable of batches; or a data module.
+            val_dataloaders: One loader, a list or a dict of loaders.
+            datamodule: An object with ``train_dataloader`` and the like, instead of loaders.
+            ckpt_path: Continue from this checkpoint: a path, "last" or "best".
+
+        Returns:
+            The history: one dict per epoch.
+        """
+        with self._open_fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path) as run:
+            loops.fit(run)
+        opening.say_end(self)
+        return self.session.history
+
+    def validate(
+        self,
+        model: TaskModule | None = None,
+        dataloaders: Any = None,
+        ckpt_path: str | Path | None = None,
+        verbose: bool = True,
+        datamodule: Any = None,
+    ) -> list[dict[str, float]]:
+        """Runs ``validation_step`` over each loader.
+
+        Args:
+            model: The task; default: that of the last call.
+            dataloaders: One loader, a list or a dict of loaders; or a data module.
+            ckpt_path: Load the weights of this checkpoint before: a path, "last" or "best".
+            verbose: Whether the results are shown.
+            datamodule: An object with ``val_dataloader``, instead of loaders.
+
+        Returns:
+            One dict of means for each loader.
+        """
+        return self._evaluate("validation", model, dataloaders, datamodule, ckpt_path, verbose)
+
+    def test(
+        self,
+        model: TaskModule | None = None,
+        dataloaders: Any = None,
+        ckpt_path: str | Path | None = None,
+        verbose: bool = True,
+        datamodule: Any = None,
+    ) -> list[dict[str, float]]:
+        """Runs ``test_step`` (by default ``validation_step``) over each loader; see `validate`."""
+        return self._evaluate("test", model, dataloaders, datamodule, ckpt_path, verbose)
+
+    def predict(
+        self,
+        model: TaskModule | None = None,
+        dataloaders: Any = None,
+        datamodule: Any = None,
+        return_predictions: bool = True,
+        ckpt_path: str | Path | None = None,
+    ) -> list[Any]:
+        """Runs ``predict_step`` (by default ``forward``) over each loader.
+
+        Args:
+            model: The task; default: that of the last call.
+            dataloaders: One loader, a list or a dict of loaders; or a data module.
+            datamodule: An object with ``predict_dataloader``, instead of loaders.
+            return_predictions: Whether the outputs are kept and returned.
+            ckpt_path: Load the weights of this checkpoint before.
+
+        Returns:
+            The outputs of all batches in order; for several loaders a list of such lists.
+        """
+        given = (model, dataloaders, datamodule, ckpt_path)
+        with self._open_eval("predict", *given, keep=return_predictions) as run:
+            loops.evaluate(run)
+        outputs = run.outputs or [[]]
+        return outputs[0] if len(outputs) == 1 else outputs
+
+    def stop(self, reason: str) -> None:
+        """Asks the fit to end at the next step, once the minimum of epochs and steps is done.
+
+        Args:
+            reason: What the last lines say.
+        """
+        if self.session.flow.stop_reason is None:
+            self.session.flow.stop_reason = reason
+
+    def save_checkpoint(self, filepath: str | Path, weights_only: bool = False) -> Path:
+        """Writes a checkpoint now; only at the end of a step, while fit runs.
+
+        Args:
+            filepath: The file; an existing one is replaced as a whole.
+            weights_only: Leave out what is only needed to go on with the run.
+
+        Raises:
+            UsageError: Between the batches of one optimizer step.
+            NotRunningError: Outside fit.
+        """
+        run = self._run
+        if not isinstance(run, FitRun):
+            raise NotRunningError(
+                "trainer.save_checkpoint works while fit runs. Afterwards the files of the run "
+                "are in its folder; torch.save(task.state_dict(), path) saves weights alone."
+            )
+        if run.flow.group_open:
+            raise UsageError(
+                "trainer.save_checkpoint was called between the batches of one optimizer step, "
+                "where a run cannot be continued. Call it in on_save_point."
+            )
+        run.metrics.check_window()
+        for logger in self.loggers:
+            logger.flush()
+        path = Path(filepath)
+        checkpoint.write_checkpoint(checkpoint.collect(run, weights_only=weights_only), path)
+        return path
+
+    def set_accumulation(self, batches: int) -> None:
+        """Sets the batches per optimizer step from the next epoch on."""
+        self.session.flow.accumulate = batches
+
+    # --- opening and closing a run ---------------------------------------------------------------
+
+    _run: FitRun | EvalRun | None = None
+
+    @contextlib.contextmanager
+    def _open_fit(
+        self, task: TaskModule, train: Any, val: Any, datamodule: Any, ckpt_path: Any
+    ) -> Iterator[FitRun]:
+        train, datamodule = _as_datamodule(train, datamodule)
+        require_steps(task, _FIT_NEEDS)
+        session = self.session = Session(task=task, datamodule=datamodule, stage=Stage.FIT)
+        session.flow.accumulate = self.options.accumulate_grad_batches
+        quiet = bool(self.options.fast_dev_run)
+        session.loggers = [] if quiet else [*self._loggers]
+        with self._opened(session), _numerics(self.options):
+            session.run_dir = opening.run_folder(self, session)
+            opening.open_loggers(self, session)
+            run = opening.build_fit(self, session, train, val)
+            self._run = run
+            resumed = opening.resume(self, run, ckpt_path) if ckpt_path is not None else None
+            if resumed is not None:
+                run.sanity_batches = 0
+            run.plan.check_horizon(*opening.planned(self))
+            opening.say_start(self, run, resumed)
+            if self.limits.seconds is not None:
+                run.flow.deadline = time.perf_counter() + self.limits.seconds - run.state.seconds
+            run.flow.validated_at = time.perf_counter()
+            # A full collection costs a tenth of a second with all that is imported; what is there
+            # now stays for the whole fit, so later ones need not look at it.
+            gc.collect()
+            gc.freeze()
+            yield run
+
+    @contextlib.contextmanager
+    def _open_eval(
+        self, stage: str, task: TaskModule | None, given: Any, datamodule: Any, ckpt_path: Any,
+        keep: bool = False,
+    ) -> Iterator[EvalRun]:  # fmt: skip
+        given, datamodule = _as_datamodule(given, datamodule)
+        old = self.session
+        task = old.task if task is None else task
+        if task is None:
+            raise UsageError(f"Pass the task: this trainer has none yet that it could {stage}.")
+        needs = {"validation": "validation_step", "test": "validation_step"}.get(stage)
+        own_test = stage == "test" and type(task).test_step is not TaskModule.test_step
+        require_steps(task, {needs: f"{stage} runs"} if needs and not own_test else {})
+        session = Session(task=task, datamodule=datamodule, history=old.history, plan=old.plan)
+        session.state, session.results, session.run_dir = old.state, old.results, old.run_dir
+        session.stage = Stage("validate" if stage == "validation" else stage)
+        if datamodule is None and given is None:
+            session.datamodule = old.datamodule
+        path = None if ckpt_path is None else opening.find_checkpoint(self, ckpt_path)
+        self.session = session
+        with self._opened(session):
+            run = opening.build_eval(self, session, stage, given)
+            if stage == "predict" and not keep:
+                run.outputs = None
+            if path is not None:
+                task.load_weights(path)
+            self._run = run
+            yield run
+
+    @contextlib.contextmanager
+    def _opened(self, session: Session) -> Iterator[None]:
+        """Sets up what every entry point needs, and closes it whatever happens."""
+        task, options, stage = session.task, self.options, str(session.stage.value)  # type: ignore[union-attr]
+        require_single_process(launched())
+        console.install(rank_zero=True)
+        session.device = resolve_device(options.accelerator, options.devices, options.gpus)
+        session.precision = resolve_precision(options.precision, session.device)
+        session.strategy = SingleDevice(session.device)
+        session.metrics = MetricLog(
+            session.state,
+            session.loggers,
+            session.history,
+            every=options.log_every_n_steps,
+            stop_on_nan=options.terminate_on_nan,
+            scaled=session.precision.has_scaler,
+            results=session.results,
+        )
+        session.metrics.epoch_time = lambda: time.perf_counter() - session.flow.epoch_started
+        session.callbacks = self._all_callbacks(session)
+        session.hooks = HookTable(self, task, [*session.callbacks, session.metrics])
+        task._link.trainer = self
+        if session.datamodule is not None:
+            session.datamodule.trainer = self
+        try:
+            self._set_up(session, stage)
+            task._link.metrics = session.metrics
+            yield
+        except BaseException as exception:
+            for hook in session.hooks.on_exception:
+                hook(exception)
+            raise
+        finally:
+            self._close(session, stage)
+
+    def _set_up(self, session: Session, stage: str) -> None:
+        task, datamodule = session.task, session.datamodule
+        for owner in (datamodule, task):
+            if hasattr(owner, "prepare_data"):
+                owner.prepare_data()
+        if hasattr(datamodule, "setup"):
+            datamodule.setup(stage)
+        assert session.hooks is not None
+        for hook in session.hooks.setup:
+            hook(stage)
+        task.configure_model()
+        session.precision.convert_module(task)
+        session.strategy.setup(task)
+
+    def _close(self, session: Session, stage: str) -> None:
+        """Closes everything, and lets nothing of it hide the exception that may be under way."""
+        link, hooks, datamodule = session.task._link, session.hooks, session.datamodule
+        assert hooks is not None
+        link.metrics, link.precision, link.manual = None, None, None
+        closers: list[Callable[[], Any]] = [
+            *(lambda hook=hook: hook(stage) for hook in hooks.teardown),  # type: ignore[misc]
+            *(logger.close for logger in session.loggers),
+            gc.unfreeze,
+        ]
+        if hasattr(datamodule, "teardown"):
+            closers.insert(0, lambda: datamodule.teardown(stage))
+        self._run, session.stage = None, None
+        with contextlib.ExitStack() as stack:
+            for close in reversed(closers):
+                stack.callback(close)
+
+    def _evaluate(
+        self, stage: str, task: Any, given: Any, datamodule: Any, ckpt_path: Any, verbose: bool
+    ) -> list[dict[str, float]]:
+        with self._open_eval(stage, task, given, datamodule, ckpt_path) as run:
+            loops.evaluate(run)
+        results = run.metrics.eval_results(len(run.loaders))
+        for row in results if verbose else ():
+            text = "  ".join(f"{name} {value:.5g}" for name, value in row.items())
+            _log.info("%s: %s", stage, text or "nothing was logged")
+        return results
+
+    def _all_callbacks(self, session: Session) -> list[Callback]:
+        """Returns the user's callbacks, the task's and the default ones, in order."""
+        options = self.options
+        needed = _listed(session.task.configure_callbacks(), Callback, "configure_callbacks")
+        kinds = {type(c) for c in needed}  # the task's replace those of one kind, as in the field
+        found = [*(c for c in self._callbacks if type(c) not in kinds), *needed]
+        fit = session.stage is Stage.FIT
+        if options.enable_progress_bar and not any(isinstance(c, ProgressBar) for c in found):
+            found.append(ProgressBar())
+        if fit and options.enable_model_summary:
+            if not any(isinstance(c, ModelSummary) for c in found):
+                found.append(ModelSummary())
+        if options.fast_dev_run or not options.enable_checkpointing:
+            found = [c for c in found if not isinstance(c, ModelCheckpoint)]
+        elif fit and not any(isinstance(c, ModelCheckpoint) for c in found):
+            found.append(ModelCheckpoint.default())
+        return sorted(found, key=lambda callback: callback.order)
+
+    def limit(self, what: str) -> int | float | None:
+        """Returns the limit of batches that holds for "train", "val", "test" or "predict"."""
+        options = self.options
+        if options.fast_dev_run:
+            return int(options.fast_dev_run)
+        if options.overfit_batches and what == "train":
+            return None
+        if options.overfit_batches and what == "val" and options.limit_val_batches is None:
+            return options.overfit_batches
+        given: int | float | None = getattr(options, f"limit_{what}_batches")
+        return given
+
+    @property
+    def sanity_batches(self) -> int:
+        """Validation batches tried before a fresh fit."""
+        steps = self.options.num_sanity_val_steps
+        if self.options.fast_dev_run or self.options.overfit_batches:
+            return 0
+        return 2 if steps is None else 2**31 if steps < 0 else steps
+
+
+def _listed(given: Any, kind: type, what: str) -> list[Any]:
+    """Returns one object or several as a list, all of one kind."""
+    items = [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
+    for item in items:
+        if not isinstance(item, kind):
+            hint = " Make an object of it." if isinstance(item, type) else ""
+            raise ConfigError(
+                f"{what}: {item!r} is no {kind.__name__} of lightkit.{hint} Give one "
+                f"{kind.__name__}, a list of them, or nothing."
+            )
+    return items
+
+
+def _chosen_loggers(options: Options) -> list[Logger]:
+    if options.logger is True:
+        return [TensorBoardLogger(), JSONLLogger()]
+    return [] if options.logger is False else _listed(options.logger, Logger, "logger")
+
+
+def _as_datamodule(loader: Any, datamodule: Any) -> tuple[Any, Any]:
+    """Takes a data module that was passed in the place of a loader."""
+    if datamodule is not None and loader is not None:
+        raise UsageError("Pass either loaders or datamodule=, not both.")
+    makes = ("train_dataloader", "val_dataloader", "test_dataloader", "predict_dataloader")
+    if loader is not None and any(callable(getattr(loader, name, None)) for name in makes):
+        return None, loader
+    return loader, datamodule
+
+
+@contextlib.contextmanager
+def _numerics(options: Options) -> Iterator[None]:
+    """Sets torch's switches for a fit and puts them back."""
+    cudnn: Any = torch.backends.cudnn
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        cudnn.benchmark,
+        torch.is_anomaly_enabled(),
+    )
+    try:
+        if options.deterministic is not None:
+            torch.use_deterministic_algorithms(
+                bool(options.deterministic), warn_only=options.deterministic == "warn"
+            )
+        if options.benchmark is not None:
+            cudnn.benchmark = options.benchmark
+        if options.detect_anomaly:
+            torch.autograd.set_detect_anomaly(True)
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        cudnn.benchmark = before[2]
+        torch.autograd.set_detect_anomaly(before[3])

@@ -1,0 +1,288 @@
+"""What callbacks, loggers and users read of a trainer. Nothing here syncs or communicates."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightkit.callbacks import EarlyStopping, ModelCheckpoint, ProgressBar
+from lightkit.errors import ConfigError
+from lightkit.history import History
+from lightkit.metrics import CallbackMetrics
+from lightkit.schedules import SchedulerEntry
+from lightkit.session import Session
+from lightkit.state import Stage, TrainState
+
+if TYPE_CHECKING:
+    from lightkit.hooks import Callback
+    from lightkit.limits import Limits
+    from lightkit.loggers.base import Logger
+    from lightkit.options import Options
+    from lightkit.task import TaskModule
+
+
+class TrainerView:
+    """The attributes of a trainer that may be read at any time, during a call and after it."""
+
+    options: Options
+    limits: Limits
+    session: Session
+    _callbacks: list[Callback]
+    _loggers: list[Logger]
+
+    # --- position --------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> TrainState:
+        """Counters of completed epochs, steps and batches."""
+        return self.session.state
+
+    @property
+    def current_epoch(self) -> int:
+        """Epochs completed: 0 during the whole first epoch, its end hooks included."""
+        return self.session.state.epoch
+
+    @property
+    def global_step(self) -> int:
+        """Optimizer steps completed, whatever the number of optimizers."""
+        return self.session.state.global_step
+
+    @property
+    def stage(self) -> Stage | None:
+        """The entry point that runs; None between calls."""
+        return self.session.stage
+
+    @property
+    def sanity_checking(self) -> bool:
+        """Whether the validation before training runs."""
+        return self.session.flow.sanity_checking
+
+    @property
+    def epoch_ended(self) -> bool:
+        """At a save point: whether an epoch ended with this step."""
+        return self.session.flow.epoch_ended
+
+    @property
+    def run_ending(self) -> bool:
+        """At a save point: whether it is the last of the run."""
+        return self.session.flow.ending
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether a stop was asked for. Setting it to True asks for one."""
+        return self.session.flow.stop_reason is not None
+
+    @should_stop.setter
+    def should_stop(self, value: bool) -> None:
+        self.session.flow.stop_reason = "trainer.should_stop was set" if value else None
+
+    @property
+    def data_wait(self) -> float:
+        """Seconds of this epoch spent waiting for the training loader."""
+        return self.session.flow.data_wait
+
+    @property
+    def epoch_started(self) -> float:
+        """``time.perf_counter()`` at the start of the epoch."""
+        return self.session.flow.epoch_started
+
+    # --- limits ----------------------------------------------------------------------------------
+
+    @property
+    def max_epochs(self) -> int:
+        """Epochs after which a fit ends; -1 for no limit."""
+        return self.limits.max_epochs
+
+    @property
+    def min_epochs(self) -> int:
+        """Epochs that a request to stop waits for."""
+        return self.limits.min_epochs
+
+    @property
+    def max_steps(self) -> int:
+        """Optimizer steps after which a fit ends; -1 for no limit."""
+        return self.limits.max_steps
+
+    @property
+    def num_training_batches(self) -> int | None:
+        """Training batches of an epoch; None where unknown."""
+        return self.session.train_length
+
+    @property
+    def num_val_batches(self) -> list[int | None]:
+        """Batches of each validation loader, None where unknown."""
+        return self.session.lengths.get("validation", [])
+
+    @property
+    def num_test_batches(self) -> list[int | None]:
+        """Batches of each test loader, None where unknown."""
+        return self.session.lengths.get("test", [])
+
+    @property
+    def num_predict_batches(self) -> list[int | None]:
+        """Batches of each loader to predict, None where unknown."""
+        return self.session.lengths.get("predict", [])
+
+    @property
+    def estimated_stepping_batches(self) -> int | float | None:
+        """Optimizer steps from 0 to the end of the fit: infinite without limit, None if unknown."""
+        steps, epochs = self.limits.max_steps, self.limits.max_epochs
+        length = self.session.train_length
+        if epochs < 0:
+            return steps if steps >= 0 else math.inf
+        if length is None:
+            return steps if steps >= 0 else None
+        total = -(-length // self.accumulate_grad_batches) * epochs
+        return min(total, steps) if steps >= 0 else total
+
+    @property
+    def accumulate_grad_batches(self) -> int:
+        """Batches per optimizer step."""
+        return self.session.flow.accumulate if self.session.stage else (
+            self.options.accumulate_grad_batches
+        )
+
+    @property
+    def log_every_n_steps(self) -> int:
+        """Steps per row of the loggers."""
+        return self.options.log_every_n_steps
+
+    @property
+    def check_val_every_n_epoch(self) -> int | None:
+        """Epochs between validations."""
+        return self.options.check_val_every_n_epoch
+
+    # --- numbers ---------------------------------------------------------------------------------
+
+    @property
+    def callback_metrics(self) -> CallbackMetrics:
+        """The last logged value of each name, and the means of epochs and evaluations that ended."""
+        return self.session.results
+
+    @property
+    def logged_metrics(self) -> dict[str, Tensor]:
+        """The last row that the loggers got."""
+        metrics = self.session.metrics
+        return {} if metrics is None else {k: torch.tensor(v) for k, v in metrics.row.items()}
+
+    @property
+    def progress_bar_metrics(self) -> dict[str, float]:
+        """Plain numbers of the last row, for the names logged with ``prog_bar``, and the loss."""
+        return {} if self.session.metrics is None else self.session.metrics.bar
+
+    @property
+    def history(self) -> History:
+        """One dict per epoch of the last fit."""
+        return self.session.history
+
+    # --- objects ---------------------------------------------------------------------------------
+
+    @property
+    def task(self) -> TaskModule:
+        """The task of the last call."""
+        return self.session.task
+
+    model = lightning_module = task
+
+    @property
+    def datamodule(self) -> Any:
+        """The data module of the last call, or None."""
+        return self.session.datamodule
+
+    @property
+    def callbacks(self) -> list[Callback]:
+        """All callbacks in their order; before the first call those that were given."""
+        return self.session.callbacks or self._callbacks
+
+    @property
+    def checkpoint_callbacks(self) -> list[ModelCheckpoint]:
+        """The callbacks that write checkpoints."""
+        return [c for c in self.callbacks if isinstance(c, ModelCheckpoint)]
+
+    @property
+    def checkpoint_callback(self) -> ModelCheckpoint | None:
+        """The first callback that writes checkpoints, or None."""
+        return next(iter(self.checkpoint_callbacks), None)
+
+    @property
+    def early_stopping_callback(self) -> EarlyStopping | None:
+        """The first EarlyStopping, or None."""
+        return next((c for c in self.callbacks if isinstance(c, EarlyStopping)), None)
+
+    @property
+    def progress_bar_callback(self) -> ProgressBar | None:
+        """The progress display, or None."""
+        return next((c for c in self.callbacks if isinstance(c, ProgressBar)), None)
+
+    @property
+    def loggers(self) -> list[Logger]:
+        """All loggers; before the first call those that were chosen."""
+        return self.session.loggers if self.session.stage else self._loggers
+
+    @property
+    def logger(self) -> Logger | None:
+        """The first logger, or None."""
+        return next(iter(self.loggers), None)
+
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        """The optimizers of the last fit."""
+        return [] if self.session.plan is None else self.session.plan.optimizers
+
+    @property
+    def lr_schedulers(self) -> list[SchedulerEntry]:
+        """The schedules of the last fit."""
+        return [] if self.session.plan is None else self.session.plan.schedulers
+
+    @property
+    def precision(self) -> str:
+        """The precision by name."""
+        return self.session.precision.name if self.session.stage else str(self.options.precision)
+
+    # --- places ----------------------------------------------------------------------------------
+
+    @property
+    def default_root_dir(self) -> Path:
+        """Where run folders go."""
+        given = self.options.default_root_dir
+        return Path("runs" if given is None else given)
+
+    @property
+    def run_dir(self) -> Path | None:
+        """The folder of the last fit; None where nothing is written."""
+        return self.session.run_dir
+
+    @property
+    def log_dir(self) -> str | None:
+        """The folder of the last fit as text."""
+        return None if self.session.run_dir is None else str(self.session.run_dir)
+
+    @property
+    def is_global_zero(self) -> bool:
+        """Whether this process is the first of all."""
+        return self.session.strategy.is_global_zero
+
+    @property
+    def global_rank(self) -> int:
+        """The number of this process among all."""
+        return 0
+
+    @property
+    def local_rank(self) -> int:
+        """The number of this process on its machine."""
+        return 0
+
+    @property
+    def world_size(self) -> int:
+        """The number of processes."""
+        return self.session.strategy.world_size
+
+    @property
+    def num_devices(self) -> int:
+        """The number of devices of this machine in use."""
+        return 1

@@ -1,0 +1,207 @@
+"""Every code block of README and docs runs, and what the pages say of the files is true."""
+
+from __future__ import annotations
+
+import ast
+import linecache
+import re
+import shlex
+import shutil
+import sys
+import textwrap
+import types
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for path in (*ROOT.glob("*.md"), *DOCS.glob("*.md"), *ROOT.glob("templates/*/README.md"))
+)
+#: A page with this link begins with the definitions of the quickstart.
+USES_QUICKSTART = "of the [quickstart](index.md)"
+#: Runs of the command line are cut short by these.
+SHORT = ("--trainer.max_epochs=1", "--trainer.limit_train_batches=2")
+#: Other programs that a block may call; the gate and the reader run them.
+PROGRAMS = {"cd", "pip", "pytest", "python3", "tensorboard", ".ci/run"}
+
+
+@dataclass
+class Block:
+    page: str
+    line: int
+    language: str
+    code: str
+    skipped: str | None  # the reason
+
+
+def blocks(page: str) -> list[Block]:
+    """Returns the fenced blocks of a page, in their order."""
+    lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
+    found: list[Block] = []
+    i = 0
+    while i < len(lines):
+        fence = re.match(r"( *)```(\w*)", lines[i])
+        if not fence:
+            i += 1
+            continue
+        end = next(n for n in range(i + 1, len(lines)) if lines[n].strip() == "```")
+        mark = re.fullmatch(r"\s*<!-- not run: (.+) -->", lines[i - 1]) if i else None
+        code = textwrap.dedent("\n".join(lines[i + 1 : end]))
+        found.append(Block(page, i + 2, fence[2], code, mark and mark[1]))
+        i = end + 1
+    return found
+
+
+def run_python(block: Block, module: types.ModuleType) -> None:
+    """Executes a block so that tracebacks show its lines on the page."""
+    name = f"{block.page}, line {block.line}"
+    linecache.cache[name] = (len(block.code), None, block.code.splitlines(keepends=True), name)
+    exec(compile(block.code, name, "exec"), module.__dict__)
+
+
+def run_shell(block: Block, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs what is lightkit's in a block, cut short; refuses programs that are not known."""
+    from lightkit.cli import main
+
+    for line in block.code.splitlines():
+        for command in line.split("&&"):
+            words = shlex.split(command, comments=True)
+            while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
+                words = words[1:]
+            if not words:
+                continue
+            program = words[0].removeprefix(".venv/bin/")
+            if program == "lightkit":
+                # What a folder's modules left behind must not be found in the next one.
+                for name in ("model", "data"):
+                    monkeypatch.delitem(sys.modules, name, raising=False)
+                monkeypatch.setattr(sys, "path", [p for p in sys.path if str(folder) not in p])
+                trains = "fit" in words and "--print_config" not in words
+                short = [flag for flag in SHORT if flag.partition("=")[0] not in words]
+                assert main([*words[1:], *(short if trains else ())]) == 0, command
+            elif program == "cd":
+                monkeypatch.chdir(words[1])
+            else:
+                assert program in PROGRAMS | {"ruff", "mypy"}, f"{block.page}: {command}"
+
+
+def check_yaml(block: Block) -> None:
+    from lightkit.config import KEYS, read_sources, resolve
+
+    tree = yaml.safe_load(block.code)
+    if isinstance(tree, dict) and set(tree) <= set(KEYS):
+        Path("block.yaml").write_text(block.code, encoding="utf-8")
+        if "task" in tree:
+            resolve(read_sources(["block.yaml"], {}, "page"))
+
+
+@pytest.fixture
+def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that looks like a clone and may be written to."""
+    ignore = shutil.ignore_patterns("__pycache__", "runs")
+    for name in ("configs", "templates"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignore)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(ROOT))])
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if name.partition(".")[0] in {"templates", "model", "data", "page"}:
+            del sys.modules[name]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
+def test_blocks(page, clone, monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    module = types.ModuleType("page")
+    monkeypatch.setitem(sys.modules, "page", module)
+    if USES_QUICKSTART in (ROOT / page).read_text(encoding="utf-8"):
+        run_python(next(b for b in blocks("docs/index.md") if b.language == "python"), module)
+    exec("import lightkit as lk", module.__dict__)
+    if page.startswith("templates/"):  # its commands are for the copy
+        from lightkit._share import copy_template
+
+        copy_template(page.split("/")[1], clone / "copy")
+        monkeypatch.chdir(clone / "copy")
+    for block in blocks(page):
+        if block.skipped:
+            continue
+        if block.language == "python":
+            run_python(block, module)
+        elif block.language == "bash":
+            run_shell(block, clone, monkeypatch)
+            monkeypatch.chdir(clone / "copy" if page.startswith("templates/") else clone)
+        elif block.language == "yaml":
+            check_yaml(block)
+        else:
+            assert block.language == "text", f"{page}, line {block.line}: name the language"
+
+
+def test_the_order_of_hooks_stands_on_the_page():
+    docstring = ast.get_docstring(ast.parse((ROOT / "lightkit/hooks.py").read_text("utf-8")))
+    drawn = docstring.partition("::\n")[2].partition("\nFor one hook")[0]
+    drawn = textwrap.dedent(drawn).strip()
+    page = (DOCS / "loop.md").read_text(encoding="utf-8")
+    shown = page.partition("<!-- the order of hooks -->\n```text\n")[2].partition("\n```")[0]
+    assert shown == drawn
+
+
+def test_every_hook_is_in_the_order_or_named_beside_it():
+    from lightkit.hooks import LOOP_HOOKS
+
+    page = (DOCS / "loop.md").read_text(encoding="utf-8")
+    # Test and prediction repeat the validation's; the others come when they come.
+    others = {"on_exception", "on_save_checkpoint", "on_load_checkpoint"}
+    missing = [
+        hook
+        for hook in LOOP_HOOKS
+        if hook not in page and hook not in others and not re.match(r"on_(test|predict)_", hook)
+    ]
+    assert missing == []
+
+
+def test_the_layout_is_the_package():
+    page = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    block = page.partition("<!-- the layout -->\n```text\n")[2].partition("\n```")[0]
+    drawn = re.findall(r"^  ([\w.]+/?)", block, re.MULTILINE)
+    files = [path.name for path in (ROOT / "lightkit").glob("*.py")]
+    folders = [f"{path.parent.name}/" for path in (ROOT / "lightkit").glob("*/__init__.py")]
+    assert sorted(drawn) == sorted(files + folders)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_paths_exist(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    folder = (ROOT / page).parent
+    links = re.findall(r"\]\(([^)\s]+)\)", prose) + re.findall(r"^\[.+\]: (\S+)$", prose, re.M)
+    for link in links:
+        if "://" in link:
+            continue
+        file, _, anchor = link.partition("#")
+        target = folder / file if file else ROOT / page
+        assert target.exists(), f"{page}: {link}"
+        if anchor:
+            titles = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            slugs = {re.sub(r"[^\w -]", "", t).strip().lower().replace(" ", "-") for t in titles}
+            assert anchor in slugs, f"{page}: {link}"
+    for path in re.findall(r"`((?:tests|lightkit|configs|templates|docs)/[\w./-]*)`", prose):
+        assert (ROOT / path).exists(), f"{page}: {path}"
+
+
+def test_every_page_is_in_the_navigation():
+    shown = set(re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text("utf-8"), re.M))
+    assert shown == {path.name for path in DOCS.glob("*.md")}
+
+
+def test_all_callbacks_are_on_the_page():
+    import lightkit
+
+    page = (DOCS / "callbacks.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE))
+    assert listed == set(lightkit.callbacks.__all__) - {"Callback"}
