@@ -15,6 +15,8 @@ from pathlib import Path
 from traceback import walk_tb
 from typing import TYPE_CHECKING, Any
 
+import lightkit
+from lightkit import console
 from lightkit.errors import ConfigError, LightkitError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
@@ -117,8 +119,6 @@ def _split(argv: Sequence[str]) -> _Words:
 
 def _run(words: _Words) -> int:
     if "--version" in words.switches:
-        import lightkit
-
         return _say(f"lightkit {lightkit.__version__}")
     command, *others = words.positional or [""]
     wants_help = bool(words.switches & {"--help", "-h"})
@@ -173,6 +173,7 @@ def _entry_point(command: str, words: _Words, wants_help: bool) -> int:
     config = resolve(sources)
     if "--print_config" in words.switches:
         return _say(config.to_yaml())
+    console.install()
     run = build(config)
     if command != "fit" and config.ckpt_path is None:
         _log.warning("untrained weights: no ckpt_path was given.%s", _checkpoint_near(words.files))
@@ -208,9 +209,7 @@ def _help(sources: Sources | None = None) -> str:
         lines += _entry(flag, text)
     if sources is None:
         return "\n".join([*lines, "", "lightkit fit --help shows every argument of the Trainer."])
-    import lightkit
-
-    classes = [("trainer", lightkit.Trainer)]
+    classes: list[tuple[str, Any]] = [("trainer", lightkit.Trainer)]
     classes += [(section, sources.find_class(section)) for section in ("task", "data")]
     for section, cls in classes:
         if cls is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -10,6 +11,8 @@ from torch import Tensor
 from lightkit.errors import LoggingError, did_you_mean
 
 _REDUCTIONS = ("mean", "sum", "min", "max")
+_OPTIONS = ("name", "prog_bar", "logger", "on_step", "on_epoch", "reduce")
+_SUMS = ("returned", "window", "total", "_sum", "_weight")
 
 
 def reduction(name: str, given: Any) -> str:
@@ -28,6 +31,20 @@ def reduction(name: str, given: Any) -> str:
     return str(text)
 
 
+def scalar(name: str, value: Tensor) -> Tensor:
+    """Returns a tensor with one element without its dimensions.
+
+    Raises:
+        LoggingError: For a tensor with another number of elements.
+    """
+    if value.numel() != 1:
+        raise LoggingError(
+            f"self.log({name!r}): the value has the shape {tuple(value.shape)}, but one number is "
+            f"needed. Take its mean, or log its elements under several names with self.log_dict."
+        )
+    return value.reshape(())
+
+
 class Column:
     """The values of one name.
 
@@ -39,8 +56,8 @@ class Column:
         folded: The values of the last flush as floats.
         total: The reduced value since the epoch began, None before the first flush.
         metric: The torchmetrics object logged under this name.
-        owner: The MetricCollection it belongs to.
         returned: Whether the values were returned by the step and not logged.
+        loader: The evaluation loader that the values belong to, -1 for none of its own.
     """
 
     __slots__ = (
@@ -48,12 +65,12 @@ class Column:
         "_weight",
         "folded",
         "live",
+        "loader",
         "logger",
         "metric",
         "name",
         "on_epoch",
         "on_step",
-        "owner",
         "prog_bar",
         "reduce",
         "returned",
@@ -76,7 +93,7 @@ class Column:
     ) -> None:
         self.name, self.prog_bar, self.logger = name, prog_bar, logger
         self.on_step, self.on_epoch, self.reduce = on_step, on_epoch, reduce
-        self.metric, self.owner, self.returned = metric, None, False
+        self.metric, self.returned, self.loader = metric, False, -1
         self.values: list[Tensor | float] = []
         self.weights: list[Tensor | float] = []
         self.live: Tensor | float | None = None
@@ -99,7 +116,7 @@ class Column:
     def check_unchanged(self) -> None:
         """Raises where a value was changed in place after it was logged."""
         for value in self.values:
-            if isinstance(value, Tensor) and value._version:
+            if isinstance(value, Tensor) and not value.is_inference() and value._version:
                 raise LoggingError(
                     f"A value logged as {self.name!r} was changed in place afterwards, so what was "
                     f"logged is lost. Log a copy: self.log({self.name!r}, value.clone())."
@@ -111,38 +128,47 @@ class Column:
         self.weights.clear()
         self.folded = values
         if self.reduce == "mean":
-            top = math.fsum(v * w for v, w in zip(values, weights, strict=True) if w)
-            weight = math.fsum(weights)
+            top = _sum(v * w for v, w in zip(values, weights, strict=True) if w)
+            weight = _sum(weights)
             self.window = top / weight if weight else math.nan
             self._sum += top
             self._weight += weight
             self.total = self._sum / self._weight if self._weight else math.nan
-            return
-        if self.reduce == "sum":
-            self.window = math.fsum(values)
+        elif self.reduce == "sum":
+            self.window = _sum(values)
             self.total = self.window + (self.total or 0.0)
-            return
-        pick = min if self.reduce == "min" else max
-        self.window = pick(values)
-        self.total = self.window if self.total is None else pick(self.total, self.window)
+        else:
+            pick = min if self.reduce == "min" else max
+            self.window = _extreme(pick, values)
+            so_far = [] if self.total is None else [self.total]
+            self.total = _extreme(pick, [*so_far, self.window])
 
     def state_dict(self) -> dict[str, Any]:
         """Returns everything but the metric object, as plain types and tensors."""
-        names = ("name", "prog_bar", "logger", "on_step", "on_epoch", "reduce")
-        state = {n: getattr(self, n) for n in (*names, "window", "total", "_sum", "_weight")}
-        state["values"] = list(self.values)
-        state["weights"] = list(self.weights)
-        return state
+        state = {name: getattr(self, name) for name in (*_OPTIONS, *_SUMS)}
+        return {**state, "values": list(self.values), "weights": list(self.weights)}
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Column:
         """Returns the column that `state_dict` was taken from."""
-        names = ("name", "prog_bar", "logger", "on_step", "on_epoch", "reduce")
-        column = cls(**{n: state[n] for n in names})
+        column = cls(**{name: state[name] for name in _OPTIONS})
+        for name in _SUMS:
+            setattr(column, name, state[name])
         column.values, column.weights = list(state["values"]), list(state["weights"])
-        column.window, column.total = state["window"], state["total"]
-        column._sum, column._weight = state["_sum"], state["_weight"]
         if column.values:
             column.live = column.values[-1]
         return column
 
+
+def _sum(values: Iterable[float]) -> float:
+    """Returns the exact sum; inf and nan go on as in any sum, where ``math.fsum`` would raise."""
+    values = list(values)
+    try:
+        return math.fsum(values)
+    except (OverflowError, ValueError):
+        return sum(values)
+
+
+def _extreme(pick: Any, values: list[float]) -> float:
+    """Returns the least or greatest value; nan where one is nan, whatever the order."""
+    return math.nan if any(map(math.isnan, values)) else pick(values)

@@ -31,9 +31,13 @@ from lightkit.config_types import (
     plain,
     shown,
 )
+from lightkit.data import DataModule
 from lightkit.errors import ConfigError, did_you_mean
 from lightkit.signatures import arguments
+from lightkit.task import TaskModule
+from lightkit.trainer import Trainer
 
+_BASES: dict[str, type] = {"trainer": Trainer, "task": TaskModule, "data": DataModule}
 KEYS = ("trainer", "data", "task", "ckpt_path")
 #: What other trainers call our keys.
 _OTHER_NAMES = {"model": "task", "datamodule": "data", "seed_everything": "trainer.seed"}
@@ -154,7 +158,7 @@ class Sources:
         if not isinstance(spec, dict) or "class_path" not in spec:
             return None
         try:
-            return import_path(spec["class_path"], (section, "class_path"), _base(section))
+            return import_path(spec["class_path"], (section, "class_path"), _BASES[section])
         except MisfitError as problem:
             raise self.error(problem) from None
 
@@ -211,7 +215,7 @@ def instantiate(spec: Any, base: Any = object) -> Any:
 def resolve(sources: Sources, trainer_class: type | None = None) -> Config:
     """Checks the overlaid values against the classes. See `load_config`."""
     try:
-        return _resolve(sources, trainer_class or _base("trainer"))
+        return _resolve(sources, trainer_class or _BASES["trainer"])
     except MisfitError as problem:
         raise sources.error(problem) from None
 
@@ -233,16 +237,10 @@ def _resolve(sources: Sources, trainer_class: type) -> Config:
     data = tree.get("data")
     return Config(
         Deferred(f"{trainer_class.__module__}.{trainer_class.__name__}", trainer_class, checked),
-        convert(tree["task"], _base("task"), ("task",)),
-        None if data is None else convert(data, _base("data"), ("data",)),
+        convert(tree["task"], _BASES["task"], ("task",)),
+        None if data is None else convert(data, _BASES["data"], ("data",)),
         convert(tree.get("ckpt_path"), str | None, ("ckpt_path",)),
     )
-
-
-def _base(section: str) -> Any:
-    import lightkit as lk
-
-    return {"trainer": lk.Trainer, "task": lk.TaskModule, "data": lk.DataModule}[section]
 
 
 def _elsewhere(name: str, sources: Sources, trainer_class: type) -> str:

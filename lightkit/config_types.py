@@ -374,11 +374,7 @@ def import_path(name: Any, path: Path = (), base: Any = object) -> Any:
     """
     parts = str(name).split(".")
     if not isinstance(name, str) or len(parts) < 2 or not all(p.isidentifier() for p in parts):
-        import lightkit
-
-        ours = getattr(lightkit, "__all__", ())
-        hint = f"Did you mean 'lightkit.{name}'?" if name in ours else ""
-        raise MisfitError(path, "not an import path", "module.Class", name, hint=hint)
+        raise MisfitError(path, "not an import path", "module.Class", name, hint=_ours(str(name)))
     for cut in range(len(parts) - 1, 0, -1):
         module_name = ".".join(parts[:cut])
         try:
@@ -407,7 +403,18 @@ def _no_attribute(owner: Any, owner_name: str, name: str, base: Any, path: Path)
             members[known] = getattr(owner, known)
     classes = [n for n, member in members.items() if isinstance(member, type)]
     names = [n for n in classes if _is_subclass(members[n], base)] or classes or names
-    return MisfitError(path, f"no {name!r} in {owner_name}", given=name, names=names)
+    hint = _ours(name) if owner_name == "lightkit" else ""
+    return MisfitError(path, f"no {name!r} in {owner_name}", given=name, names=names, hint=hint)
+
+
+def _ours(name: str) -> str:
+    """Says where a class of lightkit is, for who left the module out."""
+    from lightkit import callbacks, loggers
+
+    for module in (callbacks, loggers):
+        if name in module.__all__:
+            return f"Did you mean '{module.__name__}.{name}'?"
+    return ""
 
 
 def _is_dotted(value: Any) -> bool:

@@ -73,9 +73,9 @@ def parse_duration(value: str | timedelta | dict[str, int] | None, argument: str
     Raises:
         ConfigError: When it cannot be read as a positive duration.
     """
-    seconds: float | None = None
     if value is None:
         return None
+    seconds: float | None = None
     if isinstance(value, timedelta):
         seconds = value.total_seconds()
     elif isinstance(value, dict):
@@ -84,15 +84,13 @@ def parse_duration(value: str | timedelta | dict[str, int] | None, argument: str
         except TypeError as error:
             raise ConfigError(f"{argument}={value!r}: {error}.") from None
     elif isinstance(value, str):
-        parts = value.split(":")
-        unit = re.fullmatch(r"\s*([\d.]+)\s*([a-z]+?)s?\s*", value)
-        if len(parts) == 4 and all(p.strip().isdigit() for p in parts):
-            days, hours, minutes, rest = (int(p) for p in parts)
-            seconds = timedelta(
-                days=days, hours=hours, minutes=minutes, seconds=rest
-            ).total_seconds()
-        elif unit and (unit[2] in _UNITS or unit[2] + "s" in _UNITS):
-            seconds = float(unit[1]) * _UNITS.get(unit[2], _UNITS.get(unit[2] + "s", 1))
+        clock = re.fullmatch(r"\s*(\d+):(\d+):(\d+):(\d+)\s*", value)
+        words = re.fullmatch(r"\s*(\d+\.?\d*)\s*([a-z]+?)s?\s*", value.lower())
+        if clock:
+            days, hours, minutes, rest = map(int, clock.groups())
+            seconds = timedelta(days, rest, hours=hours, minutes=minutes).total_seconds()
+        elif words and words[2] in _UNITS:
+            seconds = float(words[1]) * _UNITS[words[2]]
     if seconds is None or seconds <= 0:
         raise ConfigError(
             f"{argument}={value!r} is no duration. Allowed: 'DD:HH:MM:SS' such as '00:12:00:00', "
@@ -107,6 +105,8 @@ def make_limits(options: Any) -> tuple[Limits, bool]:
     Returns:
         The limits, and whether the number of epochs is the default of 10.
     """
+    if options.fast_dev_run:  # one epoch of a few batches, whatever else was asked for
+        return Limits(1, -1, 0, 0, None), False
     epochs, steps = options.max_epochs, options.max_steps
     steps = -1 if steps is None else steps
     seconds = parse_duration(options.max_time, "max_time")
@@ -160,7 +160,8 @@ def make_cadence(
                 f"val_check_interval={interval} is a fraction of an epoch, but the training loader "
                 f"has no length. Give a number of batches, '500 steps' or '10 min'."
             )
-        interval = max(1, int(batches * interval))
+        # The small addition makes 0.29 of 100 the 29 that is meant, not 28.999999999999996.
+        interval = max(1, int(batches * interval + 1e-9))
     if every_n_epochs is None:
         return Cadence("total", interval)
     if batches is not None and interval > batches:

@@ -10,14 +10,15 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from lightkit import rng
-from lightkit.data import BatchStream, groups
-from lightkit.errors import UsageError
+from lightkit.closure import Closure
+from lightkit.data import END, BatchStream, groups
+from lightkit.losses import Weighing, checked, unpack
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -71,6 +72,7 @@ def train_epoch(run: FitRun) -> None:
     state, flow, metrics = run.state, run.flow, run.metrics
     flow.epoch_started, flow.data_wait = _clock(), 0.0
     stream = _open_epoch(run)
+    metrics.begin_steps()
     try:
         for group in groups(stream, flow.accumulate):
             before = state.batch_idx
@@ -78,6 +80,9 @@ def train_epoch(run: FitRun) -> None:
             flow.data_wait = stream.wait
             if state.batch_idx > before and validation_due(run, before):
                 validate(run)
+                metrics.begin_steps()
+            if run.plan.plateau_entries:
+                _step_plateau(run, "step", state.global_step)
             if group.last or stream.ended:
                 continue  # the end of the epoch offers the save, once its counter has moved
             flow.ending = done(run)  # within the epoch: a save holds the state before its end
@@ -88,7 +93,7 @@ def train_epoch(run: FitRun) -> None:
     finally:
         stream.close()
     state.seconds += _clock() - flow.epoch_started
-    metrics.in_step = False
+    metrics.end_steps()
     metrics.reduce(training=True)
     if not flow.ending:
         run.plan.step_schedulers("epoch", state.epoch + 1)
@@ -103,9 +108,8 @@ def train_epoch(run: FitRun) -> None:
 def end_epoch(run: FitRun) -> None:
     """Moves the epoch counter, the plateau schedules before it, and offers a save after it."""
     state, flow = run.state, run.flow
-    validated = run.validation is None or state.validations > 0
-    metrics = run.metrics.callback_metrics
-    run.plan.step_plateau("epoch", state.epoch + 1, metrics, validated=validated)
+    _step_plateau(run, "epoch", state.epoch + 1)
+    state.batches_before += state.batch_idx
     state.epoch += 1
     state.batch_idx = 0
     run.data.clear()
@@ -115,11 +119,22 @@ def end_epoch(run: FitRun) -> None:
     flow.epoch_ended = False
 
 
+def _step_plateau(run: FitRun, interval: Literal["step", "epoch"], count: int) -> None:
+    """Moves the schedules that read a metric."""
+    validated = run.validation is None or run.state.validations > 0
+    metrics = run.metrics.callback_metrics
+    run.plan.step_plateau(interval, count, metrics, validated=validated)
+
+
 def _open_epoch(run: FitRun) -> BatchStream:
     """Starts a pass over the training loader, where the epoch begins or where it is continued."""
     state = run.state
-    if run.reload is not None and state.batch_idx == 0:
-        run.reload(run)
+    if state.batch_idx == 0:
+        if run.rng is not None:  # the random states of the checkpoint that this fit continues
+            rng.set_rng_state(run.rng)
+            run.rng = None
+        if run.reload is not None:
+            run.reload(run)
     run.metrics.begin_epoch()
     if state.batch_idx == 0:
         for hook in run.hooks.on_train_epoch_start:
@@ -136,39 +151,42 @@ def _open_epoch(run: FitRun) -> BatchStream:
         sizes=run.counts,
         name="training loader",
     )
-    if run.rng is not None:  # the random states of the checkpoint that this fit continues
+    if run.rng is not None:  # in the middle of an epoch: after its order was drawn again
         rng.set_rng_state(run.rng)
         run.rng = None
     return stream
 
 
 def train_step(run: FitRun, group: Group) -> None:
-    """Takes one optimizer step over a group of batches."""
-    state, hooks, metrics, flow = run.state, run.hooks, run.metrics, run.flow
-    plan, precision, size = run.plan, run.precision, group.size
-    automatic = plan.automatic
-    weighing = _Weighing(run, size) if size > 1 else None
+    """Takes one optimizer step over a group of batches.
+
+    Its cost is that of the Python between the user's code and torch, so what a fit does not use is
+    passed over by a test of a local variable.
+    """
+    state, hooks, now, fetch, size = run.state, run.hooks, run.metrics.now, group.fetch, group.size
+    automatic, counts, transfer, autocast = run.automatic, run.counts, run.transfer, run.autocast
+    step, takes_index = run.training_step, run.takes_index
+    weighing = Weighing(run, size) if size > 1 else None
     kept: list[tuple[Any, int]] | None = [] if run.keeps_batches else None
     if automatic:
         _clear_gradients(run)
-    count = 0
-    for batch in group:
+    for count in range(1, size + 1):
+        batch = fetch()
+        if batch is END:
+            group.say_torn(count - 1)
+            break
         index = state.batch_idx
-        if run.transfer is not None:
-            batch = run.transfer(batch, 0)
-        metrics.in_step, metrics.batch = True, batch
-        metrics.size = run.counts.of(index) if run.counts is not None else None
+        if transfer is not None:
+            batch = transfer(batch, 0)
+        now.batch = batch
+        now.size = None if counts is None else counts.of(index)
         for hook in hooks.on_train_batch_start:
             hook(batch, index)
-        if precision.autocast is None:
-            outputs = run.training_step(batch, index) if run.takes_index else run.training_step(batch)
+        if autocast is None:
+            outputs = step(batch, index) if takes_index else step(batch)
         else:
-            with precision.autocast:
-                outputs = (
-                    run.training_step(batch, index) if run.takes_index else run.training_step(batch)
-                )
-        count += 1
-        flow.group_open = count < size
+            with autocast:
+                outputs = step(batch, index) if takes_index else step(batch)
         if automatic:
             outputs = backward(run, outputs, weighing)
             if kept is not None:
@@ -178,11 +196,11 @@ def train_step(run: FitRun, group: Group) -> None:
         else:
             outputs = _after_manual(run, outputs)
         state.batch_idx = index + 1
-        state.batches_seen += 1
+        if weighing is not None:
+            run.flow.group_open = count < size
         for hook in hooks.on_train_batch_end:
             hook(outputs, batch, index)
-    flow.group_open = False
-    metrics.batch = None
+    run.flow.group_open = False
 
 
 def _clear_gradients(run: FitRun) -> None:
@@ -190,36 +208,36 @@ def _clear_gradients(run: FitRun) -> None:
     plan = run.plan
     for hook in run.hooks.on_before_zero_grad:
         hook(plan.optimizer)
-    if run.zero_grad is not None:
-        run.zero_grad(run.state.batch_idx)
-    else:
+    if run.zero_grad is None:
         for parameter in plan.current_parameters():
             parameter.grad = None
+    else:
+        run.zero_grad(run.state.batch_idx)
 
 
-def backward(run: FitRun, outputs: Any, weighing: _Weighing | None) -> Any:
+def backward(run: FitRun, outputs: Any, weighing: Weighing | None) -> Any:
     """Differentiates what ``training_step`` returned.
 
     Returns:
         The outputs with the loss detached, as the hooks get them.
     """
-    if type(outputs) is Tensor:
-        loss, weight, extra = outputs, None, None
-    else:
+    hooks, weight, extra = run.hooks, None, None
+    loss = outputs
+    if type(outputs) is not Tensor:
         loss, weight, extra = unpack(outputs)
         if loss is None:
             run.flow.skipped += 1
             return None
-    if not loss.requires_grad or loss.ndim:
-        loss = _checked(loss)
-    if weighing is not None:
-        scaled = weighing.scale(loss, weight)
-    else:
-        scaled = loss
-    for hook in run.hooks.on_before_backward:
+    if loss.ndim or not loss.requires_grad:
+        loss = checked(loss)
+    scaled = loss if weighing is None else weighing.scale(loss, weight)
+    for hook in hooks.on_before_backward:
         hook(scaled)
-    run.precision.backward(scaled)
-    for hook in run.hooks.on_after_backward:
+    if run.scaled:
+        run.precision.backward(scaled)
+    else:
+        scaled.backward()
+    for hook in hooks.on_after_backward:
         hook()
     detached = loss.detach()
     run.metrics.add_loss(detached, weight)
@@ -231,160 +249,39 @@ def backward(run: FitRun, outputs: Any, weighing: _Weighing | None) -> Any:
     return {**extra, "loss": detached}
 
 
-def unpack(outputs: Any) -> tuple[Tensor | None, Any, Mapping[str, Any] | None]:
-    """Returns loss, weight and the whole mapping of what ``training_step`` returned."""
-    if outputs is None:
-        return None, None, None
-    if isinstance(outputs, Tensor):
-        return outputs, None, None
-    if isinstance(outputs, Mapping):
-        if isinstance(outputs.get("loss"), Tensor):
-            return outputs["loss"], outputs.get("weight"), outputs
-        raise UsageError(
-            f"training_step returned a mapping without a tensor under 'loss' (it has: "
-            f"{', '.join(map(str, outputs)) or 'nothing'}). Return {{'loss': loss}}, optionally "
-            f"with 'weight' and with values to log."
-        )
-    raise UsageError(
-        f"training_step returned {type(outputs).__name__}. Return the loss as a tensor, a mapping "
-        f"with 'loss' (and perhaps 'weight'), or None to skip the batch."
-    )
-
-
-def _checked(loss: Tensor) -> Tensor:
-    """Returns a loss of one element as a 0-dim tensor; everything else is an error."""
-    if loss.numel() != 1:
-        raise UsageError(
-            f"training_step returned a loss of shape {tuple(loss.shape)}, but one number is "
-            f"needed. Return loss.mean()."
-        )
-    if not loss.requires_grad:
-        raise UsageError(
-            "training_step returned a loss that does not depend on any trainable parameter "
-            "(requires_grad is False). Look for .detach(), .item(), torch.no_grad() or numpy "
-            "between the model and the loss, and for parameters that are all frozen."
-        )
-    return loss.reshape(())
-
-
-class _Weighing:
-    """Makes the gradient of a group that of the one big batch.
-
-    Without weights each loss counts by its share of the samples where the batches are known to
-    differ, else by one over the group's true length. With ``"weight"`` (tokens, samples) the
-    losses are multiplied by it, and the gradients divided by the sum before the step.
-    """
-
-    def __init__(self, run: FitRun, size: int, first: int | None = None) -> None:
-        self.size, self.taken = size, 0
-        self.total: Any = None
-        self.unit: Any = None
-        self._shares: list[float] | None = None
-        if run.counts is not None:
-            first = run.state.batch_idx if first is None else first
-            counts = [run.counts.of(i) for i in range(first, first + size)]
-            known = [c for c in counts if c is not None]
-            if len(known) == size and len(set(known)) > 1:
-                self._shares = [c / sum(known) for c in known]
-        self._scaled = run.precision.has_scaler
-
-    def scale(self, loss: Tensor, weight: Any) -> Tensor:
-        """Returns the loss to differentiate."""
-        place, self.taken = self.taken, self.taken + 1
-        if weight is None:
-            return loss * self._shares[place] if self._shares else loss / self.size
-        if self._scaled:  # sums of many tokens would leave the range of fp16
-            self.unit = weight if self.unit is None else self.unit
-            weight = weight / self.unit
-        if isinstance(weight, Tensor):
-            weight = weight.detach()
-        self.total = weight if self.total is None else self.total + weight
-        return loss * weight
-
-    def finish(self, parameters: list[Tensor]) -> bool:
-        """Divides the gradients by the sum of the weights; False where there is nothing to do."""
-        factor: Any = None
-        if self.total is not None:
-            if not isinstance(self.total, Tensor) or self.total.device.type == "cpu":
-                if not self.total:  # no sync: it is a number, or lies in host memory
-                    return False
-                factor = 1.0 / self.total
-            else:  # on a device nothing is read: a group of weight 0 gets gradients of 0
-                factor = torch.where(self.total > 0, 1.0 / self.total, 0.0)
-        elif 0 < self.taken < self.size:  # some batches were skipped by returning None
-            factor = self.size / self.taken
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        if factor is not None and gradients:
-            torch._foreach_mul_(gradients, factor)
-        return self.taken > 0
-
-
 def step_optimizer(
-    run: FitRun, index: int, weighing: _Weighing | None, kept: list[tuple[Any, int]] | None
+    run: FitRun, index: int, weighing: Weighing | None, kept: list[tuple[Any, int]] | None
 ) -> None:
     """Unscales, clips and steps at the end of a group, and moves the schedules by steps."""
-    plan, precision, state = run.plan, run.precision, run.state
-    optimizer, parameters = plan.optimizer, plan.parameters
-    if weighing is not None and not weighing.finish(parameters):
+    hooks, optimizer, moved = run.hooks, run.optimizer, True
+    if weighing is not None and not weighing.finish(run.plan.parameters):
         return
-    moved = True
     if optimizer is not None:
-        if precision.has_scaler and (run.clip is not None or run.hooks.on_before_optimizer_step):
-            precision.unscale(optimizer)
-        for hook in run.hooks.on_before_optimizer_step:
+        if run.scaled and (run.clip is not None or hooks.on_before_optimizer_step):
+            run.precision.unscale(optimizer)
+        for hook in hooks.on_before_optimizer_step:
             hook(optimizer)
         if run.clip is not None:
-            run.clip(optimizer, parameters)
-        if kept is None:
-            moved = precision.step(optimizer)
-        elif run.optimizer_step is not None:
-            run.optimizer_step(state.epoch, index, optimizer, Closure(run, kept))
+            run.clip(optimizer, run.plan.parameters)
+        if kept is not None:
+            moved = _step_with_closure(run, index, kept)
+        elif run.scaled:
+            moved = run.precision.step(optimizer)
         else:
-            moved = precision.step(optimizer, Closure(run, kept))
-    state.global_step += 1
-    if plan.step_entries:
-        plan.step_schedulers("step", state.global_step, skip=not moved)
+            optimizer.step()
+    run.state.global_step += 1
+    if run.plan.step_entries:
+        run.plan.step_schedulers("step", run.state.global_step, skip=not moved)
 
 
-class Closure:
-    """What an optimizer that evaluates the loss several times gets (LBFGS, SAM).
-
-    The first call returns the loss that is there already, with its gradients; each further one
-    clears them and computes the group again.
-    """
-
-    def __init__(self, run: FitRun, batches: list[tuple[Any, int]]) -> None:
-        self._run, self._batches, self._first = run, batches, True
-
-    def __call__(self) -> Tensor:
-        """Returns the loss of the group, detached; the gradients are those of the weights now."""
-        run, count = self._run, len(self._batches)
-        if self._first:
-            self._first = False
-            return torch.stack([v for v in run.metrics.loss.values[-count:]]).mean()  # type: ignore[misc]
-        for parameter in run.plan.parameters:
-            parameter.grad = None
-        weighing = _Weighing(run, count, self._batches[0][1]) if count > 1 else None
-        with run.metrics.muted(), torch.enable_grad():
-            losses = [self._repeat(batch, index, weighing) for batch, index in self._batches]
-        if weighing is not None:
-            weighing.finish(run.plan.parameters)
-        if run.clip is not None:
-            run.clip(run.plan.optimizer, run.plan.parameters)
-        return torch.stack(losses).mean()
-
-    def _repeat(self, batch: Any, index: int, weighing: _Weighing | None) -> Tensor:
-        run = self._run
-        arguments = (batch, index) if run.takes_index else (batch,)
-        if run.precision.autocast is None:
-            loss, weight, _ = unpack(run.training_step(*arguments))
-        else:
-            with run.precision.autocast:
-                loss, weight, _ = unpack(run.training_step(*arguments))
-        if loss is None:
-            return torch.zeros(())
-        run.precision.backward(loss if weighing is None else weighing.scale(loss, weight))
-        return loss.detach()
+def _step_with_closure(run: FitRun, index: int, kept: list[tuple[Any, int]]) -> bool:
+    """Steps an optimizer that needs a closure, or as the task's ``optimizer_step`` says."""
+    closure, optimizer = Closure(run, kept), run.optimizer
+    if run.optimizer_step is not None:
+        run.optimizer_step(run.state.epoch, index, optimizer, closure)
+        return run.precision.moved
+    assert optimizer is not None
+    return run.precision.step(optimizer, closure)
 
 
 def _after_manual(run: FitRun, outputs: Any) -> Any:
@@ -423,8 +320,8 @@ def validation_due(run: FitRun, before: int) -> bool:
         in_turn = (state.epoch + 1) % cadence.epochs == 0
         return in_turn and state.batch_idx // every > before // every
     if unit == "total":
-        seen = state.batches_seen
-        return seen // every > (seen - state.batch_idx + before) // every
+        done_before = state.batches_before
+        return (done_before + state.batch_idx) // every > (done_before + before) // every
     if unit == "steps":
         return state.global_step % every == 0 and run.flow.validated_step != state.global_step
     return _clock() - run.flow.validated_at >= every
@@ -433,7 +330,11 @@ def validation_due(run: FitRun, before: int) -> bool:
 def validate(run: FitRun) -> None:
     """Runs the validation of a fit; training goes on afterwards as if nothing had been."""
     assert run.validation is not None
-    evaluate(run.validation, sanity=run.flow.sanity_checking)
+    run.flow.validating = True
+    try:
+        evaluate(run.validation, sanity=run.flow.sanity_checking)
+    finally:
+        run.flow.validating = False
     if not run.flow.sanity_checking:
         run.state.validations += 1
         run.flow.validated_step = run.state.global_step
@@ -502,10 +403,11 @@ def _evaluate_loader(run: EvalRun, number: int) -> None:
     ends = getattr(run.hooks, f"on_{run.stage}_batch_end")
     no_grad = torch.no_grad()
     name = f"{run.stage} loader" if plan.name is None else f"{run.stage} loader {plan.name!r}"
+    metrics.begin_steps()
     for index, batch, size in _batches(plan.loader, plan.limit, name):
         if run.transfer is not None:
             batch = run.transfer(batch, number)
-        metrics.in_step, metrics.batch, metrics.size = True, batch, size
+        metrics.now.batch, metrics.now.size = batch, size
         for hook in starts:
             hook(batch, index, number)
         arguments = (batch, index, number)[: run.arguments]

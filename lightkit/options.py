@@ -7,10 +7,14 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from numbers import Integral
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
+from lightkit.data import limited
 from lightkit.errors import ConfigError, did_you_mean
+from lightkit.limits import make_cadence
+from lightkit.precision import resolve_precision
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -29,6 +33,10 @@ _OLD = {
     "tpu_cores": "accelerator and devices",
     "epochs": "max_epochs",
     "barebones": "nothing: every part has its own enable_... argument",
+    "inference_mode": "nothing: evaluations run without gradients",
+    "num_nodes": "nothing: several processes are not in this version",
+    "sync_batchnorm": "nothing: several processes are not in this version",
+    "use_distributed_sampler": "nothing: several processes are not in this version",
 }
 
 
@@ -39,7 +47,9 @@ def known_names(init: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(init)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
         if len(args) > 1:
-            raise ConfigError("Trainer takes keyword arguments only, such as Trainer(max_epochs=3).")
+            raise ConfigError(
+                "Trainer takes keyword arguments only, such as Trainer(max_epochs=3)."
+            )
         for name in kwargs:
             if name not in names:
                 hint = f" Write {_OLD[name]}." if name in _OLD else did_you_mean(name, names)
@@ -104,12 +114,13 @@ class Options:
         self._one_of("deterministic", (None, True, False, "warn"))
         self._one_of("strategy", ("auto",))
         self._numbers()
-        if self.fast_dev_run is not True and (
-            not isinstance(self.fast_dev_run, int) or self.fast_dev_run < 0
-        ):
+        for name in ("train", "val", "test", "predict"):
+            limited(_MANY, getattr(self, f"limit_{name}_batches"), f"limit_{name}_batches")
+        resolve_precision(self.precision, "cpu")
+        trial = self.fast_dev_run
+        if not isinstance(trial, int) or trial < 0:
             raise ConfigError(
-                f"fast_dev_run={self.fast_dev_run!r}: allowed are True, False or a number of "
-                f"batches."
+                f"fast_dev_run={trial!r}: allowed are True, False or a number of batches."
             )
 
     def _numbers(self) -> None:
@@ -121,11 +132,13 @@ class Options:
         interval = self.val_check_interval
         if interval is not None and not isinstance(interval, str):
             fraction = isinstance(interval, float) and 0 < interval <= 1
-            if not fraction and (type(interval) is not int or interval < 1):
+            if not fraction and (not _is_whole(interval) or interval < 1):
                 raise ConfigError(
                     f"val_check_interval={interval!r}: allowed are a whole number of batches, a "
                     f"fraction of the epoch such as 0.25, '500 steps' or '10 min'."
                 )
+        if interval is None or isinstance(interval, str):
+            make_cadence(interval, self.check_val_every_n_epoch, None)
         overfit = self.overfit_batches
         if not _is_number(overfit) or overfit < 0 or (isinstance(overfit, float) and overfit > 1):
             raise ConfigError(
@@ -136,7 +149,7 @@ class Options:
     def _whole(self, name: str, lowest: int) -> None:
         value = getattr(self, name)
         optional = name not in _NEEDED
-        if (value is None and optional) or (type(value) is int and value >= lowest):
+        if (value is None and optional) or (_is_whole(value) and value >= lowest):
             return
         more = ", or None" if optional else ""
         unlimited = " (-1: no limit)" if lowest == -1 and name != "num_sanity_val_steps" else ""
@@ -167,7 +180,25 @@ _WHOLE = {
     "reload_dataloaders_every_n_epochs": 0,
     "seed": 0,
 }
+_MANY = 10**12  # batches of which every fraction that can be meant leaves some
 _NEEDED = ("accumulate_grad_batches", "log_every_n_steps", "reload_dataloaders_every_n_epochs")
+
+
+def listed(given: Any, kind: type, what: str) -> list[Any]:
+    """Returns one object or several as a list, all of one kind."""
+    items = [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
+    for item in items:
+        if not isinstance(item, kind):
+            hint = f" Make an object of it: {item.__name__}()." if isinstance(item, type) else ""
+            raise ConfigError(
+                f"{what}: {item!r} is no {kind.__name__} of lightkit.{hint} Give one "
+                f"{kind.__name__}, a list of them, or nothing."
+            )
+    return items
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _is_number(value: Any) -> bool:

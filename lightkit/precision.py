@@ -47,9 +47,11 @@ class Precision:
         autocast: A context for the user's steps, entered again for every batch, or None where
             there is nothing to enter. It cannot be entered twice at once.
         has_scaler: Whether losses are scaled (fp16), so that gradients need `unscale`.
+        moved: What the last `step` returned, for steps that user code takes.
     """
 
     has_scaler = False
+    moved = True
 
     def __init__(
         self,
@@ -160,13 +162,14 @@ class ScaledPrecision(Precision):
         flags = list(self.scaler._found_inf_per_device(optimizer).values())
         found = flags[0] if len(flags) == 1 else torch.stack([f.cpu() for f in flags]).sum()
         if not (found.is_cuda and getattr(optimizer, "_step_supports_amp_scaling", False)):
-            return not bool(found)  # host sync on a GPU: torch has just waited for the same flag
-        skipped = self._read_late()
+            self.moved = not bool(found)  # host sync on a GPU: torch just waited for this flag
+            return self.moved
+        self.moved = not self._read_late()
         copy = found.to("cpu", non_blocking=True)
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
         self._late = (copy, event)
-        return not skipped
+        return self.moved
 
     def _read_late(self) -> bool:
         """Tells whether the step before was skipped."""

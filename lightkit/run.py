@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+    from torch.optim import Optimizer
 
     from lightkit.data import SampleCounts
     from lightkit.distributed import Strategy
@@ -29,6 +30,7 @@ class Flow:
     Attributes:
         stop_reason: Why the run shall end at the next step; None to go on.
         sanity_checking: Whether the validation before training runs.
+        validating: Whether a validation runs within the fit.
         epoch_ended: At a save point: whether an epoch ended with this step.
         ending: At a save point: whether it is the last of the run.
         accumulate: Batches per optimizer step from the next epoch on.
@@ -44,6 +46,7 @@ class Flow:
     accumulate: int = 1
     stop_reason: str | None = None
     sanity_checking: bool = False
+    validating: bool = False
     epoch_ended: bool = False
     ending: bool = False
     data_wait: float = 0.0
@@ -105,6 +108,10 @@ class FitRun:
 
     Attributes:
         training_step: The user's step, bound by the strategy.
+        automatic: Whether the loop differentiates and steps.
+        optimizer: The optimizer of automatic optimization, or None.
+        scaled: Whether losses are scaled (fp16).
+        autocast: The context of the user's step, or None.
         takes_index: Whether it takes ``batch_idx``.
         transfer: Brings a batch to the device; None where there is nothing to do.
         zero_grad: Called instead of clearing the gradients of a list of parameters; None for that.
@@ -134,6 +141,10 @@ class FitRun:
     device: torch.device
     training_step: Callable[..., Any]
     takes_index: bool
+    automatic: bool
+    optimizer: Optimizer | None
+    scaled: bool
+    autocast: AbstractContextManager[Any] | None
     transfer: Callable[[Any, int], Any] | None
     zero_grad: Callable[[int], None] | None
     clip: Callable[[Any, list[Any]], None] | None

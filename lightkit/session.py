@@ -38,6 +38,8 @@ class Session:
         lengths: Batches of each evaluation loader by stage, None where unknown.
         given_train: The training data as the user gave it.
         named_by_user: Whether evaluation loaders came as a dict, whose names prefix metrics.
+        loggers: Those that this call writes to; none in evaluations and in fast_dev_run.
+        loaded_at: Epochs completed when the loaders were made.
     """
 
     task: TaskModule = None  # type: ignore[assignment]  # before the first call there is none
@@ -60,3 +62,4 @@ class Session:
     lengths: dict[str, list[int | None]] = field(default_factory=dict)
     given_train: Any = None
     named_by_user: bool = False
+    loaded_at: int = 0

@@ -24,7 +24,7 @@ class TrainState:
         global_step: Optimizer steps completed (one per training step, whatever the number of
             optimizers).
         batch_idx: Batches of the current epoch completed.
-        batches_seen: Training batches completed in all epochs.
+        batches_before: Training batches of all completed epochs.
         validations: Validation rounds completed (the sanity check is none).
         seconds: Training time of all earlier runs that this one continues.
     """
@@ -32,7 +32,7 @@ class TrainState:
     epoch: int = 0
     global_step: int = 0
     batch_idx: int = 0
-    batches_seen: int = 0
+    batches_before: int = 0
     validations: int = 0
     seconds: float = 0.0
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import Self
 
-from lightkit import checkpoint
+from lightkit import checkpoint, metric_objects
 from lightkit.data import move_to_device
 from lightkit.errors import NotRunningError, UsageError
 from lightkit.hooks import TASK_NAMES, check_hook_names
@@ -240,21 +240,20 @@ class TaskModule(nn.Module):
                 batch_size,
             )
 
-    def log_dict(self, dictionary: Any, **options: Any) -> None:
+    def log_dict(self, dictionary: Any, *arguments: Any, **options: Any) -> None:
         """Logs several values at once.
 
         Args:
             dictionary: Names and values, or a torchmetrics ``MetricCollection``.
+            arguments: As for `log`, after the value.
             options: As for `log`.
+
+        Raises:
+            LoggingError: As by `log`; it names the value.
         """
-        metrics = self._link.metrics
-        if metrics is None:
-            return
-        if isinstance(dictionary, nn.Module):
-            metrics.log_collection(dictionary, **options)
-            return
-        for name, value in dictionary.items():
-            self.log(name, value, **options)
+        if self._link.metrics is not None:
+            for name, value in metric_objects.members(dictionary):
+                self.log(name, value, *arguments, **options)
 
     def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Differentiates a loss in manual optimization, scaled where the precision asks for it."""
@@ -436,7 +435,7 @@ def overrides(task: TaskModule, name: str) -> bool:
     return getattr(type(task), name, None) is not getattr(TaskModule, name, None)
 
 
-def require_steps(task: TaskModule, names: Mapping[str, str]) -> None:
+def require_steps(task: object, names: Mapping[str, str]) -> None:
     """Raises where the task lacks a method that the call needs.
 
     Args:

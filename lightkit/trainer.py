@@ -11,19 +11,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
-from lightkit import checkpoint, console, loops, opening, rng
-from lightkit.callbacks import ModelCheckpoint, ModelSummary, ProgressBar
-from lightkit.distributed import SingleDevice, launched, require_single_process, resolve_device
-from lightkit.errors import ConfigError, NotRunningError, UsageError
+from lightkit import announce, checkpoint, console, loops, opening, places, rng
+from lightkit.errors import NotRunningError, UsageError
 from lightkit.history import History
-from lightkit.hooks import Callback, HookTable
+from lightkit.hooks import Callback
 from lightkit.limits import make_limits
 from lightkit.loggers import JSONLLogger, Logger, TensorBoardLogger
-from lightkit.metrics import MetricLog
-from lightkit.options import Options, known_names
-from lightkit.precision import resolve_precision
+from lightkit.options import Options, known_names, listed
 from lightkit.run import EvalRun, FitRun
 from lightkit.session import Session
 from lightkit.state import Stage
@@ -136,8 +130,10 @@ class Trainer(TrainerView):
     ) -> None:
         self.options = Options(**{k: v for k, v in locals().items() if k != "self"})
         self.limits, self.default_epochs = make_limits(self.options)
-        self._callbacks = _listed(callbacks, Callback, "callbacks")
-        self._loggers = _chosen_loggers(self.options)
+        self._callbacks = listed(callbacks, Callback, "callbacks")
+        self._loggers: list[Logger] = [TensorBoardLogger(), JSONLLogger()]
+        if logger is not True:
+            self._loggers = [] if logger is False else listed(logger, Logger, "logger")
         self.session = Session()
         if seed is not None:
             rng.seed_everything(seed, verbose=False)
@@ -164,9 +160,11 @@ class Trainer(TrainerView):
         Returns:
             The history: one dict per epoch.
         """
-        with self._open_fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path) as run:
+        with self._open_fit(
+            model, train_dataloaders, val_dataloaders, datamodule, ckpt_path
+        ) as run:
             loops.fit(run)
-        opening.say_end(self)
+        announce.say_end(self)
         return self.session.history
 
     def validate(
@@ -268,6 +266,8 @@ class Trainer(TrainerView):
 
     def set_accumulation(self, batches: int) -> None:
         """Sets the batches per optimizer step from the next epoch on."""
+        if self.session.plan is not None:
+            opening.require_automatic(self.session.plan, batches)
         self.session.flow.accumulate = batches
 
     # --- opening and closing a run ---------------------------------------------------------------
@@ -279,35 +279,43 @@ class Trainer(TrainerView):
         self, task: TaskModule, train: Any, val: Any, datamodule: Any, ckpt_path: Any
     ) -> Iterator[FitRun]:
         train, datamodule = _as_datamodule(train, datamodule)
-        require_steps(task, _FIT_NEEDS)
-        session = self.session = Session(task=task, datamodule=datamodule, stage=Stage.FIT)
+        _check_task(task, _FIT_NEEDS)
+        session = Session(task=task, datamodule=datamodule, stage=Stage.FIT)
         session.flow.accumulate = self.options.accumulate_grad_batches
-        quiet = bool(self.options.fast_dev_run)
-        session.loggers = [] if quiet else [*self._loggers]
-        with self._opened(session), _numerics(self.options):
-            session.run_dir = opening.run_folder(self, session)
-            opening.open_loggers(self, session)
+        session.loggers = [] if self.options.fast_dev_run else [*self._loggers]
+        path = None if ckpt_path is None else places.find_checkpoint(self, task, ckpt_path)
+        with self._opened(session):
             run = opening.build_fit(self, session, train, val)
+            if not self.options.fast_dev_run:
+                session.run_dir = places.run_folder(self, session)
+                places.open_loggers(self, session)
             self._run = run
-            resumed = opening.resume(self, run, ckpt_path) if ckpt_path is not None else None
-            if resumed is not None:
-                run.sanity_batches = 0
-            run.plan.check_horizon(*opening.planned(self))
-            opening.say_start(self, run, resumed)
+            resumed = None if path is None else opening.resume(self, run, path)
+            session.loaded_at = run.state.epoch
+            run.plan.check_horizon(*announce.planned(self))
+            announce.say_start(self, run, resumed)
+            run.flow.validated_at = time.perf_counter()
             if self.limits.seconds is not None:
                 run.flow.deadline = time.perf_counter() + self.limits.seconds - run.state.seconds
-            run.flow.validated_at = time.perf_counter()
             # A full collection costs a tenth of a second with all that is imported; what is there
             # now stays for the whole fit, so later ones need not look at it.
             gc.collect()
             gc.freeze()
-            yield run
+            try:
+                yield run
+            finally:
+                gc.unfreeze()
 
     @contextlib.contextmanager
     def _open_eval(
-        self, stage: str, task: TaskModule | None, given: Any, datamodule: Any, ckpt_path: Any,
+        self,
+        stage: str,
+        task: TaskModule | None,
+        given: Any,
+        datamodule: Any,
+        ckpt_path: Any,
         keep: bool = False,
-    ) -> Iterator[EvalRun]:  # fmt: skip
+    ) -> Iterator[EvalRun]:
         given, datamodule = _as_datamodule(given, datamodule)
         old = self.session
         task = old.task if task is None else task
@@ -315,88 +323,65 @@ class Trainer(TrainerView):
             raise UsageError(f"Pass the task: this trainer has none yet that it could {stage}.")
         needs = {"validation": "validation_step", "test": "validation_step"}.get(stage)
         own_test = stage == "test" and type(task).test_step is not TaskModule.test_step
-        require_steps(task, {needs: f"{stage} runs"} if needs and not own_test else {})
+        _check_task(task, {needs: f"{stage} runs"} if needs and not own_test else {})
         session = Session(task=task, datamodule=datamodule, history=old.history, plan=old.plan)
         session.state, session.results, session.run_dir = old.state, old.results, old.run_dir
         session.stage = Stage("validate" if stage == "validation" else stage)
         if datamodule is None and given is None:
             session.datamodule = old.datamodule
-        path = None if ckpt_path is None else opening.find_checkpoint(self, ckpt_path)
-        self.session = session
+        path = None if ckpt_path is None else places.find_checkpoint(self, task, ckpt_path)
         with self._opened(session):
-            run = opening.build_eval(self, session, stage, given)
-            if stage == "predict" and not keep:
-                run.outputs = None
+            self._run = run = opening.build_eval(self, session, stage, given, keep=keep)
             if path is not None:
                 task.load_weights(path)
-            self._run = run
+                _log.info("weights: %s", path)
             yield run
 
     @contextlib.contextmanager
     def _opened(self, session: Session) -> Iterator[None]:
         """Sets up what every entry point needs, and closes it whatever happens."""
-        task, options, stage = session.task, self.options, str(session.stage.value)  # type: ignore[union-attr]
-        require_single_process(launched())
+        if self.session.stage is not None:
+            raise UsageError(
+                f"This trainer is in the middle of {self.session.stage.value}, so it cannot begin "
+                f"{session.stage.value}. Use another Trainer there, or begin it afterwards."  # type: ignore[union-attr]
+            )
         console.install(rank_zero=True)
-        session.device = resolve_device(options.accelerator, options.devices, options.gpus)
-        session.precision = resolve_precision(options.precision, session.device)
-        session.strategy = SingleDevice(session.device)
-        session.metrics = MetricLog(
-            session.state,
-            session.loggers,
-            session.history,
-            every=options.log_every_n_steps,
-            stop_on_nan=options.terminate_on_nan,
-            scaled=session.precision.has_scaler,
-            results=session.results,
-        )
-        session.metrics.epoch_time = lambda: time.perf_counter() - session.flow.epoch_started
-        session.callbacks = self._all_callbacks(session)
-        session.hooks = HookTable(self, task, [*session.callbacks, session.metrics])
-        task._link.trainer = self
+        opening.equip(self, session)
+        self.session = session
         if session.datamodule is not None:
             session.datamodule.trainer = self
+        failed = True
         try:
-            self._set_up(session, stage)
-            task._link.metrics = session.metrics
-            yield
+            opening.set_up(session)
+            with opening.numerics(self.options):
+                yield
+            failed = False
         except BaseException as exception:
-            for hook in session.hooks.on_exception:
-                hook(exception)
+            for hook in session.hooks.on_exception:  # type: ignore[union-attr]
+                _shielded(hook, exception)
             raise
         finally:
-            self._close(session, stage)
+            self._close(session, failed)
 
-    def _set_up(self, session: Session, stage: str) -> None:
-        task, datamodule = session.task, session.datamodule
-        for owner in (datamodule, task):
-            if hasattr(owner, "prepare_data"):
-                owner.prepare_data()
-        if hasattr(datamodule, "setup"):
-            datamodule.setup(stage)
-        assert session.hooks is not None
-        for hook in session.hooks.setup:
-            hook(stage)
-        task.configure_model()
-        session.precision.convert_module(task)
-        session.strategy.setup(task)
-
-    def _close(self, session: Session, stage: str) -> None:
+    def _close(self, session: Session, failed: bool) -> None:
         """Closes everything, and lets nothing of it hide the exception that may be under way."""
-        link, hooks, datamodule = session.task._link, session.hooks, session.datamodule
-        assert hooks is not None
+        assert session.hooks is not None
+        assert session.stage is not None
+        link, stage, datamodule = session.task._link, str(session.stage.value), session.datamodule
         link.metrics, link.precision, link.manual = None, None, None
-        closers: list[Callable[[], Any]] = [
-            *(lambda hook=hook: hook(stage) for hook in hooks.teardown),  # type: ignore[misc]
-            *(logger.close for logger in session.loggers),
-            gc.unfreeze,
-        ]
+        closers: list[tuple[Callable[..., Any], Any]] = []
         if hasattr(datamodule, "teardown"):
-            closers.insert(0, lambda: datamodule.teardown(stage))
+            closers.append((datamodule.teardown, stage))
+        closers += [(hook, stage) for hook in session.hooks.teardown]
         self._run, session.stage = None, None
         with contextlib.ExitStack() as stack:
-            for close in reversed(closers):
-                stack.callback(close)
+            for logger in reversed(self._loggers):
+                stack.callback(_shielded, logger.close) if failed else stack.callback(logger.close)
+            for close, argument in reversed(closers):
+                if failed:
+                    stack.callback(_shielded, close, argument)
+                else:
+                    stack.callback(close, argument)
 
     def _evaluate(
         self, stage: str, task: Any, given: Any, datamodule: Any, ckpt_path: Any, verbose: bool
@@ -408,24 +393,6 @@ class Trainer(TrainerView):
             text = "  ".join(f"{name} {value:.5g}" for name, value in row.items())
             _log.info("%s: %s", stage, text or "nothing was logged")
         return results
-
-    def _all_callbacks(self, session: Session) -> list[Callback]:
-        """Returns the user's callbacks, the task's and the default ones, in order."""
-        options = self.options
-        needed = _listed(session.task.configure_callbacks(), Callback, "configure_callbacks")
-        kinds = {type(c) for c in needed}  # the task's replace those of one kind, as in the field
-        found = [*(c for c in self._callbacks if type(c) not in kinds), *needed]
-        fit = session.stage is Stage.FIT
-        if options.enable_progress_bar and not any(isinstance(c, ProgressBar) for c in found):
-            found.append(ProgressBar())
-        if fit and options.enable_model_summary:
-            if not any(isinstance(c, ModelSummary) for c in found):
-                found.append(ModelSummary())
-        if options.fast_dev_run or not options.enable_checkpointing:
-            found = [c for c in found if not isinstance(c, ModelCheckpoint)]
-        elif fit and not any(isinstance(c, ModelCheckpoint) for c in found):
-            found.append(ModelCheckpoint.default())
-        return sorted(found, key=lambda callback: callback.order)
 
     def limit(self, what: str) -> int | float | None:
         """Returns the limit of batches that holds for "train", "val", "test" or "predict"."""
@@ -448,56 +415,28 @@ class Trainer(TrainerView):
         return 2 if steps is None else 2**31 if steps < 0 else steps
 
 
-def _listed(given: Any, kind: type, what: str) -> list[Any]:
-    """Returns one object or several as a list, all of one kind."""
-    items = [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
-    for item in items:
-        if not isinstance(item, kind):
-            hint = " Make an object of it." if isinstance(item, type) else ""
-            raise ConfigError(
-                f"{what}: {item!r} is no {kind.__name__} of lightkit.{hint} Give one "
-                f"{kind.__name__}, a list of them, or nothing."
-            )
-    return items
-
-
-def _chosen_loggers(options: Options) -> list[Logger]:
-    if options.logger is True:
-        return [TensorBoardLogger(), JSONLLogger()]
-    return [] if options.logger is False else _listed(options.logger, Logger, "logger")
+def _check_task(task: Any, needs: dict[str, str]) -> None:
+    if isinstance(task, type):
+        raise UsageError(f"{task.__name__} is a class. Pass an object of it: {task.__name__}(...).")
+    require_steps(task, needs)
 
 
 def _as_datamodule(loader: Any, datamodule: Any) -> tuple[Any, Any]:
     """Takes a data module that was passed in the place of a loader."""
     if datamodule is not None and loader is not None:
         raise UsageError("Pass either loaders or datamodule=, not both.")
+    if isinstance(datamodule, type):
+        name = datamodule.__name__
+        raise UsageError(f"datamodule={name} is a class. Pass an object of it: {name}(...).")
     makes = ("train_dataloader", "val_dataloader", "test_dataloader", "predict_dataloader")
     if loader is not None and any(callable(getattr(loader, name, None)) for name in makes):
-        return None, loader
+        return _as_datamodule(None, loader)
     return loader, datamodule
 
 
-@contextlib.contextmanager
-def _numerics(options: Options) -> Iterator[None]:
-    """Sets torch's switches for a fit and puts them back."""
-    cudnn: Any = torch.backends.cudnn
-    before = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-        cudnn.benchmark,
-        torch.is_anomaly_enabled(),
-    )
+def _shielded(call: Callable[..., Any], *arguments: Any) -> None:
+    """Calls while an exception is under way, which must stay the one that is seen."""
     try:
-        if options.deterministic is not None:
-            torch.use_deterministic_algorithms(
-                bool(options.deterministic), warn_only=options.deterministic == "warn"
-            )
-        if options.benchmark is not None:
-            cudnn.benchmark = options.benchmark
-        if options.detect_anomaly:
-            torch.autograd.set_detect_anomaly(True)
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        cudnn.benchmark = before[2]
-        torch.autograd.set_detect_anomaly(before[3])
+        call(*arguments)
+    except Exception as error:  # noqa: BLE001
+        _log.error("and in closing after the error: %s: %s", type(error).__name__, error)

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightkit.callbacks import EarlyStopping, ModelCheckpoint, ProgressBar
-from lightkit.errors import ConfigError
 from lightkit.history import History
 from lightkit.metrics import CallbackMetrics
 from lightkit.schedules import SchedulerEntry
@@ -73,6 +72,16 @@ class TrainerView:
         return self.session.flow.ending
 
     @property
+    def testing(self) -> bool:
+        """Whether test runs."""
+        return self.stage is Stage.TEST
+
+    @property
+    def predicting(self) -> bool:
+        """Whether predict runs."""
+        return self.stage is Stage.PREDICT
+
+    @property
     def should_stop(self) -> bool:
         """Whether a stop was asked for. Setting it to True asks for one."""
         return self.session.flow.stop_reason is not None
@@ -109,6 +118,11 @@ class TrainerView:
         return self.limits.max_steps
 
     @property
+    def min_steps(self) -> int:
+        """Optimizer steps that a request to stop waits for."""
+        return self.limits.min_steps
+
+    @property
     def num_training_batches(self) -> int | None:
         """Training batches of an epoch; None where unknown."""
         return self.session.train_length
@@ -143,14 +157,26 @@ class TrainerView:
     @property
     def accumulate_grad_batches(self) -> int:
         """Batches per optimizer step."""
-        return self.session.flow.accumulate if self.session.stage else (
-            self.options.accumulate_grad_batches
+        return (
+            self.session.flow.accumulate
+            if self.session.stage
+            else (self.options.accumulate_grad_batches)
         )
 
     @property
     def log_every_n_steps(self) -> int:
         """Steps per row of the loggers."""
         return self.options.log_every_n_steps
+
+    @property
+    def fast_dev_run(self) -> bool | int:
+        """Whether this is a trial of a few batches that writes nothing."""
+        return self.options.fast_dev_run
+
+    @property
+    def gradient_clip_val(self) -> float | None:
+        """What gradients are clipped to; None for nothing."""
+        return self.options.gradient_clip_val
 
     @property
     def check_val_every_n_epoch(self) -> int | None:
@@ -221,8 +247,8 @@ class TrainerView:
 
     @property
     def loggers(self) -> list[Logger]:
-        """All loggers; before the first call those that were chosen."""
-        return self.session.loggers if self.session.stage else self._loggers
+        """All loggers; evaluations and fast_dev_run write nothing to them."""
+        return self._loggers
 
     @property
     def logger(self) -> Logger | None:
@@ -238,6 +264,13 @@ class TrainerView:
     def lr_schedulers(self) -> list[SchedulerEntry]:
         """The schedules of the last fit."""
         return [] if self.session.plan is None else self.session.plan.schedulers
+
+    lr_scheduler_configs = lr_schedulers
+
+    @property
+    def train_dataloader(self) -> Any:
+        """The training data of the last fit, as it was given."""
+        return self.session.given_train
 
     @property
     def precision(self) -> str:
@@ -281,6 +314,8 @@ class TrainerView:
     def world_size(self) -> int:
         """The number of processes."""
         return self.session.strategy.world_size
+
+    node_rank = local_rank
 
     @property
     def num_devices(self) -> int:

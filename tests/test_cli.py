@@ -43,14 +43,14 @@ class Net(lk.TaskModule):
         self.lr = lr
         self.net = torch.nn.Linear(width, 1)
 
-    def forward(self, batch):
-        return self.net(batch[0])
+    def forward(self, x):
+        return self.net(x)
 
     def training_step(self, batch, batch_idx):
-        return (self(batch) - batch[1]).square().mean()
+        return (self(batch[0]) - batch[1]).square().mean()
 
     def validation_step(self, batch, batch_idx):
-        self.log("val_loss", (self(batch) - batch[1]).square().mean())
+        self.log("val_loss", (self(batch[0]) - batch[1]).square().mean())
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=self.lr)
@@ -133,7 +133,7 @@ WRONG = {
     ),
     "unknown key of a callback": (
         "fit --config run.yaml --config more.yaml",
-        "trainer:\n  callbacks:\n  - class_path: lightkit.EarlyStopping\n    init_args: {patince: 2}",
+        "trainer:\n  callbacks:\n  - class_path: lightkit.callbacks.EarlyStopping\n    init_args: {patince: 2}",
         ["line 4: trainer.callbacks[0].init_args.patince", "Did you mean 'patience'?"],
     ),
     "unknown top-level key": (
@@ -204,7 +204,12 @@ WRONG = {
     "name without a module": (
         "fit --config run.yaml --trainer.callbacks [{class_path: EarlyStopping}]",
         None,
-        ["not an import path", "Did you mean 'lightkit.EarlyStopping'?"],
+        ["not an import path", "Did you mean 'lightkit.callbacks.EarlyStopping'?"],
+    ),
+    "class of lightkit without its module": (
+        "fit --config run.yaml --trainer.callbacks lightkit.EarlyStopping",
+        None,
+        ["no 'EarlyStopping' in lightkit", "Did you mean 'lightkit.callbacks.EarlyStopping'?"],
     ),
     "missing argument": (
         "fit --task cli_project.Net",
@@ -229,7 +234,7 @@ WRONG = {
     ),
     "key into a list": (
         "fit --config run.yaml --config more.yaml --trainer.callbacks.0.patience 3",
-        "trainer: {callbacks: [lightkit.EarlyStopping]}\n",
+        "trainer: {callbacks: [lightkit.callbacks.EarlyStopping]}\n",
         ["--trainer.callbacks.0.patience: keys cannot reach into a list"],
     ),
     "unknown class under --help": (
@@ -244,8 +249,8 @@ WRONG = {
     "flag without a value": ("fit --config", None, ["--config needs a value"]),
     "flag of another command": ("fit --list", None, ["fit has no flag --list"]),
     "wrong value inside a list from a flag": (
-        "fit --config run.yaml --config more.yaml --trainer.callbacks [lightkit.EarlyStoping]",
-        "trainer: {callbacks: [lightkit.EarlyStopping]}\n",
+        "fit --config run.yaml --config more.yaml --trainer.callbacks [lightkit.callbacks.EarlyStoping]",
+        "trainer: {callbacks: [lightkit.callbacks.EarlyStopping]}\n",
         ["command line: --trainer.callbacks: no 'EarlyStoping'", "Did you mean 'EarlyStopping'?"],
     ),
     "short flag": ("fit -c run.yaml", None, ["unknown flag -c"]),
@@ -304,7 +309,7 @@ def test_untrained_weights_are_told(project, capsys):
     capsys.readouterr()
     assert main(["validate", "--config", str(saved)]) == 0
     out = capsys.readouterr().out
-    assert "untrained weights" in out
+    assert "warning: untrained weights" in out
     assert "--ckpt_path" in out
 
 

@@ -4,6 +4,7 @@ import io
 import logging
 import timeit
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +12,13 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam, Optimizer
 from torch.optim import lr_scheduler as schedules
+from torch.utils.data import DataLoader
 
 from lightkit.errors import CheckpointError, OptimizerError
 from lightkit.optim import ManualOptimizer, OptimizerPlan
 from lightkit.precision import resolve_precision
+from lightkit.task import TaskModule
+from lightkit.trainer import Trainer
 
 CPU = torch.device("cpu")
 
@@ -521,3 +525,83 @@ def test_a_schedule_sees_the_steps_of_a_manual_optimizer() -> None:
     manual.step()
     schedule.step()  # torch warns here when it saw no optimizer step, and warnings are errors
     assert schedule.last_epoch == 1
+
+
+# --- in a fit --------------------------------------------------------------------------------------
+
+
+class Net(TaskModule):
+    """Its validation logs a loss that never gets better."""
+
+    def __init__(self, returned: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.net = nn.Linear(1, 1)
+        self.returned = returned
+        self.rates: list[float] = []
+
+    def training_step(self, batch: Any) -> torch.Tensor:
+        self.rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
+        return self.net(batch).square().mean()
+
+    def validation_step(self, batch: Any) -> None:
+        self.log("val_loss", 1.0, batch_size=1)
+
+    def configure_optimizers(self) -> Any:
+        return self.returned(self)
+
+
+def train(tmp_path: Path, task: TaskModule, epochs: int, *, val: bool = True) -> None:
+    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False}
+    quiet |= {"enable_checkpointing": False, "enable_model_summary": False}
+    trainer = Trainer(max_epochs=epochs, default_root_dir=tmp_path, **quiet)
+    data: Any = torch.ones(2, 1)
+    loader: Any = DataLoader(data, batch_size=1)
+    trainer.fit(task, loader, DataLoader(data + 1) if val else None)
+
+
+def test_a_fit_moves_its_schedules_in_their_units(tmp_path: Path) -> None:
+    def by(interval: str, frequency: int = 1) -> Net:
+        def returned(task: Net) -> Any:
+            o = SGD(task.parameters(), lr=1.0)
+            plan = {"interval": interval, "frequency": frequency}
+            return [o], [{"scheduler": schedules.StepLR(o, 1, gamma=0.5), **plan}]
+
+        task = Net(returned)
+        train(tmp_path, task, 3)
+        return task
+
+    assert by("step").rates == [1, 0.5, 0.25, 0.125, 0.0625, 0.03125]
+    assert by("step", 3).rates == [1, 1, 1, 0.5, 0.5, 0.5]
+    assert by("epoch").rates == [1, 1, 0.5, 0.5, 0.25, 0.25]
+    assert by("epoch", 2).rates == [1, 1, 1, 1, 0.5, 0.5]
+
+
+def on_plateau(monitor: str) -> Callable[[Any], Any]:
+    def returned(task: Net) -> Any:
+        o = SGD(task.parameters(), lr=1.0)
+        plateau = schedules.ReduceLROnPlateau(o, patience=0, factor=0.5)
+        return {"optimizer": o, "lr_scheduler": {"scheduler": plateau, "monitor": monitor}}
+
+    return returned
+
+
+def test_a_fit_lowers_the_rate_on_a_plateau(tmp_path: Path) -> None:
+    task = Net(on_plateau("val_loss"))
+    train(tmp_path, task, 4)
+    assert task.rates == [1, 1, 1, 1, 0.5, 0.5, 0.25, 0.25]
+
+
+def test_a_fit_without_the_metric_of_a_plateau_ends_with_the_names(tmp_path: Path) -> None:
+    for val in (True, False):
+        with pytest.raises(OptimizerError, match=r"'train_loss'.*"):
+            train(tmp_path, Net(on_plateau("val_los")), 4, val=val)
+
+
+def test_a_task_may_move_its_schedules_in_a_fit(tmp_path: Path) -> None:
+    class Own(Net):
+        def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+            moved.append(float(metric))
+
+    moved: list[float] = []
+    train(tmp_path, Own(on_plateau("val_loss")), 2)
+    assert moved == [1.0, 1.0]

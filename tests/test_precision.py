@@ -1,17 +1,21 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.optim import SGD, Adam, Optimizer
+from torch.utils.data import DataLoader
 
 from lightkit.errors import ConfigError, OptimizerError
 from lightkit.fused import FusedChoice
 from lightkit.optim import ManualOptimizer
 from lightkit.precision import Precision, ScaledPrecision, resolve_precision
+from lightkit.task import TaskModule
+from lightkit.trainer import Trainer
 
 CPU = torch.device("cpu")
 
@@ -158,6 +162,7 @@ def test_an_overflow_skips_the_step_and_lowers_the_scale(which: int) -> None:
         precision.backward((p * factor).sum())
         before = p.detach().clone()
         answers.append(precision.step(optimizer))
+        assert precision.moved is answers[-1]
         assert torch.equal(before, p) is not answers[-1]
         if answers[-1]:
             schedule.step()  # torch warns, and so fails here, if it saw no optimizer step
@@ -258,6 +263,66 @@ def test_a_flag_that_is_read_late_holds_the_schedules_back_once() -> None:
         precision._late = (torch.tensor(float(flag)), None)
     assert answers == [True, False, True, False, False, True]
     assert sum(answers) == skipped.count(False)
+
+
+# --- in a fit --------------------------------------------------------------------------------------
+
+
+class Net(TaskModule):
+    """Its gradients are as large as the numbers of the batch."""
+
+    def __init__(self, *, fused: bool | None = None) -> None:
+        super().__init__()
+        self.net = nn.Linear(1, 1)
+        self.fused = fused
+        self.rates: list[float] = []
+
+    def training_step(self, batch: Any) -> torch.Tensor:
+        self.rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
+        return (self.net.weight * batch).mean()
+
+    def configure_optimizers(self) -> Any:
+        optimizer = Adam(self.parameters(), lr=1.0, fused=self.fused)
+        by_step = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+        return [optimizer], [{"scheduler": by_step, "interval": "step"}]
+
+
+def train(tmp_path: Path, task: TaskModule, batches: list[float], **options: Any) -> Trainer:
+    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False}
+    quiet |= {"enable_checkpointing": False, "enable_model_summary": False}
+    trainer = Trainer(default_root_dir=tmp_path, **{"max_epochs": 1, **quiet, **options})
+    data: Any = torch.tensor(batches).reshape(-1, 1)
+    trainer.fit(task, DataLoader(data, batch_size=1))
+    return trainer
+
+
+@pytest.mark.parametrize("fused", [None, False])
+def test_a_fit_in_fp16_holds_its_schedule_at_a_skipped_step(
+    tmp_path: Path, fused: bool | None
+) -> None:
+    task = Net(fused=fused)
+    # Times the first scale of 65,536 the large ones leave the range of float32.
+    train(tmp_path, task, [1e35, 1.0, 1e35, 1.0, 1.0], precision="16-mixed")
+    assert task.rates == [1.0, 1.0, 0.5, 0.5, 0.25]
+
+
+@pytest.mark.parametrize("name", ["16-mixed", "bf16-mixed", "bf16-true", "64"])
+def test_a_fit_runs_in_every_format(tmp_path: Path, name: str) -> None:
+    class Dtypes(Net):
+        def training_step(self, batch: Any) -> torch.Tensor:
+            seen.append((batch.dtype, self.net(batch).dtype, torch.zeros(1).dtype))
+            return self.net(batch).mean()
+
+    seen: list[Any] = []
+    train(tmp_path, Dtypes(), [1.0, 2.0], precision=name, gradient_clip_val=1.0)
+    half, full = torch.bfloat16, torch.float32
+    expected = {
+        "16-mixed": (full, torch.float16, full),
+        "bf16-mixed": (full, half, full),
+        "bf16-true": (half, half, half),
+        "64": (torch.float64,) * 3,
+    }
+    assert seen == [expected[name]] * 2
 
 
 @pytest.mark.gpu

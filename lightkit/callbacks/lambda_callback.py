@@ -31,6 +31,4 @@ class LambdaCallback(Callback):
                 raise HookNameError(
                     f"LambdaCallback: {name} must be a function, not {type(function).__name__}."
                 )
-        # Hooks are found on the class, so each object gets its own.
-        members = {name: staticmethod(function) for name, function in hooks.items()}
-        self.__class__ = type("LambdaCallback", (LambdaCallback,), members)
+            setattr(self, name, function)

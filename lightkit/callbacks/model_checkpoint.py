@@ -193,13 +193,17 @@ class ModelCheckpoint(Callback):
             return self._files.newest
         return str(Path(self.dirpath) / f"last{SUFFIX}")
 
-    def setup(self, trainer: Trainer, task: TaskModule, stage: str) -> None:
-        """Forgets the files of an earlier fit; a checkpoint that is loaded brings its own."""
-        if stage == "fit":
-            self._reset()
+    def teardown(self, trainer: Trainer, task: TaskModule, stage: str) -> None:
+        """Leaves what is known of the files to be read until the next fit."""
+        self._loaded_dirpath = None
 
     def on_fit_start(self, trainer: Trainer, task: TaskModule) -> None:
-        """Finds the folder and checks that it can be written, before anything is trained."""
+        """Finds the folder and checks that it can be written, before anything is trained.
+
+        Files of an earlier fit are forgotten, unless a checkpoint that was loaded knows them.
+        """
+        if self._loaded_dirpath is None:
+            self._reset()
         if trainer.run_dir is None or not (self.save_last or self.save_top_k):
             return  # a run that leaves nothing behind
         folder = self._folder(trainer)
@@ -269,6 +273,7 @@ class ModelCheckpoint(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes it back; the folder is compared when the fit starts."""
+        self._reset()
         self._loaded_dirpath = state_dict["dirpath"]
         self._files.load_state_dict(state_dict["files"])
         self.current_score = state_dict["current_score"]

@@ -139,7 +139,7 @@ class ProgressBar(Callback):
         self._tick_round(trainer)
 
     def on_test_end(self, trainer: Trainer, task: TaskModule) -> None:
-        """Leaves a line behind."""
+        """Takes the bar away; the results are shown by the trainer."""
         self._end_round(trainer)
 
     def on_predict_start(self, trainer: Trainer, task: TaskModule) -> None:
@@ -209,7 +209,7 @@ class ProgressBar(Callback):
                 self._draw(trainer, now)
 
     def _end_round(self, trainer: Trainer) -> bool:
-        """Returns whether there was a round, and leaves a line if it was all that runs."""
+        """Returns whether there was a round; takes the display away if it was all that runs."""
         current, self._round = self._round, None
         if current is None or self._display is None:
             return False
@@ -217,10 +217,9 @@ class ProgressBar(Callback):
         if trainer.stage == Stage.FIT:
             self._rate.restart(now, trainer.state.batch_idx)
             return True
-        words = (
-            f"{current.verb} done  {current.done} batches  {screen.duration(now - current.began)}"
-        )
-        self._display.leave(words)
+        if trainer.stage == Stage.PREDICT:  # the others end with their results
+            took = screen.duration(now - current.began)
+            self._display.leave(f"predicted {current.done} batches in {took}")
         self._close()
         return True
 

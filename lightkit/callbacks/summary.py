@@ -82,5 +82,5 @@ def _totals(module: nn.Module) -> str:
     total = sum(p.numel() for p in known)
     trained = sum(p.numel() for p in known if p.requires_grad)
     size = sum(p.numel() * p.element_size() for p in known)
-    memory = f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
+    memory = f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e3:.3g} kB"
     return f"{total:,} parameters: {trained:,} trainable, {total - trained:,} not; {memory}"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lightkit.data.stream import END, BatchStream
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 _log = logging.getLogger("lightkit")
 
@@ -19,34 +19,34 @@ class Group:
     Attributes:
         size: How many batches the group has; each loss is divided by it before backward.
         last: Whether it is the last group of the pass.
+        fetch: Returns the next batch, to be called ``size`` times; `END` where the loader ended
+            before its ``len()``. Iterating does the same with more ado.
     """
 
-    __slots__ = ("_batches", "_stream", "last", "size")
+    __slots__ = ("fetch", "last", "size")
 
     def __init__(self, stream: BatchStream) -> None:
-        self._stream = stream
-        self._batches: list[Any] | None = None
+        self.fetch: Callable[[], Any] = stream.fetch
         self.size = 0
         self.last = False
 
     def __iter__(self) -> Iterator[Any]:
-        if self._batches is not None:
-            yield from self._batches
-            return
-        stream, size = self._stream, self.size
-        for given in range(size):
-            batch = stream.fetch()
+        for given in range(self.size):
+            batch = self.fetch()
             if batch is END:
-                if given:
-                    _log.warning(_TORN, given, size)
+                self.say_torn(given)
                 return
             yield batch
 
-
-_TORN = (
-    "The loader ended after %d of the %d batches of an accumulated step, because it has fewer "
-    "batches than its len() says. Correct its __len__, or remove it."
-)
+    def say_torn(self, given: int) -> None:
+        """Warns that a loader ended within the group, after ``given`` of its batches."""
+        if given:
+            _log.warning(
+                "The loader ended after %d of the %d batches of an accumulated step, because it "
+                "has fewer batches than its len() says. Correct its __len__, or remove it.",
+                given,
+                self.size,
+            )
 
 
 def groups(stream: BatchStream, accumulate: int, start: int | None = None) -> Iterator[Group]:
@@ -84,7 +84,7 @@ def _gathered(stream: BatchStream, accumulate: int, group: Group) -> Iterator[Gr
         batches = [ahead]
         while (ahead := stream.fetch()) is not END and len(batches) < accumulate:
             batches.append(ahead)
-        group._batches = batches
+        group.fetch = iter(batches).__next__
         group.size = len(batches)
         group.last = ahead is END
         yield group

@@ -133,6 +133,11 @@ def batch_size_of(batch: Any) -> int | None:
     A loader's own sample counts (`lightkit.data.sample_counts`) are better where they exist: no
     rule can tell a list of equally large images from a list of inputs and targets.
     """
+    if type(batch) in (tuple, list) and len(batch) == 2:  # inputs and targets: the usual batch
+        one, two = batch
+        if type(one) is Tensor and type(two) is Tensor and one.ndim and two.ndim:
+            size = len(one)
+            return size if size == len(two) else None
     found: set[int | None] = set()
     _collect_sizes(batch, found)
     return found.pop() if len(found) == 1 else None

@@ -42,6 +42,7 @@ class Logger:
     _name: str | None = None
     _version: int | str | None = None
     _run_dir: Path | None = None
+    _next_dir: Path | None = None
     _said_unopened: bool = False
 
     def __init__(
@@ -69,23 +70,29 @@ class Logger:
     @property
     def version(self) -> int | str | None:
         """N where the folder is called ``version_N``, else its name; None before there is one."""
-        if self._version is None and self._save_dir is not None:
-            self._version = self._next_version(self._parent(self._save_dir))
-        if self._version is None and self._run_dir is not None:
-            number = _number(self._run_dir)
-            return self._run_dir.name if number is None else number
-        return self._version
+        folder = self._run_dir or self.next_dir()
+        if folder is None or self._version is not None:
+            return self._version
+        number = _number(folder)
+        return folder.name if number is None else number
 
     @property
     def log_dir(self) -> str | None:
-        """The folder of this logger's files; None where neither user nor trainer named one yet."""
-        if self._run_dir is not None:
-            return str(self._run_dir)
-        if self._save_dir is None:
-            return None
-        version = self.version
-        folder = f"version_{version}" if isinstance(version, int) else str(version)
-        return str(self._parent(self._save_dir) / folder)
+        """The folder of the run; before one begins, what the user chose, or None."""
+        folder = self._run_dir or self.next_dir()
+        return None if folder is None else str(folder)
+
+    def next_dir(self) -> Path | None:
+        """Returns the folder that the user chose for the next run; None leaves it to the trainer.
+
+        Without a given version each run gets the next free number.
+        """
+        if self._save_dir is not None and self._next_dir is None:
+            parent = self._save_dir / self._name if self._name else self._save_dir
+            version = _next_version(parent) if self._version is None else self._version
+            folder = f"version_{version}" if isinstance(version, int) else version
+            self._next_dir = parent / folder
+        return self._next_dir
 
     @property
     def experiment(self) -> Any:
@@ -109,7 +116,7 @@ class Logger:
             run_dir: The folder of the run; it is made if it is missing.
             purge_step: Where a run is continued: rows of this step and later are taken back.
         """
-        self._run_dir = Path(run_dir)
+        self._run_dir, self._next_dir = Path(run_dir), None
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Writes one row.
@@ -132,13 +139,10 @@ class Logger:
     def close(self) -> None:
         """Flushes and releases files. May be called twice, and also after an exception."""
 
-    def _parent(self, save_dir: Path) -> Path:
-        return save_dir / self._name if self._name else save_dir
 
-    @staticmethod
-    def _next_version(parent: Path) -> int:
-        taken = [_number(folder) for folder in parent.glob("version_*")]
-        return max((number for number in taken if number is not None), default=-1) + 1
+def _next_version(parent: Path) -> int:
+    taken = [_number(folder) for folder in parent.glob("version_*")]
+    return max((number for number in taken if number is not None), default=-1) + 1
 
 
 def _number(folder: Path) -> int | None:

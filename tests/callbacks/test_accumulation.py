@@ -1,13 +1,19 @@
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from lightkit.callbacks.accumulation import GradientAccumulationScheduler
+from lightkit.callbacks.lambda_callback import LambdaCallback
 from lightkit.errors import ConfigError
+from lightkit.task import TaskModule
+from lightkit.trainer import Trainer
 
 TASK: Any = nn.Linear(1, 1)
 
@@ -47,3 +53,36 @@ def test_a_second_source_is_refused() -> None:
 def test_impossible_schedules_are_refused(wrong: Any) -> None:
     with pytest.raises(ConfigError, match="such as"):
         GradientAccumulationScheduler(wrong)
+
+
+class Net(TaskModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(1, 1)
+
+    def training_step(self, batch: Any) -> torch.Tensor:
+        return self.net(batch).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def loader(count: int = 4) -> DataLoader[Any]:
+    data: Any = torch.ones(count, 1)
+    return DataLoader(data, batch_size=1)
+
+
+def real(tmp_path: Path, **options: Any) -> Trainer:
+    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False}
+    quiet |= {"enable_checkpointing": False, "enable_model_summary": False}
+    return Trainer(default_root_dir=tmp_path, **quiet | options)
+
+
+def test_a_fit_makes_the_steps_that_were_scheduled(tmp_path: Path) -> None:
+    callback = GradientAccumulationScheduler({1: 2, 2: 3})
+    trainer = real(tmp_path, max_epochs=3, callbacks=[callback])
+    steps: list[int] = []
+    end = LambdaCallback(on_train_epoch_end=lambda t, _: steps.append(t.global_step))
+    trainer.callbacks.append(end)
+    trainer.fit(Net(), loader(4))
+    assert steps == [4, 6, 8]  # 4 steps of 1 batch, 2 of 2, then 3 batches and the one left over

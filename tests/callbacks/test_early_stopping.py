@@ -1,15 +1,20 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from lightkit.callbacks.early_stopping import EarlyStopping
+from lightkit.callbacks.lambda_callback import LambdaCallback
 from lightkit.errors import ConfigError, LoggingError
+from lightkit.task import TaskModule
+from lightkit.trainer import Trainer
 
 
 class FakeTrainer(SimpleNamespace):
@@ -242,3 +247,99 @@ def test_two_monitors_keep_two_states() -> None:
 def test_impossible_arguments_are_refused(kwargs: dict[str, Any], match: str) -> None:
     with pytest.raises(ConfigError, match=match):
         EarlyStopping("val_loss", **kwargs)
+
+
+# --- in a fit --------------------------------------------------------------------------------------
+
+
+class Scripted(TaskModule):
+    """Its validation logs the values given, one after the other; its weight is the last one."""
+
+    def __init__(self, values: list[float]) -> None:
+        super().__init__()
+        self.values = iter(values)
+        self.net = nn.Linear(1, 1, bias=False)
+
+    def training_step(self, batch: Any) -> torch.Tensor:
+        self.log("slope", batch.sum())
+        return self.net(batch).square().mean() * 0
+
+    def validation_step(self, batch: Any) -> None:
+        if not self.trainer.sanity_checking:
+            value = next(self.values)
+            nn.init.constant_(self.net.weight, value)
+            self.log("score", torch.tensor(value))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def loader(count: int = 4) -> DataLoader[Any]:
+    data: Any = torch.ones(count, 1)
+    return DataLoader(data, batch_size=1)
+
+
+def real(tmp_path: Path, **options: Any) -> Trainer:
+    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False}
+    quiet |= {"enable_checkpointing": False, "enable_model_summary": False}
+    return Trainer(default_root_dir=tmp_path, **quiet | options)
+
+
+def test_a_fit_stops_after_the_validation_that_was_one_too_many(tmp_path: Path) -> None:
+    callback = EarlyStopping("score", patience=2, restore_best=True)
+    task = Scripted([3.0, 1.0, 2.0, 1.5, 0.5])
+    trainer = real(tmp_path, max_epochs=9, callbacks=[callback])
+    history = trainer.fit(task, loader(), loader(1))
+    assert len(history) == 4
+    assert callback.stopped_epoch == 3
+    assert callback.best_epoch == 1
+    assert task.net.weight.item() == 1.0
+
+
+def test_a_fit_stops_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
+    callback = EarlyStopping("score", patience=1)
+    task = Scripted([3.0, 1.0, 2.0])
+    trainer = real(tmp_path, max_epochs=9, callbacks=[callback], val_check_interval=0.5)
+    trainer.fit(task, loader(4), loader(1))
+    assert trainer.global_step == 6
+
+
+def test_a_fit_without_validation_stops_by_a_training_metric(tmp_path: Path) -> None:
+    trainer = real(tmp_path, max_epochs=9, callbacks=[EarlyStopping("slope", patience=2)])
+    history = trainer.fit(Scripted([]), loader())
+    assert len(history) == 3
+
+
+def test_a_training_metric_beside_validation_is_checked_once_per_epoch(tmp_path: Path) -> None:
+    callback = EarlyStopping("slope", patience=2)
+    trainer = real(tmp_path, max_epochs=9, callbacks=[callback], val_check_interval=2)
+    history = trainer.fit(Scripted([1.0] * 10), loader(4), loader(1))
+    assert len(history) == 3
+
+
+def test_a_fit_with_a_monitor_that_is_not_there_ends_with_the_names(tmp_path: Path) -> None:
+    trainer = real(tmp_path, max_epochs=9, callbacks=[EarlyStopping("scores")])
+    with pytest.raises(LoggingError, match=r"'score'.*Did you mean 'score'"):
+        trainer.fit(Scripted([1.0, 1.0]), loader(4), loader(1))
+    assert trainer.current_epoch == 0
+
+
+def test_a_fit_that_is_resumed_remembers_the_best(tmp_path: Path) -> None:
+    def fit(task: Scripted, epochs: int, **resume: Any) -> Any:
+        callback = EarlyStopping("score", patience=3, restore_best=True)
+        trainer = real(tmp_path, max_epochs=epochs, callbacks=[callback])
+        save = LambdaCallback(on_save_point=lambda t, _: t.save_checkpoint(tmp_path / "at.ckpt"))
+        trainer.callbacks.append(save)
+        return trainer.fit(task, loader(), loader(1), **resume)
+
+    fit(Scripted([3.0, 1.0]), 2)
+    task = Scripted([2.0, 1.5, 4.0, 0.1])
+    assert len(fit(task, 9, ckpt_path=tmp_path / "at.ckpt")) == 5
+    assert task.net.weight.item() == 1.0
+
+
+def test_a_second_fit_of_the_same_trainer_counts_anew(tmp_path: Path) -> None:
+    callback = EarlyStopping("score", patience=2)
+    trainer = real(tmp_path, max_epochs=4, callbacks=[callback])
+    assert len(trainer.fit(Scripted([1.0, 2.0, 3.0, 4.0]), loader(), loader(1))) == 3
+    assert len(trainer.fit(Scripted([9.0, 8.0, 7.0, 6.0]), loader(), loader(1))) == 4

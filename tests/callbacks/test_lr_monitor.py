@@ -1,17 +1,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import StepLR
+from torch.utils.data import DataLoader
 
 from lightkit.callbacks.lr_monitor import LearningRateMonitor
 from lightkit.errors import ConfigError
+from lightkit.loggers.base import Logger
 from lightkit.schedules import SchedulerEntry
+from lightkit.task import TaskModule
+from lightkit.trainer import Trainer
 
 TASK: Any = nn.Linear(1, 1)
 
@@ -126,3 +132,50 @@ def test_without_a_logger_it_says_so(caplog: pytest.LogCaptureFixture) -> None:
 def test_another_interval_is_refused() -> None:
     with pytest.raises(ConfigError, match="Did you mean 'step'"):
         LearningRateMonitor("steps")
+
+
+class Net(TaskModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(1, 1)
+
+    def training_step(self, batch: Any) -> torch.Tensor:
+        return self.net(batch).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        optimizer = SGD(self.parameters(), lr=1.0)
+        by_step = {"scheduler": StepLR(optimizer, 1, gamma=0.5), "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": by_step}
+
+
+def loader(count: int = 4) -> DataLoader[Any]:
+    data: Any = torch.ones(count, 1)
+    return DataLoader(data, batch_size=1)
+
+
+def real(tmp_path: Path, **options: Any) -> Trainer:
+    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False}
+    quiet |= {"enable_checkpointing": False, "enable_model_summary": False}
+    return Trainer(default_root_dir=tmp_path, **quiet | options)
+
+
+def test_a_fit_writes_the_rates_beside_its_rows(tmp_path: Path) -> None:
+    class Kept(Logger):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rates: list[tuple[int, float]] = []
+
+        def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+            if "lr-SGD" in metrics:
+                self.rates.append((step, metrics["lr-SGD"]))
+
+    logger = Kept()
+    trainer = real(
+        tmp_path,
+        max_epochs=2,
+        logger=[logger],
+        log_every_n_steps=3,
+        callbacks=[LearningRateMonitor()],
+    )
+    trainer.fit(Net(), loader(4))
+    assert logger.rates == [(0, 1.0), (3, 0.5**3), (6, 0.5**6)]

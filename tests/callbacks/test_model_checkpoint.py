@@ -63,6 +63,10 @@ class Trainer:
         self.call("on_fit_start")
         return self
 
+    def finish(self) -> None:
+        self.call("on_fit_end")
+        self.call("teardown", "fit")
+
     def validate(self, **metrics: float) -> None:
         self.call("on_validation_start")
         self.callback_metrics |= {k: torch.tensor(v) for k, v in metrics.items()}
@@ -669,7 +673,10 @@ def test_a_crash_between_the_save_and_the_cleaning_leaves_nothing_behind(tmp_pat
 
 def test_the_same_object_in_a_second_fit_starts_anew(tmp_path):
     callback = ModelCheckpoint(monitor="val_loss")
-    Trainer(tmp_path / "a", callback).start().epoch(1.0)
+    first = Trainer(tmp_path / "a", callback).start()
+    first.epoch(1.0)
+    first.finish()
+    assert step_of(callback.last_model_path) == 2
     second = Trainer(tmp_path / "b", callback).start()
     assert callback.best_model_path == ""
     second.epoch(5.0)
@@ -677,10 +684,22 @@ def test_the_same_object_in_a_second_fit_starts_anew(tmp_path):
     assert files(tmp_path / "a") == ["best.ckpt", "last.ckpt", "step_000002.ckpt"]
 
 
+def test_a_state_that_was_loaded_for_a_fit_that_failed_to_start_is_forgotten(tmp_path):
+    callback = ModelCheckpoint(monitor="val_loss")
+    first = Trainer(tmp_path / "a", callback).start()
+    first.epoch(1.0)
+    first.finish()
+    callback.load_state_dict(callback.state_dict())
+    first.call("teardown", "fit")
+    Trainer(tmp_path / "b", callback).start()
+    assert callback.best_model_path == ""
+
+
 def test_other_entry_points_forget_nothing(tmp_path):
     callback = ModelCheckpoint(monitor="val_loss")
     trainer = Trainer(tmp_path, callback).start()
     trainer.epoch(1.0)
+    trainer.call("teardown", "fit")
     trainer.call("setup", "test")
     assert callback.best_model_path.endswith("step_000002.ckpt")
 

@@ -28,7 +28,7 @@ def test_children_and_totals():
         "loss   CrossEntropyLoss       0  -",
         "(own)  Parameter              5  yes",
         "------------------------------------------",
-        "708 parameters: 488 trainable, 220 not; 2.8 kB",
+        "708 parameters: 488 trainable, 220 not; 2.83 kB",
     ]
 
 
@@ -38,7 +38,7 @@ def test_depth():
 
     assert names(2) == ["body", "body.0", "body.1", "body.2", "head", "loss", "(own)"]
     assert names(-1) == names(2)
-    assert summarize(Net(), 0) == "708 parameters: 488 trainable, 220 not; 2.8 kB"
+    assert summarize(Net(), 0) == "708 parameters: 488 trainable, 220 not; 2.83 kB"
 
 
 def test_shared_parameters_count_once():
@@ -58,7 +58,7 @@ def test_parameters_whose_shape_is_not_known_yet():
 
 
 def test_a_module_without_parts():
-    assert summarize(nn.ReLU()) == "0 parameters: 0 trainable, 0 not; 0.0 kB"
+    assert summarize(nn.ReLU()) == "0 parameters: 0 trainable, 0 not; 0 kB"
 
 
 def test_the_size_follows_the_type():

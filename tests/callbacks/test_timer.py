@@ -1,15 +1,20 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from lightkit.callbacks import timer as module
 from lightkit.callbacks.timer import Timer
 from lightkit.errors import ConfigError
+from lightkit.task import TaskModule
+from lightkit.trainer import Trainer
 
 TASK: Any = nn.Linear(1, 1)
 
@@ -136,3 +141,45 @@ def test_impossible_arguments_are_refused() -> None:
         Timer("1 min", interval="epochs")
     with pytest.raises(ConfigError, match="soon"):
         Timer("soon")
+
+
+class Net(TaskModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(1, 1)
+
+    def training_step(self, batch: Any) -> torch.Tensor:
+        return self.net(batch).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def loader(count: int = 4) -> DataLoader[Any]:
+    data: Any = torch.ones(count, 1)
+    return DataLoader(data, batch_size=1)
+
+
+def real(tmp_path: Path, **options: Any) -> Trainer:
+    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False}
+    quiet |= {"enable_checkpointing": False, "enable_model_summary": False}
+    return Trainer(default_root_dir=tmp_path, **quiet | options)
+
+
+def test_a_fit_ends_at_the_next_step(tmp_path: Path, clock: Clock) -> None:
+    class Slow(Net):
+        def on_before_backward(self, loss: Any) -> None:
+            clock.now += 10
+
+        def validation_step(self, batch: Any) -> None:
+            clock.now += 1
+
+    timer = Timer("25 s")
+    trainer = real(tmp_path, max_epochs=5, callbacks=[timer], num_sanity_val_steps=1)
+    trainer.fit(Slow(), loader(4), DataLoader([1.0, 2.0]))
+    assert trainer.global_step == 3
+    assert timer.time_elapsed() == 30
+    assert timer.time_elapsed("validate") == 0
+    trainer.validate(Slow(), DataLoader([1.0, 2.0]))
+    assert timer.time_elapsed("validate") == 2
+    assert timer.time_elapsed() == 30

@@ -38,6 +38,18 @@ def test_the_version_is_chosen_once(tmp_path):
     assert logger.log_dir == chosen
 
 
+def test_each_run_gets_the_next_version_unless_one_is_given(tmp_path):
+    logger, fixed = CSVLogger(tmp_path), CSVLogger(tmp_path, version="same")
+    for number in range(2):
+        for one in (logger, fixed):
+            one.open(one.next_dir())
+            one.close()
+        assert logger.log_dir == str(tmp_path / f"version_{number}")
+        assert logger.version == number
+        assert fixed.log_dir == str(tmp_path / "same")
+    assert CSVLogger().next_dir() is None
+
+
 def test_asking_for_the_folder_makes_none(tmp_path):
     assert TensorBoardLogger(tmp_path, "a").log_dir is not None
     assert list(tmp_path.iterdir()) == []

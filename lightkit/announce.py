@@ -1,0 +1,91 @@
+"""The first and the last lines of a fit: what will happen, and where the results are."""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lightkit.loggers import TensorBoardLogger
+
+if TYPE_CHECKING:
+    from lightkit.run import FitRun
+    from lightkit.trainer import Trainer
+
+_log = logging.getLogger("lightkit")
+
+
+def say_start(trainer: Trainer, run: FitRun, resumed: str | None) -> None:
+    """Logs what will happen, in a few lines."""
+    options, folder = trainer.options, trainer.session.run_dir
+    parts = [f"{run.device}", f"precision {run.precision.name}"]
+    if run.plan.fused:
+        parts.append(f"fused {', '.join(type(o).__name__ for o in run.plan.fused)}")
+    if options.seed is not None:
+        parts.append(f"seed {options.seed}")
+    _say("device", ", ".join(parts))
+    _say("training", _length(trainer, run))
+    if options.fast_dev_run:
+        _say("trial", "fast_dev_run writes nothing")
+    if options.overfit_batches:
+        _say("trial", "overfit_batches trains on the same batches in every epoch")
+    for line in run.plan.describe(*planned(trainer)):
+        _say("schedule", line)
+    if resumed is not None:
+        state = run.state
+        done = _count(state.epoch, "epoch")
+        if state.batch_idx:
+            done += f" and {_count(state.batch_idx, 'batch', 'batches')}"
+        _say("resumed", f"{resumed} ({_count(state.global_step, 'step')}, {done} done)")
+    if folder is not None:
+        _say("folder", _short(folder))
+
+
+def say_end(trainer: Trainer) -> None:
+    """Logs where the results are and how to look at them."""
+    folder = trainer.session.run_dir
+    if folder is None:
+        return
+    _say("results", _short(folder))
+    if any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
+        _say("curves", f"tensorboard --logdir {_short(folder)}")
+
+
+def planned(trainer: Trainer) -> tuple[int | None, int | None]:
+    """Returns the optimizer steps and epochs from 0 to the end of the run, None if unknown."""
+    steps = trainer.estimated_stepping_batches
+    epochs = trainer.limits.max_epochs
+    known = steps is not None and steps != math.inf
+    return int(steps) if known and steps is not None else None, epochs if epochs >= 0 else None
+
+
+def _length(trainer: Trainer, run: FitRun) -> str:
+    limits, length = trainer.limits, []
+    if limits.max_epochs >= 0:
+        default = " (default; set max_epochs=)" if trainer.default_epochs else ""
+        length.append(f"{_count(limits.max_epochs, 'epoch')}{default}")
+    if limits.max_steps >= 0:
+        length.append(f"at most {_count(limits.max_steps, 'step')}")
+    if limits.seconds is not None:
+        length.append(f"at most {limits.seconds:g} s")
+    batches = "an unknown number of batches"
+    if run.train_length is not None:
+        batches = _count(run.train_length, "batch", "batches")
+    return f"{', '.join(length) or 'without end'}, {batches} per epoch"
+
+
+def _say(what: str, text: object) -> None:
+    _log.info("%-9s %s", f"{what}:", text)
+
+
+def _count(number: int, one: str, many: str | None = None) -> str:
+    return f"{number} {one if number == 1 else many or one + 's'}"
+
+
+def _short(folder: Path) -> Path:
+    """Returns a folder relative to the current one where it lies below it."""
+    try:
+        return folder.absolute().relative_to(Path.cwd())
+    except ValueError:
+        return folder

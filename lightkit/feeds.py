@@ -1,0 +1,180 @@
+"""The loaders of a run: where they come from, how much of them is used, how batches are moved."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from lightkit.data import limited, loader_length, move_to_device, named_loaders, sample_counts
+from lightkit.errors import ConfigError, DataError
+from lightkit.run import LoaderPlan
+from lightkit.task import overrides
+
+if TYPE_CHECKING:
+    from lightkit.run import FitRun
+    from lightkit.session import Session
+    from lightkit.trainer import Trainer
+
+_log = logging.getLogger("lightkit")
+_SHORT = {"validation": "val", "test": "test", "predict": "predict"}
+_TRANSFER = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+
+
+def source(session: Session, given: Any, name: str) -> tuple[Any, Callable[[], Any] | None]:
+    """Returns a loader and how to make it anew: given to the call, of the data module or task."""
+    if given is not None:
+        return given, None
+    for owner in (session.datamodule, session.task):
+        make = getattr(owner, f"{name}_dataloader", None)
+        loader = None if make is None else make()
+        if loader is not None:
+            return loader, make
+    return None, None
+
+
+def train_loader(
+    trainer: Trainer, session: Session, given: Any
+) -> tuple[Any, Callable[[], Any] | None]:
+    """Returns the training loader, and what makes it anew between epochs (None keeps it)."""
+    options = trainer.options
+    given, make = source(session, given, "train")
+    if given is None:
+        raise DataError(
+            "There is no training loader. Pass it: trainer.fit(task, train_loader), or pass "
+            "datamodule= (or define train_dataloader in the task)."
+        )
+    session.given_train = given
+    every = options.reload_dataloaders_every_n_epochs
+    if every and make is None:
+        raise ConfigError(
+            f"reload_dataloaders_every_n_epochs={every} needs a data module or a task with "
+            f"train_dataloader: a loader that is passed to fit cannot be made anew."
+        )
+    loader = _single(given)
+    if options.overfit_batches:
+        return _first_batches(options.overfit_batches, loader), None
+    return loader, make if every else None
+
+
+def reloader(
+    trainer: Trainer, session: Session, make: Callable[[], Any] | None, given_val: Any
+) -> Callable[[FitRun], None] | None:
+    """Returns what the loop calls before each epoch to have its loaders made anew; None: never."""
+    if make is None:
+        return None
+    every = trainer.options.reload_dataloaders_every_n_epochs
+
+    def reload(run: FitRun) -> None:
+        if run.state.epoch == session.loaded_at or run.state.epoch % every:
+            return
+        run.train_loader = _single(make())
+        run.counts = sample_counts(run.train_loader)
+        run.train_limit, run.train_length = train_length(trainer, run.train_loader)
+        session.train_length = run.train_length
+        if run.validation is not None and given_val is None:
+            run.validation.loaders = loader_plans(trainer, session, "validation", None)
+            session.lengths["validation"] = [p.length for p in run.validation.loaders]
+
+    return reload
+
+
+def _single(given: Any) -> Any:
+    loaders = named_loaders(given, "training")
+    if len(loaders) != 1:
+        raise DataError(
+            f"Training takes one loader, got {len(loaders)}. Combine the data sets into one "
+            f"loader, for example with torch.utils.data.ConcatDataset or StackDataset."
+        )
+    return loaders[0][1]
+
+
+def _first_batches(overfit: int | float, loader: Any) -> list[Any]:
+    """Returns the batches that ``overfit_batches`` trains on: the same ones in every epoch."""
+    count = limited(loader_length(loader), overfit, "overfit_batches")
+    batches = list(itertools.islice(loader, count))
+    if not batches:
+        raise DataError("overfit_batches: the training loader gave no batch at all.")
+    return batches
+
+
+def train_length(trainer: Trainer, loader: Any) -> tuple[int | None, int | None]:
+    """Returns how many batches of the training loader to take at most, and how many will come."""
+    full = loader_length(loader)
+    limit = limited(full, trainer.limit("train"), "limit_train_batches")
+    if limit == 0:
+        raise ConfigError("limit_train_batches=0 leaves nothing to train on. Give at least 1.")
+    return limit, _shorter(full, limit)
+
+
+def _shorter(full: int | None, limit: int | None) -> int | None:
+    return full if full is None or limit is None else min(full, limit)
+
+
+def loader_plans(trainer: Trainer, session: Session, stage: str, given: Any) -> list[LoaderPlan]:
+    """Returns the loaders of an evaluation with their names and lengths; none with a limit of 0."""
+    short = _SHORT[stage]
+    if trainer.limit(short) == 0:
+        return []
+    given, _ = source(session, given, short)
+    session.named_by_user = isinstance(given, Mapping)
+    found = []
+    for name, loader in named_loaders(given, stage):
+        full = loader_length(loader)
+        limit = limited(full, trainer.limit(short), f"limit_{short}_batches")
+        found.append(LoaderPlan(name, loader, limit, _shorter(full, limit)))
+    return found
+
+
+def required_plans(trainer: Trainer, session: Session, stage: str, given: Any) -> list[LoaderPlan]:
+    """Returns the loaders of ``validate``, ``test`` or ``predict``.
+
+    Raises:
+        ConfigError: The limit of its batches is 0.
+        DataError: There is no loader.
+    """
+    short = _SHORT[stage]
+    if trainer.limit(short) == 0:
+        raise ConfigError(
+            f"limit_{short}_batches=0 leaves nothing to run {stage} on. Give at least 1."
+        )
+    plans = loader_plans(trainer, session, stage, given)
+    if not plans:
+        raise DataError(
+            f"There is no loader to run {stage} on. Pass dataloaders=, or a data module (or a "
+            f"task) whose {short}_dataloader returns one."
+        )
+    return plans
+
+
+def make_transfer(session: Session) -> Callable[[Any, int], Any] | None:
+    """Returns what brings a batch to the device, or None where there is nothing to do."""
+    task, datamodule, device = session.task, session.datamodule, session.device
+    dtype = session.precision.dtype
+    own: dict[str, Callable[..., Any]] = {}
+    for name in _TRANSFER:
+        if overrides(task, name):
+            own[name] = getattr(task, name)
+        elif datamodule is not None and _redefined(datamodule, name):
+            own[name] = getattr(datamodule, name)
+    if not own and device.type == "cpu" and dtype is None:
+        return None
+    before, move, after = (own.get(name) for name in _TRANSFER)
+    non_blocking = device.type == "cuda"
+
+    def transfer(batch: Any, dataloader_idx: int) -> Any:
+        if before is not None:
+            batch = before(batch, dataloader_idx)
+        if move is not None:
+            batch = move(batch, device, dataloader_idx)
+        if move is None or dtype is not None:  # a move of the user's knows nothing of precision
+            batch = move_to_device(batch, device, non_blocking=non_blocking, dtype=dtype)
+        return batch if after is None else after(batch, dataloader_idx)
+
+    return transfer
+
+
+def _redefined(datamodule: Any, name: str) -> bool:
+    method = getattr(type(datamodule), name, None)
+    return method is not None and method.__module__ != "lightkit.data.module"

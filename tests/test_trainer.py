@@ -1,0 +1,552 @@
+"""The Trainer from outside: what is called, what comes back, what is left behind."""
+
+from __future__ import annotations
+
+import gc
+import json
+import traceback
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import lightkit as lk
+from lightkit.callbacks import EarlyStopping, ModelCheckpoint
+from lightkit.errors import ConfigError, DataError, NotRunningError, UsageError
+from lightkit.loggers import CSVLogger
+
+
+class Net(lk.TaskModule):
+    def __init__(self, width: int = 4):
+        super().__init__()
+        self.net = nn.Linear(width, 1)
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.mse_loss(self(batch[0]), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        return nn.functional.mse_loss(self(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=0.01)
+
+
+def loader(samples: int = 20, seed: int = 1) -> DataLoader:
+    x = torch.randn(samples, 4, generator=torch.Generator().manual_seed(seed))
+    return DataLoader(TensorDataset(x, x.sum(1, keepdim=True)), 4)
+
+
+@pytest.fixture
+def quiet(tmp_path):
+    """Makes trainers that show nothing and write nothing."""
+
+    def make(**options) -> lk.Trainer:
+        defaults = {
+            "max_epochs": 1,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "default_root_dir": tmp_path / "runs",
+        }
+        return lk.Trainer(**defaults | options)
+
+    return make
+
+
+# --- the skeletons -------------------------------------------------------------------------------
+
+
+def test_the_skeleton_of_the_field(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train_loader, val_loader = loader(), loader(8, seed=2)
+    history = lk.Trainer(max_epochs=3).fit(Net(), train_loader, val_loader)
+    assert [row["epoch"] for row in history] == [1, 2, 3]
+    assert {"train_loss", "val_loss", "step", "time"} <= set(history[-1])
+    assert history[-1]["step"] == 15
+    folder = tmp_path / "runs" / "Net" / "version_0"
+    assert (folder / "metrics.jsonl").exists()
+    assert (folder / "checkpoints" / "last.ckpt").exists()
+    assert list(folder.glob("events.out.tfevents.*"))
+    assert json.loads((folder / "hparams.json").read_text()) == {"width": 4}
+    said = capsys.readouterr().out
+    assert "training: 3 epochs, 5 batches per epoch" in said
+    assert "tensorboard --logdir runs/Net/version_0" in said
+
+
+def test_the_second_skeleton_without_a_gpu_says_how_to_run_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    module, dl = Net(), loader()
+    with pytest.raises(ConfigError, match=r"gpus=1 asks for a GPU.*Trainer\(gpus=0\)"):
+        lk.Trainer(gpus=1).fit(module, dl)
+
+
+def test_the_default_of_ten_epochs_is_announced(quiet, capsys):
+    quiet(max_epochs=None, gpus=0).fit(Net(), loader(4))
+    said = capsys.readouterr().out
+    assert "training: 10 epochs (default; set max_epochs=), 1 batch per epoch" in said
+
+
+def test_a_failed_start_can_be_tried_again(quiet, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    t = quiet(gpus=1)
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="gpus=1"):
+            t.fit(Net(), loader())
+    assert t.stage is None
+
+
+def test_five_frames_lie_between_the_call_and_the_step(quiet):
+    seen = []
+
+    class Stack(Net):
+        def training_step(self, batch, batch_idx):
+            seen.append([f.name for f in traceback.extract_stack()])
+            return super().training_step(batch, batch_idx)
+
+    quiet().fit(Stack(), loader())
+    for names in seen:
+        here = names.index("test_five_frames_lie_between_the_call_and_the_step")
+        assert names[here + 1 :] == ["fit", "fit", "train_epoch", "train_step", "training_step"]
+
+
+# --- what comes back -----------------------------------------------------------------------------
+
+
+def test_validate_and_test_return_one_dict_per_loader(quiet):
+    net, t = Net(), quiet()
+    one = t.validate(net, loader(), verbose=False)
+    assert one == [{"val_loss": pytest.approx(_loss(net, loader()))}]
+    two = t.test(net, [loader(), loader(8, seed=3)], verbose=False)
+    assert [set(row) for row in two] == [
+        {"test_loss/dataloader_idx_0"},
+        {"test_loss/dataloader_idx_1"},
+    ]
+    named = t.validate(net, {"day": loader(), "night": loader(6, seed=3)}, verbose=False)
+    assert named[0] == {"day/val_loss": pytest.approx(_loss(net, loader()))}
+    assert named[1] == {"night/val_loss": pytest.approx(_loss(net, loader(6, seed=3)))}
+
+
+def _loss(net, data) -> float:
+    with torch.no_grad():
+        total = sum(((net(x) - y) ** 2).sum() for x, y in data)
+    return float(total / len(data.dataset))
+
+
+def test_predict_returns_batches_in_order(quiet):
+    net, t = Net(), quiet()
+    outputs = t.predict(net, loader())
+    x = loader().dataset.tensors[0]
+    assert torch.equal(torch.cat(outputs), net(x).detach())
+    assert not outputs[0].requires_grad
+    several = t.predict(net, [loader(), loader(8)])
+    assert [len(batches) for batches in several] == [5, 2]
+    assert t.predict(net, loader(), return_predictions=False) == []
+
+
+def test_steps_fall_back(quiet):
+    class Own(Net):
+        def test_step(self, batch, batch_idx):
+            self.log("own", 2.0)
+
+        def predict_step(self, batch):
+            return batch[1]
+
+    assert "test_loss" in quiet().test(Net(), loader(), verbose=False)[0]
+    assert quiet().test(Own(), loader(), verbose=False) == [{"own": 2.0}]
+    outputs = quiet().predict(Own(), loader())
+    assert torch.equal(torch.cat(outputs), loader().dataset.tensors[1])
+
+
+def test_indices_may_be_left_out_of_the_steps(quiet):
+    class Short(Net):
+        seen = []
+
+        def training_step(self, batch):
+            return super().training_step(batch, 0)
+
+        def validation_step(self, batch, batch_idx, dataloader_idx):
+            self.seen.append((batch_idx, dataloader_idx))
+
+        def test_step(self, batch):
+            self.seen.append("test")
+
+    net = Short()
+    t = quiet(num_sanity_val_steps=0)
+    t.fit(net, loader(), [loader(4), loader(8)])
+    t.test(net, loader(4), verbose=False)
+    assert net.seen == [(0, 0), (0, 1), (1, 1), "test"]
+
+
+def test_evaluations_after_a_fit_need_neither_task_nor_data_again(quiet):
+    class Data(lk.DataModule):
+        def train_dataloader(self):
+            return loader()
+
+        val_dataloader = test_dataloader = predict_dataloader = train_dataloader
+
+    t = quiet()
+    t.fit(Net(), Data())
+    assert "val_loss" in t.validate(verbose=False)[0]
+    assert "test_loss" in t.test(verbose=False)[0]
+    assert len(t.predict()) == 5
+    assert t.global_step == 5
+    assert len(t.history) == 1
+
+
+def test_results_are_shown_unless_verbose_is_off(quiet, capsys):
+    t = quiet()
+    t.validate(Net(), loader(), verbose=False)
+    assert capsys.readouterr().out == ""
+    t.test(Net(), loader())
+    assert capsys.readouterr().out.startswith("test: test_loss ")
+
+
+# --- again with the same trainer -----------------------------------------------------------------
+
+
+def test_the_same_trainer_fits_again_from_the_beginning(quiet):
+    stop = EarlyStopping(monitor="val_loss", patience=100)
+    t = quiet(max_epochs=2, callbacks=[stop])
+    first, net = t.fit(Net(), loader(), loader(8)), Net()
+    second = t.fit(net, loader(), loader(8))
+    assert first is not second
+    assert len(first) == len(second) == 2
+    assert (t.current_epoch, t.global_step) == (2, 10)
+    third = t.fit(net, loader(), loader(8))  # goes on with the weights, counts anew
+    assert third[0]["epoch"] == 1
+    assert third[0]["train_loss"] < second[0]["train_loss"]
+    assert t.history is third
+
+
+def test_each_fit_has_its_own_folder(tmp_path):
+    t = lk.Trainer(max_epochs=1, default_root_dir=tmp_path, enable_progress_bar=False)
+    t.fit(Net(), loader())
+    first = t.run_dir
+    t.fit(Net(), loader())
+    assert [first.name, t.run_dir.name] == ["version_0", "version_1"]
+    for folder in (first, t.run_dir):
+        assert len(list(folder.glob("events*"))) == 1
+        assert len((folder / "metrics.jsonl").read_text().splitlines()) == 1
+    assert t.logger.log_dir == str(t.run_dir)
+
+
+def test_a_call_within_a_call_is_an_error(quiet):
+    class Nested(lk.Callback):
+        def on_train_epoch_end(self, trainer, task):
+            with pytest.raises(UsageError, match="in the middle of fit"):
+                trainer.validate(task, loader(), verbose=False)
+
+    t = quiet(callbacks=Nested())
+    assert len(t.fit(Net(), loader())) == 1
+
+
+# --- folder and loggers --------------------------------------------------------------------------
+
+
+def test_nothing_is_written_without_logger_and_checkpoints(quiet, tmp_path):
+    t = quiet()
+    t.fit(Net(), loader(), loader(8))
+    t.validate(verbose=False, dataloaders=loader())
+    assert t.run_dir is None
+    assert t.log_dir is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_evaluations_write_nothing(tmp_path):
+    t = lk.Trainer(default_root_dir=tmp_path / "runs", enable_progress_bar=False)
+    t.validate(Net(), loader(), verbose=False)
+    t.predict(Net(), loader())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_fast_dev_run_writes_nothing_and_ends_after_its_batches(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    class Draws(Net):
+        def training_step(self, batch, batch_idx):
+            self.logger.experiment.add_scalar("mine", 1.0, 0)
+            return super().training_step(batch, batch_idx)
+
+    checkpoint = ModelCheckpoint(monitor="val_loss")
+    t = lk.Trainer(
+        fast_dev_run=2,
+        max_epochs=7,
+        val_check_interval=100,
+        check_val_every_n_epoch=3,
+        callbacks=[checkpoint, lk.callbacks.LearningRateMonitor()],
+        enable_progress_bar=False,
+    )
+    history = t.fit(Draws(), loader(), loader())
+    assert t.global_step == 2
+    assert len(history) == 1
+    assert "val_loss" in history[0]
+    assert t.num_val_batches == [2]
+    assert t.checkpoint_callback is checkpoint
+    assert list(tmp_path.iterdir()) == []
+    assert len(t.predict(Net(), loader())) == 2
+
+
+def test_the_folder_of_an_explicit_logger_is_the_run_folder(tmp_path):
+    logger = CSVLogger(save_dir=tmp_path / "mine", name="exp")
+    t = lk.Trainer(max_epochs=1, logger=logger, enable_progress_bar=False)
+    t.fit(Net(), loader())
+    assert t.run_dir == tmp_path / "mine" / "exp" / "version_0"
+    assert (t.run_dir / "checkpoints" / "last.ckpt").exists()
+    assert t.logger is logger
+    assert t.loggers == [logger]
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"cannot be made.*default_root_dir"):
+        lk.Trainer(default_root_dir=tmp_path / "file").fit(Net(), loader())
+
+
+def test_an_error_before_the_first_batch_leaves_no_folder(tmp_path):
+    t = lk.Trainer(default_root_dir=tmp_path / "runs", enable_progress_bar=False)
+    with pytest.raises(DataError, match="There is no training loader"):
+        t.fit(Net())
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- mistakes ------------------------------------------------------------------------------------
+
+
+def test_what_is_no_task(quiet):
+    t = quiet()
+    with pytest.raises(UsageError, match=r"Net is a class. Pass an object of it: Net\(...\)"):
+        t.fit(Net, loader())
+    with pytest.raises(UsageError, match="got Linear"):
+        t.fit(nn.Linear(1, 1), loader())
+    with pytest.raises(UsageError, match="Pass the task"):
+        t.validate(dataloaders=loader())
+
+
+def test_missing_steps(quiet):
+    class Empty(lk.TaskModule):
+        def forward(self, x):
+            return x
+
+    class NoOptimizer(Empty):
+        def training_step(self, batch, batch_idx):
+            return batch
+
+    with pytest.raises(UsageError, match="Empty defines no training_step"):
+        quiet().fit(Empty(), loader())
+    with pytest.raises(UsageError, match="NoOptimizer defines no configure_optimizers"):
+        quiet().fit(NoOptimizer(), loader())
+    with pytest.raises(UsageError, match="Empty defines no validation_step"):
+        quiet().validate(Empty(), loader())
+    with pytest.raises(UsageError, match="Empty defines no validation_step"):
+        quiet().test(Empty(), loader())
+    assert len(quiet().predict(Empty(), loader())) == 5
+
+
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_no_loader_for_an_evaluation(quiet, stage):
+    with pytest.raises(DataError, match="There is no loader to run"):
+        getattr(quiet(), stage)(Net())
+
+
+def test_several_processes_are_refused(quiet, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="WORLD_SIZE=2"):
+        quiet().fit(Net(), loader())
+
+
+def test_loaders_and_a_data_module_at_once(quiet):
+    class Data(lk.DataModule):
+        pass
+
+    with pytest.raises(UsageError, match="either loaders or datamodule="):
+        quiet().fit(Net(), loader(), datamodule=Data())
+    for arguments in ({"train_dataloaders": Data}, {"datamodule": Data}):
+        with pytest.raises(UsageError, match="Data is a class"):
+            quiet().fit(Net(), **arguments)
+
+
+def test_saving_outside_a_fit(quiet, tmp_path):
+    t = quiet()
+    with pytest.raises(NotRunningError, match="while fit runs"):
+        t.save_checkpoint(tmp_path / "x.ckpt")
+    t.fit(Net(), loader())
+    with pytest.raises(NotRunningError):
+        t.save_checkpoint(tmp_path / "x.ckpt")
+
+
+# --- how it ends ---------------------------------------------------------------------------------
+
+
+class Watch(lk.Callback):
+    def __init__(self):
+        self.seen = []
+
+    def on_exception(self, trainer, task, exception):
+        self.seen.append(type(exception).__name__)
+
+    def on_fit_end(self, trainer, task):
+        self.seen.append("fit_end")
+
+    def teardown(self, trainer, task, stage):
+        self.seen.append(f"teardown {stage}")
+
+
+@pytest.mark.parametrize("kind", [ZeroDivisionError, KeyboardInterrupt, SystemExit])
+def test_an_exception_closes_everything_and_stays_itself(tmp_path, kind):
+    class Breaks(Net):
+        def training_step(self, batch, batch_idx):
+            if batch_idx == 2:
+                raise kind("mine")
+            self.log("seen", 1.0)
+            return super().training_step(batch, batch_idx)
+
+        def on_exception(self, exception):
+            raise RuntimeError("a hook that fails hides nothing")
+
+        def teardown(self, stage):
+            raise RuntimeError("nor does this one")
+
+    watch, net = Watch(), Breaks()
+    t = lk.Trainer(
+        default_root_dir=tmp_path, callbacks=watch, log_every_n_steps=1, enable_progress_bar=False
+    )
+    with pytest.raises(kind, match="mine") as error:
+        t.fit(net, loader())
+    frames = traceback.extract_tb(error.value.__traceback__)
+    assert frames[-1].name == "training_step"
+    assert watch.seen == [kind.__name__, "teardown fit"]
+    assert gc.get_freeze_count() == 0
+    assert t.stage is None
+    assert t.global_step == 2
+    assert len((t.run_dir / "metrics.jsonl").read_text().splitlines()) == 2
+    net.log("after", 1.0)  # outside a run it goes nowhere
+    with pytest.raises(NotRunningError):
+        net.optimizers()
+    assert not t.logger._writer
+
+
+def test_without_an_exception_a_failing_teardown_is_seen(quiet):
+    class Breaks(Net):
+        def teardown(self, stage):
+            raise RuntimeError("mine")
+
+    watch = Watch()
+    with pytest.raises(RuntimeError, match="mine"):
+        quiet(callbacks=watch).fit(Breaks(), loader())
+    assert watch.seen == ["fit_end", "teardown fit"]
+
+
+def test_an_exception_in_setup_is_reported_and_closed(quiet):
+    class Data(lk.DataModule):
+        def setup(self, stage):
+            raise OSError("no such disk")
+
+        def teardown(self, stage):
+            watch.seen.append("data")
+
+    watch = Watch()
+    t = quiet(callbacks=watch)
+    with pytest.raises(OSError, match="no such disk"):
+        t.fit(Net(), datamodule=Data())
+    assert watch.seen == ["OSError", "data", "teardown fit"]
+    assert t.stage is None
+    t.fit(Net(), loader())
+    assert t.global_step == 5
+
+
+def test_torch_switches_are_put_back(quiet):
+    class Look(Net):
+        def training_step(self, batch, batch_idx):
+            assert torch.are_deterministic_algorithms_enabled()
+            assert torch.is_anomaly_enabled()
+            return super().training_step(batch, batch_idx)
+
+    quiet(deterministic="warn", detect_anomaly=True, benchmark=False).fit(Look(), loader(4))
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert not torch.is_anomaly_enabled()
+
+
+# --- what can be read ----------------------------------------------------------------------------
+
+
+def test_the_attributes_of_the_field(quiet):
+    class Look(Net):
+        def configure_optimizers(self):
+            t = self.trainer
+            seen["steps"] = t.estimated_stepping_batches
+            seen["batches"] = (t.num_training_batches, t.num_val_batches)
+            return super().configure_optimizers()
+
+        def on_train_epoch_end(self):
+            t = self.trainer
+            seen["stage"] = t.stage.value
+            seen["world"] = (t.is_global_zero, t.global_rank, t.local_rank, t.world_size)
+            seen["metrics"] = set(t.callback_metrics)
+            seen["bar"] = set(t.progress_bar_metrics)
+
+    seen, net = {}, Look()
+    t = quiet(max_epochs=3, accumulate_grad_batches=2, log_every_n_steps=1)
+    assert t.callback_metrics == {}
+    assert t.estimated_stepping_batches is None
+    t.fit(net, loader(), loader(8, seed=2))
+    assert seen["steps"] == 9
+    assert seen["batches"] == (5, [2])
+    assert seen["stage"] == "fit"
+    assert seen["world"] == (True, 0, 0, 1)
+    assert {"train_loss", "val_loss"} <= seen["metrics"]
+    assert "train_loss" in seen["bar"]
+    assert t.model is t.task is t.lightning_module is net
+    assert [type(o).__name__ for o in t.optimizers] == ["Adam"]
+    assert t.lr_schedulers == []
+    assert t.checkpoint_callback is None
+    assert t.num_devices == 1
+    assert float(t.callback_metrics["val_loss"]) == pytest.approx(t.history[-1]["val_loss"])
+    assert (t.current_epoch, t.max_epochs, t.max_steps) == (3, 3, -1)
+
+
+def test_estimates_without_a_length_or_without_an_end(quiet):
+    def steps(**options):
+        class Look(Net):
+            def configure_optimizers(self):
+                seen.append(self.trainer.estimated_stepping_batches)
+                raise StopAsyncIteration
+
+        seen, data = [], options.pop("data", loader())
+        with pytest.raises(StopAsyncIteration):
+            quiet(**options).fit(Look(), data)
+        return seen[0]
+
+    endless = (batch for batch in loader())
+    assert steps(max_epochs=2) == 10
+    assert steps(max_epochs=2, max_steps=7) == 7
+    assert steps(max_epochs=-1) == float("inf")
+    assert steps(max_epochs=-1, max_steps=7) == 7
+    assert steps(max_epochs=2, data=endless) is None
+    endless = (batch for batch in loader())
+    assert steps(max_epochs=2, max_steps=7, data=endless) == 7
+    assert steps(max_epochs=2, limit_train_batches=0.4) == 4
+
+
+def test_what_a_fit_wrote_stays_known_after_an_evaluation(tmp_path):
+    t = lk.Trainer(max_epochs=1, default_root_dir=tmp_path, enable_progress_bar=False)
+    net = Net()
+    t.fit(net, loader(), loader(8))
+    best = t.checkpoint_callback.best_model_path
+    assert best
+    with torch.no_grad():
+        net.net.weight.zero_()
+    changed = t.test(net, loader(8), verbose=False)
+    assert t.test(net, loader(8), ckpt_path="best", verbose=False) != changed
+    assert net.net.weight.any()
+    assert t.checkpoint_callback.best_model_path == best
+    fresh = lk.Trainer(default_root_dir=tmp_path, enable_progress_bar=False)
+    assert fresh.validate(net, loader(8), ckpt_path="last", verbose=False)
+    with pytest.raises(UsageError, match="there is no best.ckpt"):
+        lk.Trainer(default_root_dir=tmp_path / "x").test(net, loader(), ckpt_path="best")
+    with pytest.raises(ConfigError, match="'auto' is not in this version"):
+        fresh.fit(net, loader(), ckpt_path="auto")
