@@ -154,7 +154,9 @@ class Column:
         column = cls(**{name: state[name] for name in _OPTIONS})
         for name in _SUMS:
             setattr(column, name, state[name])
-        column.values, column.weights = list(state["values"]), list(state["weights"])
+        # Copies: what comes out of a file was filled in place, which `check_unchanged` would see.
+        column.values = [v.clone() if isinstance(v, Tensor) else v for v in state["values"]]
+        column.weights = list(state["weights"])
         if column.values:
             column.live = column.values[-1]
         return column

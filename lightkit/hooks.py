@@ -266,7 +266,8 @@ class Callback:
 
 
 #: The hooks that the loop calls on listeners, in the order of the class above.
-LOOP_HOOKS: tuple[str, ...] = tuple(n for n in vars(Callback) if n.startswith("on_")) + (
+LOOP_HOOKS: tuple[str, ...] = (
+    *(n for n in vars(Callback) if n.startswith("on_")),
     "setup",
     "teardown",
 )
@@ -314,6 +315,11 @@ OLD_NAMES: dict[str, str] = {
     "tbptt_split_batch": "manual optimization in training_step",
 }
 
+#: A method on_... with one of these words is meant as a hook.
+_HOOK_WORDS: frozenset[str] = frozenset(
+    (word for name in LOOP_HOOKS for word in name.split("_")[1:] if name.startswith("on_")),
+) | {"begin", "begins", "ends", "epochs", "finish", "starts", "training", "val", "valid"}
+
 
 def not_a_hook(function: Function) -> Function:
     """Marks a method whose name resembles a hook's as the user's own.
@@ -328,28 +334,65 @@ def not_a_hook(function: Function) -> Function:
 def check_hook_names(cls: type, valid: frozenset[str]) -> None:
     """Raises `HookNameError` for a method of ``cls`` that looks like a hook and is none.
 
-    Looks like a hook: begins with ``on_``, is a name of an earlier generation of the field, or
-    differs by a letter or two from a hook. Private names are left alone.
+    Looks like a hook: begins with ``on_`` and has a word of a hook's name in it, is a name of an
+    earlier generation of the field, or has the words of a hook but for a few letters. Private
+    names are left alone.
 
     Args:
-        cls: The class that was just made; only what it defines itself is looked at.
+        cls: The class that was just made. What it defines itself is looked at, and what the
+            classes of its own package do that it mixes in.
         valid: The names that exist for this kind of class.
     """
-    for name, member in vars(cls).items():
-        own = name.startswith("_") or not inspect.isfunction(member)
-        if own or name in valid or hasattr(member, "_not_a_hook"):
-            continue
-        if name in OLD_NAMES:
-            raise HookNameError(
-                f"{cls.__qualname__}.{name} is a hook of an earlier generation and would never be "
-                f"called. Write {OLD_NAMES[name]}."
-            )
-        if name.startswith("on_") or difflib.get_close_matches(name, valid, n=1, cutoff=0.88):
-            raise HookNameError(
-                f"{cls.__qualname__}.{name} looks like a hook but is none, so it would never be "
-                f"called.{did_you_mean(name, valid)} If it is a method of your own, rename it or "
-                f"decorate it with @lightkit.not_a_hook."
-            )
+    for part in (cls, *_mixins(cls)):
+        for name, member in vars(part).items():
+            own = name.startswith("_") or not inspect.isfunction(member)
+            if not own and name not in valid and not hasattr(member, "_not_a_hook"):
+                _check_name(f"{part.__qualname__}.{name}", name, valid)
+
+
+def _mixins(cls: type) -> list[type]:
+    """Returns the bases of ``cls`` that no hook check has seen: those that are no hook classes."""
+    ours = [base for base in cls.__mro__ if base.__module__.startswith("lightkit.")]
+    package = cls.__module__.partition(".")[0]
+    return [
+        base
+        for base in cls.__mro__[1:]
+        if base.__module__.partition(".")[0] == package and not issubclass(base, tuple(ours))
+    ]
+
+
+def _check_name(place: str, name: str, valid: frozenset[str]) -> None:
+    if name in OLD_NAMES:
+        raise HookNameError(
+            f"{place} is a hook of an earlier generation and would never be called. Write "
+            f"{OLD_NAMES[name]}."
+        )
+    if name.startswith("on_"):
+        suspect = not _HOOK_WORDS.isdisjoint(name.split("_")[1:]) or bool(
+            difflib.get_close_matches(name, valid, n=1, cutoff=0.75)
+        )
+    else:
+        suspect = any(_alike(name, other) for other in valid)
+    if suspect:
+        raise HookNameError(
+            f"{place} looks like a hook but is none, so it would never be called."
+            f"{did_you_mean(name, valid)} If it is a method of your own, rename it or decorate it "
+            f"with @lightkit.not_a_hook."
+        )
+
+
+def _alike(name: str, other: str) -> bool:
+    """Tells whether a name is the other one but for letters that are easily mistaken.
+
+    Word by word, since get_dataloader is nearer to test_dataloader than many a misspelling is.
+    """
+    if name.replace("_", "").lower() == other.replace("_", ""):
+        return True
+    words, others = name.split("_"), other.split("_")
+    return len(words) == len(others) and all(
+        a == b or sorted(a) == sorted(b) or difflib.SequenceMatcher(None, a, b).ratio() > 0.77
+        for a, b in zip(words, others, strict=True)
+    )
 
 
 def positional_arguments(function: Callable[..., Any], offered: int) -> int:

@@ -73,19 +73,21 @@ def train_epoch(run: FitRun) -> None:
     flow.epoch_started, flow.data_wait = _clock(), 0.0
     stream = _open_epoch(run)
     metrics.begin_steps()
+    within = run.validation is not None and run.cadence.unit != "epoch"
     try:
         for group in groups(stream, flow.accumulate):
             before = state.batch_idx
             train_step(run, group)
             flow.data_wait = stream.wait
-            if state.batch_idx > before and validation_due(run, before):
+            if within and state.batch_idx > before and validation_due(run, before):
                 validate(run)
                 metrics.begin_steps()
             if run.plan.plateau_entries:
                 _step_plateau(run, "step", state.global_step)
             if group.last or stream.ended:
                 continue  # the end of the epoch offers the save, once its counter has moved
-            flow.ending = done(run)  # within the epoch: a save holds the state before its end
+            if flow.deadline or flow.stop_reason or state.global_step == run.limits.max_steps:
+                flow.ending = done(run)  # within the epoch: a save holds the state before its end
             for hook in run.hooks.on_save_point:
                 hook()
             if flow.ending:
@@ -195,6 +197,7 @@ def train_step(run: FitRun, group: Group) -> None:
                 step_optimizer(run, index, weighing, kept)
         else:
             outputs = _after_manual(run, outputs)
+            state.global_step += 1  # one per batch, whatever the number of optimizers
         state.batch_idx = index + 1
         if weighing is not None:
             run.flow.group_open = count < size
@@ -285,8 +288,7 @@ def _step_with_closure(run: FitRun, index: int, kept: list[tuple[Any, int]]) -> 
 
 
 def _after_manual(run: FitRun, outputs: Any) -> Any:
-    """Counts the step of a task that optimizes by itself, and keeps what it returned."""
-    run.state.global_step += 1
+    """Keeps what the step of a task that optimizes by itself returned."""
     if outputs is None:
         return None
     if isinstance(outputs, Mapping):
@@ -356,6 +358,7 @@ def sanity_check(run: FitRun) -> None:
                 few = run.sanity_batches
                 plan.limit = few if plan.limit is None else min(few, plan.limit)
             validate(run)
+            run.metrics.close("before training")
             for hook in run.hooks.on_sanity_check_end:
                 hook()
     finally:
@@ -440,11 +443,14 @@ def _batches(loader: Any, limit: int | None, name: str) -> Iterator[tuple[int, A
 def _log_returned(run: EvalRun, outputs: Any) -> None:
     """Logs the scalars that a validation or test step returned and did not log itself."""
     assert run.prefix is not None
-    if isinstance(outputs, Tensor):
-        run.metrics.add_returned(run.prefix, "loss", outputs)
-    elif isinstance(outputs, Mapping):
+    if isinstance(outputs, Mapping):
+        weight = outputs.get("weight")
         for name, value in outputs.items():
-            run.metrics.add_returned(run.prefix, str(name), value)
+            if name != "weight":
+                own = weight if name == "loss" else None
+                run.metrics.add_returned(run.prefix, str(name), value, own)
+    else:  # what is no number is passed over
+        run.metrics.add_returned(run.prefix, "loss", outputs)
 
 
 def _train_mode(run: FitRun) -> list[tuple[torch.nn.Module, bool]]:

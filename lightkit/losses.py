@@ -75,14 +75,15 @@ class Weighing:
         """Returns the loss to differentiate."""
         place, self.taken = self.taken, self.taken + 1
         if weight is None:
-            return loss * self._shares[place] if self._shares else loss / self.size
-        if self._scaled:  # sums of many tokens would leave the range of fp16
-            self.unit = weight if self.unit is None else self.unit
-            weight = weight / self.unit
+            return loss.mul(self._shares[place]) if self._shares else loss.div(self.size)
         if isinstance(weight, Tensor):
             weight = weight.detach()
+        if self._scaled:  # sums of many tokens would leave the range of fp16
+            if self.unit is None:
+                self.unit = weight.clamp(min=1) if isinstance(weight, Tensor) else max(weight, 1)
+            weight = weight / self.unit
         self.total = weight if self.total is None else self.total + weight
-        return loss * weight
+        return loss.mul(weight)
 
     def finish(self, parameters: Sequence[Tensor]) -> bool:
         """Divides the gradients by the sum of the weights; False where there is nothing to do."""

@@ -187,7 +187,7 @@ class MetricLog(Recorder, Callback):
             return
         self.row = dict(row)
         for logger in self.loggers:
-            logger.log_metrics({**row, "epoch": self.state.epoch}, self.state.global_step)
+            logger.log_metrics({"epoch": self.state.epoch, **row}, self.state.global_step)
 
     def on_train_batch_end(
         self, trainer: Trainer, task: TaskModule, outputs: Any, batch: Any, batch_idx: int

@@ -101,6 +101,7 @@ def set_up(session: Session) -> None:
     assert session.hooks is not None
     assert session.stage is not None
     stage, task, datamodule = str(session.stage.value), session.task, session.datamodule
+    task._link.metrics = session.metrics
     for owner in (datamodule, task):
         if hasattr(owner, "prepare_data"):
             owner.prepare_data()
@@ -111,7 +112,6 @@ def set_up(session: Session) -> None:
     task.configure_model()
     session.precision.convert_module(task)
     session.strategy.setup(task)
-    task._link.metrics = session.metrics
 
 
 @contextlib.contextmanager

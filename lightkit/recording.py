@@ -102,7 +102,7 @@ class Recorder:
             if value.requires_grad:
                 value = value.detach()
             if not keep:
-                value = value.clone()
+                value = value + 0  # a clone of what inference_mode made would count as changed
         elif column.metric is not None or not isinstance(value, (float, int)):
             value = self._unusual(column, name, value)
             if value is None:

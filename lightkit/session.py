@@ -9,8 +9,8 @@ import torch
 
 from lightkit.distributed import SingleDevice, Strategy
 from lightkit.history import History
-from lightkit.metrics import CallbackMetrics
 from lightkit.precision import Precision
+from lightkit.readings import CallbackMetrics
 from lightkit.run import Flow
 from lightkit.state import Stage, TrainState
 

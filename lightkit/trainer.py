@@ -7,6 +7,7 @@ import gc
 import logging
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +19,7 @@ from lightkit.hooks import Callback
 from lightkit.limits import make_limits
 from lightkit.loggers import JSONLLogger, Logger, TensorBoardLogger
 from lightkit.options import Options, known_names, listed
-from lightkit.run import EvalRun, FitRun
+from lightkit.run import EvalRun, FitRun, Flow
 from lightkit.session import Session
 from lightkit.state import Stage
 from lightkit.task import TaskModule, require_steps
@@ -294,13 +295,13 @@ class Trainer(TrainerView):
             session.loaded_at = run.state.epoch
             run.plan.check_horizon(*announce.planned(self))
             announce.say_start(self, run, resumed)
-            run.flow.validated_at = time.perf_counter()
-            if self.limits.seconds is not None:
-                run.flow.deadline = time.perf_counter() + self.limits.seconds - run.state.seconds
             # A full collection costs a tenth of a second with all that is imported; what is there
             # now stays for the whole fit, so later ones need not look at it.
             gc.collect()
             gc.freeze()
+            run.flow.validated_at = time.perf_counter()
+            if self.limits.seconds is not None:
+                run.flow.deadline = time.perf_counter() + self.limits.seconds - run.state.seconds
             try:
                 yield run
             finally:
@@ -324,11 +325,13 @@ class Trainer(TrainerView):
         needs = {"validation": "validation_step", "test": "validation_step"}.get(stage)
         own_test = stage == "test" and type(task).test_step is not TaskModule.test_step
         _check_task(task, {needs: f"{stage} runs"} if needs and not own_test else {})
-        session = Session(task=task, datamodule=datamodule, history=old.history, plan=old.plan)
-        session.state, session.results, session.run_dir = old.state, old.results, old.run_dir
-        session.stage = Stage("validate" if stage == "validation" else stage)
         if datamodule is None and given is None:
-            session.datamodule = old.datamodule
+            datamodule = old.datamodule
+        entry = Stage("validate" if stage == "validation" else stage)
+        # What the last fit left to be read stays: its counters, history, optimizers, folder.
+        session = replace(
+            old, task=task, datamodule=datamodule, stage=entry, flow=Flow(), loggers=[]
+        )
         path = None if ckpt_path is None else places.find_checkpoint(self, task, ckpt_path)
         with self._opened(session):
             self._run = run = opening.build_eval(self, session, stage, given, keep=keep)

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lightkit.callbacks import EarlyStopping, ModelCheckpoint, ProgressBar
 from lightkit.history import History
-from lightkit.metrics import CallbackMetrics
+from lightkit.readings import CallbackMetrics
 from lightkit.schedules import SchedulerEntry
 from lightkit.session import Session
 from lightkit.state import Stage, TrainState
@@ -70,6 +70,16 @@ class TrainerView:
     def run_ending(self) -> bool:
         """At a save point: whether it is the last of the run."""
         return self.session.flow.ending
+
+    @property
+    def training(self) -> bool:
+        """Whether fit runs and is not validating at the moment."""
+        return self.stage is Stage.FIT and not self.validating
+
+    @property
+    def validating(self) -> bool:
+        """Whether a validation runs, by itself or within fit."""
+        return self.stage is Stage.VALIDATE or self.session.flow.validating
 
     @property
     def testing(self) -> bool:

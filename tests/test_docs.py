@@ -156,6 +156,66 @@ def test_the_order_of_hooks_stands_on_the_page():
     assert shown == drawn
 
 
+def drawn_order() -> list[str]:
+    """Unrolls the drawing for one epoch of one batch with a validation of one batch at its end."""
+    page = (DOCS / "loop.md").read_text(encoding="utf-8")
+    shown = page.partition("<!-- the order of hooks -->\n```text\n")[2].partition("\n```")[0]
+    shown = re.sub(r"#.*", "", shown)  # comments
+    fit, _, validation = shown.partition("\nvalidation:\n")
+    name = re.compile(r"\b(?:on|setup|teardown|configure|transfer|training|validation)_?[a-z_]*\b")
+    transfer = re.findall(r"\w*batch_transfer\w*|transfer_batch_to_device", fit)
+    evaluation = name.findall(validation.replace("(transfer hooks)", ", ".join(transfer)))
+    order = ["prepare_data"]  # "before it"
+    for line in fit.splitlines():
+        if "on_sanity_check" in line or "due at this step" in line:
+            continue
+        line = re.sub(r"\((?!\"fit\").*?\)", "", line)  # what is no hook
+        found = evaluation if "due at this epoch" in line else name.findall(line)
+        order += [hook for hook in found if hook != "prepare_data"]
+    order.remove("on_save_point")  # "instead of the last step's"
+    return order
+
+
+def test_the_order_on_the_page_is_that_of_a_run(tmp_path):
+    import torch
+
+    from lightkit.hooks import TASK_NAMES
+
+    called: list[str] = []
+
+    def recording(name: str):
+        def hook(self, *args):
+            called.append(name)
+            inherited = getattr(super(Recorder, self), name, None)
+            return inherited(*args) if inherited else None
+
+        return hook
+
+    class Net(lightkit.TaskModule):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(2, 1)
+
+        def training_step(self, batch, *_):
+            return self.layer(batch).sum()
+
+        validation_step = training_step
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    drawn = drawn_order()
+    assert set(drawn) <= TASK_NAMES
+    Recorder = type("Recorder", (Net,), {name: recording(name) for name in set(drawn)})
+    trainer = lightkit.Trainer(
+        max_epochs=1, num_sanity_val_steps=0, default_root_dir=tmp_path, enable_checkpointing=False
+    )
+    loaders = [torch.utils.data.DataLoader(torch.randn(1, 2)) for _ in range(2)]
+    trainer.fit(Recorder(), *loaders)
+    assert called == drawn
+    assert len(drawn) > 25
+
+
 def test_every_hook_is_in_the_order_or_named_beside_it():
     from lightkit.hooks import LOOP_HOOKS
 

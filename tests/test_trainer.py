@@ -546,7 +546,7 @@ def test_what_a_fit_wrote_stays_known_after_an_evaluation(tmp_path):
     assert t.checkpoint_callback.best_model_path == best
     fresh = lk.Trainer(default_root_dir=tmp_path, enable_progress_bar=False)
     assert fresh.validate(net, loader(8), ckpt_path="last", verbose=False)
-    with pytest.raises(UsageError, match="there is no best.ckpt"):
+    with pytest.raises(UsageError, match="there is no best"):
         lk.Trainer(default_root_dir=tmp_path / "x").test(net, loader(), ckpt_path="best")
     with pytest.raises(ConfigError, match="'auto' is not in this version"):
         fresh.fit(net, loader(), ckpt_path="auto")

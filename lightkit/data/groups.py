@@ -68,7 +68,7 @@ def groups(stream: BatchStream, accumulate: int, start: int | None = None) -> It
     if stream.length is not None:
         left = stream.length - (stream.fetched if start is None else start)
         while left > 0:
-            group.size = size = min(accumulate, left)
+            group.size = size = accumulate if accumulate < left else left
             left -= size
             group.last = not left
             yield group

@@ -136,8 +136,8 @@ def batch_size_of(batch: Any) -> int | None:
     if type(batch) in (tuple, list) and len(batch) == 2:  # inputs and targets: the usual batch
         one, two = batch
         if type(one) is Tensor and type(two) is Tensor and one.ndim and two.ndim:
-            size = len(one)
-            return size if size == len(two) else None
+            size = one.shape[0]
+            return size if size == two.shape[0] else None
     found: set[int | None] = set()
     _collect_sizes(batch, found)
     return found.pop() if len(found) == 1 else None
