@@ -7,7 +7,7 @@ Subclass `TaskModule`, give it to a `Trainer`::
     history = lk.Trainer(max_epochs=3).fit(Net(), train_loader, val_loader)
 """
 
-from lightkit import callbacks, loggers
+from lightkit import callbacks, errors, loggers
 from lightkit.data import DataModule
 from lightkit.errors import LightkitError
 from lightkit.history import History
@@ -26,6 +26,7 @@ __all__ = [
     "TaskModule",
     "Trainer",
     "callbacks",
+    "errors",
     "loggers",
     "not_a_hook",
     "seed_everything",

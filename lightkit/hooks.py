@@ -33,9 +33,12 @@ compares both with a recorded run)::
             validation_step, on_validation_batch_end
         on_validation_epoch_end, on_validation_end
 
-For one hook the listeners are called in one order: the task, the metric log, the schedulers, the
-callbacks in the order given, the progress display, the checkpoints (`Callback.order`). Every hook
-runs on every rank unless its text says otherwise, and never inside a context manager of the loop.
+For one hook the listeners are called in one order: the task, the callbacks in the order given,
+the metric log, the progress display, the checkpoints (`Callback.order`). Every hook runs on every
+rank unless its text says otherwise, and never inside a context manager of the loop.
+
+In manual optimization every batch is a step of its own, without on_before_zero_grad and the hooks
+of backward; on_before_optimizer_step comes with each ``optimizer.step()``.
 """
 
 from __future__ import annotations
@@ -47,6 +50,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from lightkit.errors import HookNameError, did_you_mean
+from lightkit.task_hooks import TaskHooks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,8 +70,9 @@ class Callback:
     class is made.
 
     Attributes:
-        order: Place among the listeners of one hook: -50 schedulers, 0 user callbacks,
-            50 the progress display, 100 checkpoints. Equal numbers keep the order given.
+        order: Place among the listeners of one hook: 0 user callbacks, 40 the metric log (which
+            takes in what those before it logged), 50 the progress display, 100 checkpoints. Equal
+            numbers keep the order given; the task always comes first.
     """
 
     order: ClassVar[int] = 0
@@ -423,7 +428,7 @@ class HookTable:
         for name in LOOP_HOOKS:
             found: list[Callable[..., Any]] = []
             mine = getattr(task, name, None)
-            if mine is not None:
+            if mine is not None and _own(task, name):
                 found.append(_trimmed(mine, offered[name]))
             for callback in listeners:
                 if getattr(type(callback), name) is not getattr(Callback, name) or (
@@ -435,6 +440,12 @@ class HookTable:
 
     def __getattr__(self, name: str) -> tuple[Callable[..., Any], ...]:  # for type checkers only
         raise AttributeError(f"{name!r} is no hook.{did_you_mean(name, LOOP_HOOKS)}")
+
+
+def _own(task: Any, name: str) -> bool:
+    """Tells whether a task defines a hook itself, in its class or on the object."""
+    nothing = getattr(TaskHooks, name)
+    return getattr(type(task), name, None) is not nothing or name in vars(task)
 
 
 def _arguments_after_self(function: Callable[..., Any]) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightkit import rng
 from lightkit.closure import Closure
-from lightkit.data import END, BatchStream, groups
+from lightkit.data import END, BatchStream, generators, groups
 from lightkit.losses import Weighing, checked, unpack
 
 if TYPE_CHECKING:
@@ -44,6 +44,8 @@ def fit(run: FitRun) -> None:
     try:
         while not done(run):
             train_epoch(run)
+        if run.rng is not None:  # a checkpoint after which nothing was left to train
+            rng.set_rng_state(run.rng)
     finally:
         run.metrics.close("after training")
         _restore_modes(modes)
@@ -111,6 +113,13 @@ def end_epoch(run: FitRun) -> None:
     """Moves the epoch counter, the plateau schedules before it, and offers a save after it."""
     state, flow = run.state, run.flow
     _step_plateau(run, "epoch", state.epoch + 1)
+    if run.cadence.unit == "batches" and state.batch_idx < run.cadence.every and not state.epoch:
+        _log.warning(
+            "The epoch had %d batches, so val_check_interval=%d never comes. Lower it, or count "
+            "over epochs with check_val_every_n_epoch=None.",
+            state.batch_idx,
+            run.cadence.every,
+        )
     state.batches_before += state.batch_idx
     state.epoch += 1
     state.batch_idx = 0
@@ -171,7 +180,11 @@ def train_step(run: FitRun, group: Group) -> None:
     weighing = Weighing(run, size) if size > 1 else None
     kept: list[tuple[Any, int]] | None = [] if run.keeps_batches else None
     if automatic:
-        _clear_gradients(run)
+        if run.zero_grad is None and not hooks.on_before_zero_grad:
+            for parameter in run.plan.current_parameters():
+                parameter.grad = None
+        else:
+            _clear_gradients(run)
     for count in range(1, size + 1):
         batch = fetch()
         if batch is END:
@@ -351,7 +364,7 @@ def sanity_check(run: FitRun) -> None:
     loaders = run.validation.loaders
     limits = [plan.limit for plan in loaders]
     try:
-        with rng.preserved():
+        with rng.preserved(*(g for plan in loaders for g in generators(plan.loader))):
             for hook in run.hooks.on_sanity_check_start:
                 hook()
             for plan in loaders:

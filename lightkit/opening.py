@@ -85,6 +85,11 @@ def _all_callbacks(trainer: Trainer, session: Session) -> list[Callback]:
         if not any(isinstance(c, kind) for c in found):
             found.append(make())
 
+    if not options.enable_checkpointing and any(isinstance(c, ModelCheckpoint) for c in found):
+        raise ConfigError(
+            "enable_checkpointing=False, but there is a ModelCheckpoint among the callbacks. "
+            "Remove one of the two."
+        )
     if options.enable_progress_bar:
         add(ProgressBar, ProgressBar)
     if fit and options.enable_model_summary:
@@ -182,7 +187,8 @@ def build_fit(trainer: Trainer, session: Session, train: Any, val: Any) -> FitRu
         counts=sample_counts(loader),
         reload=reloader(trainer, session, make, val),
         validation=_eval_run(session, "validation", plans, transfer) if plans else None,
-        sanity_batches=trainer.sanity_batches,
+        # A loader that is its own iterator would miss these batches afterwards.
+        sanity_batches=0 if any(_gives_once(p.loader) for p in plans) else trainer.sanity_batches,
         datamodule=session.datamodule,
     )
     task._link.precision = session.precision
@@ -203,10 +209,22 @@ def _validation_plans(trainer: Trainer, session: Session, given: Any) -> list[Lo
         )
         plans = []
     session.lengths["validation"] = [p.length for p in plans]
+    every, epochs = trainer.options.check_val_every_n_epoch or 1, trainer.limits.max_epochs
+    if plans and 0 < epochs < every and not trainer.options.fast_dev_run:
+        _log.warning(
+            "check_val_every_n_epoch=%d is more than max_epochs=%d: validation never runs.",
+            every,
+            epochs,
+        )
     named = [(p.name or "val", p.loader) for p in plans]
     for text in check_loaders(session.given_train, named):
         _log.warning("%s", text)
     return plans
+
+
+def _gives_once(loader: Any) -> bool:
+    """Tells whether a loader gives its batches only once, as a generator does."""
+    return hasattr(type(loader), "__next__")
 
 
 def _optimizers(trainer: Trainer, session: Session) -> OptimizerPlan:

@@ -103,12 +103,18 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def preserved() -> Iterator[None]:
-    """Puts all random states back at its end, whatever was drawn in between."""
-    state = rng_state()
+def preserved(*generators: torch.Generator) -> Iterator[None]:
+    """Puts all random states back at its end, whatever was drawn in between.
+
+    Args:
+        generators: Generators beside the global ones whose states are put back too.
+    """
+    state, own = rng_state(), [generator.get_state() for generator in generators]
     try:
         yield
     finally:
+        for generator, before in zip(generators, own, strict=True):
+            generator.set_state(before)
         set_rng_state(state)
         if "cuda" not in state and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             # CUDA woke up in between, so before it stood at the start of its seed.

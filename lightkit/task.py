@@ -18,6 +18,7 @@ from lightkit.data import move_to_device
 from lightkit.errors import NotRunningError, UsageError
 from lightkit.hooks import TASK_NAMES, check_hook_names
 from lightkit.hparams import HParams, capture, save_hyperparameters
+from lightkit.task_hooks import TaskHooks
 
 if TYPE_CHECKING:
     from lightkit.loggers.base import Logger
@@ -46,7 +47,7 @@ class Link:
 
 
 @capture
-class TaskModule(nn.Module):
+class TaskModule(TaskHooks, nn.Module):
     """A network together with how it is trained and evaluated. Subclass it.
 
     Write at least `training_step` and `configure_optimizers`. It stays an ordinary
@@ -172,12 +173,6 @@ class TaskModule(nn.Module):
         """Clips the gradients before a step; override it to change how."""
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Called with a checkpoint before it is written; plain types and tensors may be added."""
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Called with a checkpoint before its parts are restored."""
-
     # --- what the user calls ---------------------------------------------------------------------
 
     def log(
@@ -211,8 +206,9 @@ class TaskModule(nn.Module):
             logger: Whether the loggers write it.
             on_step: Whether the loggers write a curve over steps (means over
                 ``log_every_n_steps``). Default: in training steps.
-            on_epoch: Whether they write a curve over epochs. Default: where ``on_step`` is False.
-                With both, the curves are called ``<name>_step`` and ``<name>_epoch``.
+            on_epoch: Whether they write a curve over epochs. Default: in evaluations, and where
+                ``on_step`` is False. With both, the curves are called ``<name>_step`` and
+                ``<name>_epoch``.
             reduce_fx: "mean", "sum", "min" or "max".
             batch_size: The samples that the value is the mean of. Default: as the loader's sampler
                 says, else the first dimension of the batch's tensors.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 from collections.abc import Iterator
@@ -37,6 +38,10 @@ def _clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+    logger = logging.getLogger("lightkit")
+    logger.handlers.clear()
+    logger.setLevel(logging.NOTSET)
+    logger.propagate = True
     yield
     torch.use_deterministic_algorithms(False)
     torch.set_default_dtype(torch.float32)

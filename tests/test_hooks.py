@@ -19,6 +19,7 @@ from lightkit.hooks import (
     check_hook_names,
     positional_arguments,
 )
+from lightkit.task_hooks import TaskHooks
 
 #: What is called on a task beside the hooks of the loop.
 OTHERS = (
@@ -420,3 +421,26 @@ def test_classes_of_other_packages_are_left_alone():
     type("Mine", (foreign, lk.TaskModule), {"__module__": __name__})
     with pytest.raises(HookNameError):
         check_hook_names(foreign, TASK_NAMES)
+
+
+def test_a_task_has_every_hook_of_a_callback_to_call_by_super():
+    ours = {n: inspect.signature(m) for n, m in vars(TaskHooks).items() if not n.startswith("_")}
+    assert set(ours) == set(LOOP_HOOKS)
+    for name, signature in ours.items():
+        full = list(inspect.signature(getattr(lk.Callback, name)).parameters.values())
+        given = [p for p in full if p.name not in ("trainer", "task")]
+        assert list(signature.parameters.values()) == given, name
+
+
+def test_super_of_a_hook_does_nothing_and_what_is_not_overridden_is_not_called(tmp_path):
+    class Calls(Net):
+        def on_train_start(self):
+            super().on_train_start()
+
+        def setup(self, stage):
+            super().setup(stage)
+
+    task = Calls()
+    table = HookTable(None, task, [])
+    assert len(table.setup) == len(table.on_train_start) == 1
+    assert table.on_train_end == table.on_train_batch_start == ()

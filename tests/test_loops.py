@@ -428,3 +428,21 @@ def test_a_loss_of_one_element_in_any_shape_and_values_beside_it(quiet):
     t = quiet(max_epochs=1)
     row = t.fit(Look(), loader())[0]
     assert row["train_extra"] == pytest.approx(2 * row["train_loss"])
+
+
+def test_the_sanity_check_leaves_a_generator_that_loaders_share(quiet):
+    seen = []
+    for steps in (0, 2):
+        generator = torch.Generator().manual_seed(1)
+        data = TensorDataset(torch.arange(8.0)[:, None].expand(8, 4), torch.zeros(8, 1))
+        train = DataLoader(data, 2, shuffle=True, generator=generator)
+        val = DataLoader(TensorDataset(torch.ones(8, 4), torch.zeros(8, 1)), 2, generator=generator)
+        order = []
+
+        class Watch(lk.Callback):
+            def on_train_batch_start(self, trainer, task, batch, batch_idx, order=order):
+                order.extend(batch[0][:, 0].tolist())
+
+        quiet(max_epochs=2, num_sanity_val_steps=steps, callbacks=Watch()).fit(Net(), train, val)
+        seen.append(order)
+    assert seen[0] == seen[1]

@@ -752,9 +752,7 @@ class Measured(Probe):
 def test_metric_objects_are_computed_once_an_epoch_and_reset(trainer, monkeypatch):
     calls = []
     compute = BinaryAccuracy.compute
-    monkeypatch.setattr(
-        BinaryAccuracy, "compute", lambda self: calls.append(self) or compute(self)
-    )
+    monkeypatch.setattr(BinaryAccuracy, "compute", lambda self: calls.append(self) or compute(self))
     rows = Rows()
     run = trainer(logger=rows, max_epochs=2, num_sanity_val_steps=2, log_every_n_steps=1)
     task = Measured()
@@ -866,23 +864,25 @@ def test_metric_objects_that_cannot_be_logged(trainer):
     def fit(step):
         trainer().fit(Probe(step), loader())
 
+    def updated(task, batch):
+        metric.update(*target(batch))
+        task.log("m", metric, on_step=True)
+
+    def several_numbers(task, batch):
+        vector.update(torch.ones(len(batch), 2), torch.ones(len(batch), 2).long())
+        task.log_dict(vector, on_step=False, on_epoch=True)
+
+    metric = BinaryAccuracy()
     with pytest.raises(LoggingError, match="MetricCollection with self.log_dict"):
         fit(lambda t, b: t.log("c", collection))
-    metric = BinaryAccuracy()
     with pytest.raises(LoggingError, match="updated only"):
-        fit(lambda t, b: (metric.update(*target(b)), t.log("m", metric, on_step=True)) and None)
+        fit(updated)
     with pytest.raises(LoggingError, match="two metric objects"):
         fit(lambda t, b: t.log("m", BinaryAccuracy()))
     with pytest.raises(LoggingError, match="a metric object and a number"):
         fit(lambda t, b: t.log("m", metric if b[0] else 1.0))
     with pytest.raises(LoggingError, match="gives no single number"):
-        fit(
-            lambda t, b: (
-                vector.update(torch.ones(len(b), 2), torch.ones(len(b), 2).long()),
-                t.log_dict(vector, on_step=False, on_epoch=True),
-            )
-            and None
-        )
+        fit(several_numbers)
 
 
 # --- checkpoints -------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -49,6 +50,22 @@ def test_every_dependency_has_its_reason():
     reasons = dict(re.findall(r"^\| ([\w-]+) \| (.+?) \|", page, re.MULTILINE))
     for name in [*declared("dependencies"), *declared("dev")]:
         assert name == "lightkit" or reasons.get(name), f"{name}: no line in docs/dependencies.md"
+
+
+def test_everything_imported_is_declared():
+    """What the code imports from elsewhere is a dependency, or an extra that is asked for nicely."""
+    modules = {"pyyaml": "yaml", "scikit-learn": "sklearn"}
+    known = {modules.get(name, name) for name in declared("dependencies")}
+    known |= {"matplotlib", "pandas"}  # the extra "plot": history.py says so where one is missing
+    known |= {"numpy", "IPython"}  # only where it is there already
+    imported = {
+        (node.module if isinstance(node, ast.ImportFrom) else alias.name).partition(".")[0]
+        for path in (ROOT / "lightkit").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for alias in node.names
+    }
+    assert imported - known - set(sys.stdlib_module_names) <= {"lightkit"}
 
 
 def test_the_gate_uses_the_readme():

@@ -83,7 +83,7 @@ class LearningRateMonitor(Callback):
             self._write(trainer, self._by_step)
 
     def _write(self, trainer: Trainer, named: list[tuple[str, Optimizer]]) -> None:
-        if named and trainer.is_global_zero:
+        if named and trainer.is_global_zero and not trainer.fast_dev_run:
             row = {k: v for name, optimizer in named for k, v in self._values(name, optimizer)}
             for logger in trainer.loggers:
                 logger.log_metrics(row, step=trainer.global_step)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from lightkit.data.groups import Group, groups
 from lightkit.data.loaders import (
     SampleCounts,
+    generators,
     limited,
     loader_length,
     named_loaders,
@@ -22,6 +23,7 @@ __all__ = [
     "Group",
     "SampleCounts",
     "batch_size_of",
+    "generators",
     "groups",
     "limited",
     "loader_length",

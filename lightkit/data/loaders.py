@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import is_dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 
@@ -163,6 +164,19 @@ def limited(length: int | None, limit: float | None, argument: str) -> int | Non
 
 
 _LIMIT = "Give a number of batches as an int, or a fraction as a float from 0.0 to 1.0 (1.0 or None: all)."
+
+
+def generators(loader: Any) -> list[torch.Generator]:
+    """Returns the generators that a loader or its samplers draw from, beside the global state."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    parts = (
+        loader,
+        getattr(loader, "sampler", None),
+        batch_sampler,
+        getattr(batch_sampler, "sampler", None),
+    )
+    found = (getattr(part, "generator", None) for part in parts)
+    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
 
 
 class SampleCounts(NamedTuple):

@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
 from lightkit.loggers.base import Logger
 
+_TOGETHER_SECS = 0.5
+
 
 class JSONLLogger(Logger):
     """Appends one JSON object per row to ``metrics.jsonl`` in the run folder.
 
     A line is ``{"step": 50, "epoch": 0, "train_loss": 0.69}``. JSON has no nan and no infinity:
-    both are written as null. Every line reaches the operating system at once, so the file can be
-    followed while the run goes on and nothing is lost when the process is killed.
+    both are written as null. Lines that come faster than two a second reach the operating system
+    together, and all of them before a checkpoint is written: the file can be followed while the run
+    goes on, and a process that is killed loses no row that its checkpoint counts on.
 
     Args:
         save_dir: See `Logger`.
@@ -27,6 +31,7 @@ class JSONLLogger(Logger):
 
     FILE = "metrics.jsonl"
     _file: IO[bytes] | None = None
+    _flushed: float = 0.0
 
     def open(self, run_dir: str | Path, purge_step: int | None = None) -> None:
         """See `Logger.open`. An unfinished last line (a full disk) is cut off.
@@ -59,21 +64,28 @@ class JSONLLogger(Logger):
         except ValueError:
             line = json.dumps({k: v if math.isfinite(v) else None for k, v in row.items()})
         self._file.write(line.encode() + b"\n")
-        self._file.flush()
+        now = time.monotonic()
+        if now - self._flushed >= _TOGETHER_SECS:
+            self._file.flush()
+            self._flushed = now
 
     def offset(self) -> int:
         """Returns the length of the file in bytes: what a checkpoint keeps for `truncate`."""
+        self.flush()
         return 0 if self._file is None else self._file.tell()
 
     def truncate(self, offset: int) -> None:
         """Cuts the file to ``offset`` bytes, so that a continued run repeats no row."""
         if self._file is not None:
+            self._file.flush()
             # Never longer than it is: that would fill it up with zero bytes.
             self._file.truncate(min(offset, os.path.getsize(self.path)))
             self._file.seek(0, os.SEEK_END)
 
     def flush(self) -> None:
-        """Does nothing: every line is flushed when it is written."""
+        """Hands the last lines to the operating system."""
+        if self._file is not None:
+            self._file.flush()
 
     def close(self) -> None:
         """Closes the file."""

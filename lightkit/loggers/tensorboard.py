@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("lightkit")
 
 _FLUSH_SECS = 10  # a page that is open beside the run sees a row at most this much later
+_TOGETHER_SECS = 0.5
 _LONGEST_VALUE = 500  # characters of one hyperparameter
 
 
@@ -61,6 +62,8 @@ class TensorBoardLogger(Logger):
         self._purge_step: int | None = None
         self._event: Any = None
         self._summary: Any = None
+        self._rows: list[tuple[float, int, Mapping[str, float]]] = []
+        self._written = 0.0
 
     @property
     def experiment(self) -> Any:
@@ -72,6 +75,7 @@ class TensorBoardLogger(Logger):
             if self._run_dir is None:
                 return super().experiment
             self._writer = self._make_writer(self._run_dir)
+        self._write_rows()  # what comes before stays before
         return self._writer
 
     def open(self, run_dir: str | Path, purge_step: int | None = None) -> None:
@@ -82,15 +86,31 @@ class TensorBoardLogger(Logger):
         _import_tensorboard()  # a missing package is said before the run, not in the middle of it
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Writes all scalars of the row as one event (an event per scalar costs ten times more)."""
-        files = self.experiment._get_file_writer()
-        if self._writer is None:
+        """Writes all scalars of the row as one event (an event per scalar costs ten times more).
+
+        Rows that follow each other fast are kept for up to half a second, and then written
+        together: a row by itself wakes the writer's thread, which then contends with the loop.
+        """
+        if self._run_dir is None:
             return
-        summary = self._summary()
-        for name, value in metrics.items():
-            summary.value.add(tag=self._prefix + name, simple_value=value)
-        event = self._event(step=step, wall_time=time.time(), summary=summary)
-        files.event_writer.add_event(event)
+        now = time.time()
+        self._rows.append((now, step, metrics))
+        if now - self._written >= _TOGETHER_SECS:
+            self._write_rows()
+
+    def _write_rows(self) -> None:
+        rows, self._rows = self._rows, []
+        if not rows:
+            return
+        if self._writer is None:
+            self._writer = self._make_writer(Path(self._run_dir or "."))
+        events = self._writer._get_file_writer().event_writer
+        for wall_time, step, metrics in rows:
+            summary = self._summary()
+            for name, value in metrics.items():
+                summary.value.add(tag=self._prefix + name, simple_value=value)
+            events.add_event(self._event(step=step, wall_time=wall_time, summary=summary))
+        self._written = time.time()
 
     def log_hyperparams(self, params: Mapping[str, Any]) -> None:
         """Writes the hyperparameters for the HPARAMS tab into the run's own event file."""
@@ -134,12 +154,16 @@ class TensorBoardLogger(Logger):
 
     def flush(self) -> None:
         """Writes what is queued."""
+        self._write_rows()
         if self._writer is not None:
             self._writer.flush()
 
     def close(self) -> None:
         """Writes what is queued and closes the event file."""
-        writer, self._writer = self._writer, None
+        try:
+            self._write_rows()
+        finally:
+            writer, self._writer = self._writer, None
         if writer is None:
             return
         try:

@@ -7,7 +7,7 @@ import graphlib
 #: From the bottom to the top. A package stands for all its modules, unless one is named itself.
 #: A module may import from its own layer and from those below it.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "state", "rng", "signatures", "screen", "_share"),
+    ("errors", "state", "rng", "task_hooks", "signatures", "screen", "_share"),
     ("hooks", "hparams", "limits", "console", "precision", "data", "distributed", "loggers.base"),
     (
         "columns",

@@ -22,6 +22,7 @@ FOREIGN = tuple("".join(parts) for parts in (
     ("/tmp", "/venv"),
 ))  # fmt: skip
 SKIPPED = {".git", ".venv", "__pycache__", "runs", "shared", "site", "build", "dist"}
+SKIPPED |= {".mypy_cache", ".pytest_cache", ".ruff_cache"}
 
 
 def tracked() -> list[Path]:

@@ -36,6 +36,7 @@ def trainer(optimizers: list[Optimizer], entries: list[SchedulerEntry]) -> Any:
         lr_schedulers=entries,
         loggers=[Rows()],
         is_global_zero=True,
+        fast_dev_run=False,
         global_step=0,
         log_every_n_steps=3,
     )

@@ -80,8 +80,6 @@ class Interleaved:
                 self.ratios.append((end - middle) / (middle - start + clock() - end))
 
 
-
-
 def fit(loader, tmp_path, **options):
     lk.Trainer(max_epochs=1, default_root_dir=tmp_path, **options).fit(Net(), loader)
 

@@ -16,10 +16,12 @@ def opened(folder, **kwargs):
     return logger
 
 
-def test_a_row_is_one_line_and_is_in_the_file_at_once(tmp_path):
+def test_a_row_is_one_line_and_rows_that_come_fast_are_in_the_file_together(tmp_path):
     logger = opened(tmp_path / "run")
     logger.log_metrics({"train_loss": 0.5, "epoch": 0}, 50)
+    assert len(rows(tmp_path / "run")) == 1  # the first, and every one after a pause, at once
     logger.log_metrics({"train_loss": 0.25, "val_loss": 1, "epoch": 0}, 100)
+    logger.flush()
     assert (tmp_path / "run" / "metrics.jsonl").read_text().startswith('{"step": 50, "epoch": 0, ')
     assert rows(tmp_path / "run") == [
         {"step": 50, "epoch": 0, "train_loss": 0.5},

@@ -67,9 +67,7 @@ def test_short_last_batches_count_by_their_samples(count, tmp_path):
 
 
 def test_token_weights_equal_the_one_big_batch(tmp_path):
-    assert_close(
-        trained(3, 4, tmp_path, weighted=True), trained(12, 1, tmp_path, weighted=True)
-    )
+    assert_close(trained(3, 4, tmp_path, weighted=True), trained(12, 1, tmp_path, weighted=True))
 
 
 def test_token_weights_under_fp16_scaling_equal_the_big_batch(tmp_path, monkeypatch):
