@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -65,22 +66,37 @@ def runs(tmp_path):
 
 
 @pytest.fixture
-def address(runs):
-    """TensorBoard on a free port of this machine."""
-    server = subprocess.Popen(
+def serve():
+    """Starts TensorBoard on a free port of this machine and returns its address."""
+    servers = []
+
+    def start(folder):
+        servers.append(_tensorboard(folder))
+        lines = iter(servers[0].stdout.readline, "")
+        return next(found.group() for line in lines if (found := re.search(r"http://\S+/", line)))
+
+    yield start
+    for server in servers:
+        server.terminate()
+        server.wait(10)
+        server.stdout.close()
+
+
+def _tensorboard(folder):
+    return subprocess.Popen(
         [
-            *(sys.executable, "-m", "tensorboard.main", "--logdir", str(runs)),
+            *(sys.executable, "-m", "tensorboard.main", "--logdir", str(folder)),
             *("--host", "127.0.0.1", "--port", "0", "--load_fast", "false"),
         ],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
-    lines = iter(server.stdout.readline, "")
-    yield next(found.group() for line in lines if (found := re.search(r"http://\S+/", line)))
-    server.terminate()
-    server.wait(10)
-    server.stdout.close()
+
+
+@pytest.fixture
+def address(runs, serve):
+    return serve(runs)
 
 
 @pytest.fixture
@@ -111,3 +127,22 @@ def test_the_hparams_page_has_hyperparameters_and_metrics(page, address, tmp_pat
     assert {"lr", "width", "train_loss", "val_loss", "val_acc"} <= set(texts)
     assert "hp_metric" not in texts
     assert {"0.10000", "0.20000"} <= set(texts)
+
+
+def test_the_main_job_has_its_curves(page, serve, tmp_path):
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "lightkit", "fit", "--config", "configs/digits.yaml"),
+            *("--trainer.default_root_dir", str(tmp_path / "runs"), "--trainer.accelerator", "cpu"),
+        ],
+        cwd=Path(__file__).parents[2],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    page.open(f"{serve(tmp_path / 'runs')}?forceSVG=true&tagFilter=loss%7Caccuracy#timeseries")
+    curves = page.wait_for(CURVES)
+    texts = page.evaluate(TEXTS)
+    picture = page.screenshot(tmp_path / "digits.png")
+    assert {"train_loss", "val_loss", "val_accuracy", "DigitsNet/version_0"} <= set(texts)
+    assert 12 in curves  # a point for each validation
+    assert len(picture) > 30_000
