@@ -7,7 +7,9 @@ Subclass `TaskModule`, give it to a `Trainer`::
     history = lk.Trainer(max_epochs=3).fit(Net(), train_loader, val_loader)
 """
 
-from lightkit import callbacks, errors, loggers
+from typing import TYPE_CHECKING, Any
+
+from lightkit import errors, loggers
 from lightkit.data import DataModule
 from lightkit.errors import LightkitError
 from lightkit.history import History
@@ -15,6 +17,21 @@ from lightkit.hooks import Callback, not_a_hook
 from lightkit.rng import seed_everything
 from lightkit.task import TaskModule
 from lightkit.trainer import Trainer
+
+if TYPE_CHECKING:
+    from lightkit import callbacks
+else:
+
+    def __getattr__(name: str) -> Any:
+        """Imports ``lightkit.callbacks`` when it is first asked for."""
+        if name == "callbacks":
+            import lightkit.callbacks
+
+            return lightkit.callbacks
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
 
 __version__ = "0.1.0"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,10 +53,8 @@ def say_end(trainer: Trainer) -> None:
 
 def planned(trainer: Trainer) -> tuple[int | None, int | None]:
     """Returns the optimizer steps and epochs from 0 to the end of the run, None if unknown."""
-    steps = trainer.estimated_stepping_batches
-    epochs = trainer.limits.max_epochs
-    known = steps is not None and steps != math.inf
-    return int(steps) if known and steps is not None else None, epochs if epochs >= 0 else None
+    steps, epochs = trainer.estimated_stepping_batches, trainer.limits.max_epochs
+    return steps if isinstance(steps, int) else None, epochs if epochs >= 0 else None
 
 
 def _length(trainer: Trainer, run: FitRun) -> str:

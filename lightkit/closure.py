@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightkit.errors import OptimizerError
 from lightkit.losses import Weighing, unpack
 
 if TYPE_CHECKING:
@@ -14,42 +15,71 @@ if TYPE_CHECKING:
 
 
 class Closure:
-    """What an optimizer that evaluates the loss several times gets (LBFGS, SAM).
+    """Returns the loss of a group when called; its gradients are those of the weights then.
 
-    The first call returns the loss that is there already, with its gradients; each further one
-    clears them and computes the group again.
+    The first call returns what is there already; each further one clears the gradients, computes
+    the group again and clips.
     """
 
-    def __init__(self, run: FitRun, batches: list[tuple[Any, int]]) -> None:
-        self._run, self._batches, self._first = run, batches, True
+    def __init__(self, run: FitRun) -> None:
+        self._run, self._called = run, False
+        self._batches: list[tuple[Any, int]] = []
+        self._losses: list[Tensor] = []
+        self._weights: list[Any] = []
+
+    def add(self, batch: Any, index: int, loss: Any, weight: Any) -> None:
+        """Adds a batch of the group, with its detached loss and what that is the mean of."""
+        self._batches.append((batch, index))
+        self._losses.append(loss)
+        self._weights.append(weight)
 
     def __call__(self) -> Tensor:
-        """Returns the loss of the group, detached; the gradients are those of the weights now."""
+        """Returns the mean loss of the group, detached.
+
+        Raises:
+            OptimizerError: When called again under 16-mixed.
+        """
+        if self._called:
+            self._compute()
+        self._called = True
+        total = sum(self._weights)
+        if len(self._losses) == 1 or (not isinstance(total, Tensor) and not total):
+            return self._losses[-1]
+        terms = zip(self._losses, self._weights, strict=True)
+        return torch.stack([loss * weight for loss, weight in terms]).sum() / total
+
+    def _compute(self) -> None:
+        """Computes losses and gradients again, with the weights as they are now."""
         run, count = self._run, len(self._batches)
-        if self._first:
-            self._first = False
-            known: list[Any] = run.metrics.loss.values[-count:]
-            return torch.stack(known).mean()
+        if run.scaled:
+            raise OptimizerError(
+                "precision='16-mixed' scales the gradients of one evaluation of the loss, and this "
+                "optimizer asked for another one within a step. Use precision='bf16-mixed'."
+            )
         for parameter in run.plan.parameters:
             parameter.grad = None
-        weighing = Weighing(run, count, self._batches[0][1]) if count > 1 else None
+        weighing = Weighing(run, count) if count > 1 else None
         with run.metrics.muted(), torch.enable_grad():
-            losses = [self._repeat(batch, index, weighing) for batch, index in self._batches]
-        if weighing is not None:
-            weighing.finish(run.plan.parameters)
-        if run.clip is not None:
-            run.clip(run.plan.optimizer, run.plan.parameters)
-        return torch.stack(losses).mean()
+            for i in range(count):
+                self._repeat(i, weighing)
+            if weighing is not None:
+                weighing.finish(run.plan.parameters)
+            if run.clip is not None:
+                run.clip(run.plan.optimizer, run.plan.parameters)
 
-    def _repeat(self, batch: Any, index: int, weighing: Weighing | None) -> Tensor:
-        run = self._run
+    def _repeat(self, i: int, weighing: Weighing | None) -> None:
+        run, (batch, index) = self._run, self._batches[i]
         arguments = (batch, index) if run.takes_index else (batch,)
-        if run.precision.autocast is None:
+        if run.autocast is None:
             loss, weight, _ = unpack(run.training_step(*arguments))
         else:
-            with run.precision.autocast:
+            with run.autocast:
                 loss, weight, _ = unpack(run.training_step(*arguments))
         if loss is None:
-            return torch.zeros(())
-        run.precision.backward(loss if weighing is None else weighing.scale(loss, weight))
-        return loss.detach()
+            raise OptimizerError(
+                "training_step returned None when the loss of a batch was computed again, although "
+                "it returned a loss before. An optimizer that asks twice needs it twice."
+            )
+        scaled = loss if weighing is None else weighing.scale(loss, weight, self._weights[i])
+        run.precision.backward(scaled)
+        self._losses[i] = loss.detach()

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from lightkit.data import limited, loader_length, move_to_device, named_loaders, sample_counts
 from lightkit.errors import ConfigError, DataError
+from lightkit.limits import Cadence, make_cadence
 from lightkit.run import LoaderPlan
 from lightkit.task import overrides
 
 if TYPE_CHECKING:
+    from lightkit.options import Options
     from lightkit.run import FitRun
     from lightkit.session import Session
     from lightkit.trainer import Trainer
@@ -73,8 +75,11 @@ def reloader(
         run.counts = sample_counts(run.train_loader)
         run.train_limit, run.train_length = train_length(trainer, run.train_loader)
         session.train_length = run.train_length
+        if isinstance(trainer.options.val_check_interval, float):  # a part of the epoch's length
+            run.cadence = cadence(trainer.options, run.train_length)
         if run.validation is not None and given_val is None:
             run.validation.loaders = loader_plans(trainer, session, "validation", None)
+            run.validation.rename = renames(session, run.validation.loaders)
             session.lengths["validation"] = [p.length for p in run.validation.loaders]
 
     return reload
@@ -108,6 +113,13 @@ def train_length(trainer: Trainer, loader: Any) -> tuple[int | None, int | None]
     return limit, _shorter(full, limit)
 
 
+def cadence(options: Options, length: int | None) -> Cadence:
+    """Returns when a fit validates whose epochs have ``length`` batches."""
+    if options.fast_dev_run:
+        return make_cadence(None, 1, length)
+    return make_cadence(options.val_check_interval, options.check_val_every_n_epoch, length)
+
+
 def _shorter(full: int | None, limit: int | None) -> int | None:
     return full if full is None or limit is None else min(full, limit)
 
@@ -125,6 +137,18 @@ def loader_plans(trainer: Trainer, session: Session, stage: str, given: Any) -> 
         limit = limited(full, trainer.limit(short), f"limit_{short}_batches")
         found.append(LoaderPlan(name, loader, limit, _shorter(full, limit)))
     return found
+
+
+def renames(session: Session, plans: list[LoaderPlan]) -> list[Callable[[str], str] | None]:
+    """Returns for each loader how the metrics of its steps are called; None leaves their names."""
+    return [_rename(plan.name, session.named_by_user) for plan in plans]
+
+
+def _rename(name: str | None, by_user: bool) -> Callable[[str], str] | None:
+    """Names of a dict of loaders come before a metric's; the field's index of a list behind."""
+    if name is None:
+        return None
+    return (lambda metric: f"{name}/{metric}") if by_user else (lambda metric: f"{metric}/{name}")
 
 
 def required_plans(trainer: Trainer, session: Session, stage: str, given: Any) -> list[LoaderPlan]:

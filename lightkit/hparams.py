@@ -66,7 +66,9 @@ def capture(cls: type[T]) -> type[T]:
             self = inherited(made)
         else:
             self = inherited(made, *args, **kwargs)
-        self.__dict__["hparams"] = HParams(_arguments(made, args, kwargs))
+        captured = _arguments(made, args, kwargs)
+        self.__dict__["hparams"] = HParams(captured)
+        self.__dict__["_captured"] = captured
         return self
 
     cls.__new__ = staticmethod(construct)  # type: ignore[method-assign, assignment]
@@ -107,6 +109,9 @@ def save_hyperparameters(
 ) -> None:
     """Chooses what ``obj.hparams`` holds; without arguments everything stays as captured.
 
+    Called in a constructor it also sees the arguments of that constructor (a base class's, for
+    example) with the values they have by then. Several calls add up.
+
     Args:
         obj: An object of a class that `capture` prepared.
         names: Names of constructor arguments to keep (default: all). Or one mapping or
@@ -118,32 +123,52 @@ def save_hyperparameters(
     Raises:
         ConfigError: A name that is no constructor argument, or anything else in ``names``.
     """
-    captured: HParams = obj.hparams
+    known = {**obj.__dict__["_captured"], **_running_arguments(obj)}
     if len(names) == 1 and isinstance(names[0], (Mapping, argparse.Namespace)):
         given = names[0]
         content = given if isinstance(given, Mapping) else vars(given)
-        kept = HParams({str(k): _snapshot(v) for k, v in content.items()})
+        kept = {str(k): _snapshot(v) for k, v in content.items()}
         obj.__dict__["_hparams_name"] = next(
-            (n for n, v in captured.items() if type(v) is type(given) and v == given), None
+            (n for n, v in known.items() if type(v) is type(given) and v == given), None
         )
     else:
-        kept = HParams({n: captured[_known(obj, n)] for n in names}) if names else captured
+        kept = {n: known[_known(obj, n, known)] for n in names} if names else known
+    if "_log_hparams" in obj.__dict__:  # an earlier call has chosen some already
+        kept = {**obj.hparams, **kept}
     for name in (ignore,) if isinstance(ignore, str) else ignore:
         kept.pop(name, None)
-    obj.__dict__["hparams"] = kept
+    obj.__dict__["hparams"] = HParams(kept)
     obj.__dict__["_log_hparams"] = logger
 
 
-def _known(obj: Any, name: Any) -> str:
-    """Returns ``name`` if it is an argument that was captured, else raises `ConfigError`."""
+def _running_arguments(obj: Any) -> dict[str, Any]:
+    """Returns the arguments of the constructors of ``obj`` that run now; the outermost wins."""
+    found: dict[str, Any] = {}
+    frame = inspect.currentframe()
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "__init__" and code.co_argcount:
+            names, star, stars, values = inspect.getargvalues(frame)
+            if values.get(names[0]) is obj:
+                own = {n: _snapshot(values[n]) for n in names[1:] if n in values}
+                if star is not None and values.get(star):
+                    own[star] = values[star]
+                own |= _snapshot(values.get(stars, {})) if stars is not None else {}
+                found |= own
+        frame = frame.f_back
+    return found
+
+
+def _known(obj: Any, name: Any, known: Mapping[str, Any]) -> str:
+    """Returns ``name`` if it is an argument of a constructor, else raises `ConfigError`."""
     if not isinstance(name, str):
         raise ConfigError(
             f"save_hyperparameters takes names of constructor arguments, or one dict or Namespace; "
             f"got {type(name).__name__}."
         )
-    if name not in obj.hparams:
+    if name not in known:
         raise ConfigError(
             f"save_hyperparameters({name!r}): {type(obj).__name__}.__init__ has no such argument."
-            f"{did_you_mean(name, obj.hparams)} It has: {', '.join(obj.hparams) or 'none'}."
+            f"{did_you_mean(name, known)} It has: {', '.join(known) or 'none'}."
         )
     return name

@@ -18,7 +18,8 @@ from torch import Tensor
 from lightkit import rng
 from lightkit.closure import Closure
 from lightkit.data import END, BatchStream, generators, groups
-from lightkit.losses import Weighing, checked, unpack
+from lightkit.errors import UsageError
+from lightkit.losses import Weighing, checked, is_zero, unpack
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,20 +29,25 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("lightkit")
 _clock = time.perf_counter
+_NO_SKIP = (
+    "on_train_batch_start returned -1, which skips the rest of an epoch elsewhere. Here return None "
+    "from training_step to skip a batch, set limit_train_batches, or call trainer.stop(reason)."
+)
 
 
 def fit(run: FitRun) -> None:
     """Trains until a limit of the run is reached or a stop was asked for."""
     hooks, flow = run.hooks, run.flow
+    flow.counted = _clock()
     for hook in hooks.on_fit_start:
         hook()
     if run.sanity_batches and run.validation is not None:
         sanity_check(run)
     modes = _train_mode(run)
     run.metrics.begin_epoch()
-    for hook in hooks.on_train_start:
-        hook()
     try:
+        for hook in hooks.on_train_start:
+            hook()
         while not done(run):
             train_epoch(run)
         if run.rng is not None:  # a checkpoint after which nothing was left to train
@@ -72,37 +78,35 @@ def done(run: FitRun) -> bool:
 def train_epoch(run: FitRun) -> None:
     """Trains one epoch, or the rest of one that a checkpoint left in the middle."""
     state, flow, metrics = run.state, run.flow, run.metrics
-    flow.epoch_started, flow.data_wait = _clock(), 0.0
+    flow.epoch_started, flow.data_wait, flow.ending = _clock(), 0.0, False
     stream = _open_epoch(run)
     metrics.begin_steps()
     within = run.validation is not None and run.cadence.unit != "epoch"
     try:
         for group in groups(stream, flow.accumulate):
-            before = state.batch_idx
+            before, steps = state.batch_idx, state.global_step
             train_step(run, group)
             flow.data_wait = stream.wait
             if within and state.batch_idx > before and validation_due(run, before):
                 validate(run)
                 metrics.begin_steps()
-            if run.plan.plateau_entries:
+            if run.plan.plateau_entries and state.global_step > steps:
                 _step_plateau(run, "step", state.global_step)
             if group.last or stream.ended:
                 continue  # the end of the epoch offers the save, once its counter has moved
             if flow.deadline or flow.stop_reason or state.global_step == run.limits.max_steps:
                 flow.ending = done(run)  # within the epoch: a save holds the state before its end
+                _count_time(run)
             for hook in run.hooks.on_save_point:
                 hook()
             if flow.ending:
                 break
     finally:
         stream.close()
-    state.seconds += _clock() - flow.epoch_started
     metrics.end_steps()
     metrics.reduce(training=True)
-    if not flow.ending:
-        run.plan.step_schedulers("epoch", state.epoch + 1)
-        if run.validation is not None and run.cadence.due_after_epoch(state.epoch):
-            validate(run)
+    if not flow.ending and run.validation and run.cadence.due_after_epoch(state.epoch):
+        validate(run)
     for hook in run.hooks.on_train_epoch_end:
         hook()
     if not flow.ending:
@@ -110,8 +114,9 @@ def train_epoch(run: FitRun) -> None:
 
 
 def end_epoch(run: FitRun) -> None:
-    """Moves the epoch counter, the plateau schedules before it, and offers a save after it."""
+    """Moves the schedules, then the epoch counter, and offers a save after it."""
     state, flow = run.state, run.flow
+    run.plan.step_schedulers("epoch", state.epoch + 1)
     _step_plateau(run, "epoch", state.epoch + 1)
     if run.cadence.unit == "batches" and state.batch_idx < run.cadence.every and not state.epoch:
         _log.warning(
@@ -124,10 +129,22 @@ def end_epoch(run: FitRun) -> None:
     state.epoch += 1
     state.batch_idx = 0
     run.data.clear()
+    _count_time(run)
     flow.epoch_ended, flow.ending = True, done(run)
     for hook in run.hooks.on_save_point:
         hook()
+    if not flow.ending and done(run):  # one of them asked for the end: now it is the last save
+        flow.ending = True
+        for hook in run.hooks.on_save_point:
+            hook()
     flow.epoch_ended = False
+
+
+def _count_time(run: FitRun) -> None:
+    """Adds the time since the last call to what a checkpoint says the run has taken."""
+    now = _clock()
+    run.state.seconds += now - run.flow.counted
+    run.flow.counted = now
 
 
 def _step_plateau(run: FitRun, interval: Literal["step", "epoch"], count: int) -> None:
@@ -178,17 +195,21 @@ def train_step(run: FitRun, group: Group) -> None:
     automatic, counts, transfer, autocast = run.automatic, run.counts, run.transfer, run.autocast
     step, takes_index = run.training_step, run.takes_index
     weighing = Weighing(run, size) if size > 1 else None
-    kept: list[tuple[Any, int]] | None = [] if run.keeps_batches else None
+    closure = Closure(run) if run.keeps_batches else None
     if automatic:
-        if run.zero_grad is None and not hooks.on_before_zero_grad:
+        for hook in hooks.on_before_zero_grad:
+            hook(run.optimizer)
+        if run.zero_grad is None:
             for parameter in run.plan.current_parameters():
                 parameter.grad = None
         else:
-            _clear_gradients(run)
+            run.zero_grad(state.batch_idx)
     for count in range(1, size + 1):
         batch = fetch()
         if batch is END:
             group.say_torn(count - 1)
+            if automatic and count > 1:
+                step_optimizer(run, state.batch_idx - 1, weighing, closure)
             break
         index = state.batch_idx
         if transfer is not None:
@@ -196,7 +217,8 @@ def train_step(run: FitRun, group: Group) -> None:
         now.batch = batch
         now.size = None if counts is None else counts.of(index)
         for hook in hooks.on_train_batch_start:
-            hook(batch, index)
+            if hook(batch, index) == -1:
+                raise UsageError(_NO_SKIP)
         if autocast is None:
             outputs = step(batch, index) if takes_index else step(batch)
         else:
@@ -204,10 +226,11 @@ def train_step(run: FitRun, group: Group) -> None:
                 outputs = step(batch, index) if takes_index else step(batch)
         if automatic:
             outputs = backward(run, outputs, weighing)
-            if kept is not None:
-                kept.append((batch, index))
+            if closure is not None and outputs is not None:
+                losses = run.metrics.loss
+                closure.add(batch, index, losses.values[-1], losses.weights[-1])
             if count == size and (outputs is not None or weighing is not None):
-                step_optimizer(run, index, weighing, kept)
+                step_optimizer(run, index, weighing, closure)
         else:
             outputs = _after_manual(run, outputs)
             state.global_step += 1  # one per batch, whatever the number of optimizers
@@ -219,23 +242,11 @@ def train_step(run: FitRun, group: Group) -> None:
     run.flow.group_open = False
 
 
-def _clear_gradients(run: FitRun) -> None:
-    """Clears the gradients of the step before; they stay readable until here."""
-    plan = run.plan
-    for hook in run.hooks.on_before_zero_grad:
-        hook(plan.optimizer)
-    if run.zero_grad is None:
-        for parameter in plan.current_parameters():
-            parameter.grad = None
-    else:
-        run.zero_grad(run.state.batch_idx)
-
-
 def backward(run: FitRun, outputs: Any, weighing: Weighing | None) -> Any:
     """Differentiates what ``training_step`` returned.
 
     Returns:
-        The outputs with the loss detached, as the hooks get them.
+        The outputs with the loss detached, as the hooks get them; None for a batch that is skipped.
     """
     hooks, weight, extra = run.hooks, None, None
     loss = outputs
@@ -244,9 +255,13 @@ def backward(run: FitRun, outputs: Any, weighing: Weighing | None) -> Any:
         if loss is None:
             run.flow.skipped += 1
             return None
+        if weighing is None and is_zero(weight):  # nothing in the batch counts
+            return None
     if loss.ndim or not loss.requires_grad:
         loss = checked(loss)
-    scaled = loss if weighing is None else weighing.scale(loss, weight)
+    scaled = loss
+    if weighing is not None:
+        scaled = weighing.scale(loss, weight, run.metrics.samples())
     for hook in hooks.on_before_backward:
         hook(scaled)
     if run.scaled:
@@ -266,21 +281,21 @@ def backward(run: FitRun, outputs: Any, weighing: Weighing | None) -> Any:
 
 
 def step_optimizer(
-    run: FitRun, index: int, weighing: Weighing | None, kept: list[tuple[Any, int]] | None
+    run: FitRun, index: int, weighing: Weighing | None, closure: Closure | None
 ) -> None:
     """Unscales, clips and steps at the end of a group, and moves the schedules by steps."""
     hooks, optimizer, moved = run.hooks, run.optimizer, True
     if weighing is not None and not weighing.finish(run.plan.parameters):
         return
     if optimizer is not None:
-        if run.scaled and (run.clip is not None or hooks.on_before_optimizer_step):
+        if run.scaled and (run.clip or closure or hooks.on_before_optimizer_step):
             run.precision.unscale(optimizer)
         for hook in hooks.on_before_optimizer_step:
             hook(optimizer)
         if run.clip is not None:
             run.clip(optimizer, run.plan.parameters)
-        if kept is not None:
-            moved = _step_with_closure(run, index, kept)
+        if closure is not None:
+            moved = _step_with_closure(run, index, closure)
         elif run.scaled:
             moved = run.precision.step(optimizer)
         else:
@@ -290,9 +305,9 @@ def step_optimizer(
         run.plan.step_schedulers("step", run.state.global_step, skip=not moved)
 
 
-def _step_with_closure(run: FitRun, index: int, kept: list[tuple[Any, int]]) -> bool:
+def _step_with_closure(run: FitRun, index: int, closure: Closure) -> bool:
     """Steps an optimizer that needs a closure, or as the task's ``optimizer_step`` says."""
-    closure, optimizer = Closure(run, kept), run.optimizer
+    optimizer = run.optimizer
     if run.optimizer_step is not None:
         run.optimizer_step(run.state.epoch, index, optimizer, closure)
         return run.precision.moved
@@ -328,8 +343,6 @@ def validation_due(run: FitRun, before: int) -> bool:
     """
     cadence, state = run.cadence, run.state
     unit = cadence.unit
-    if unit == "epoch" or run.validation is None:
-        return False
     every = cadence.every
     if unit == "batches":
         in_turn = (state.epoch + 1) % cadence.epochs == 0

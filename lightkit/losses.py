@@ -53,51 +53,73 @@ def checked(loss: Tensor) -> Tensor:
 class Weighing:
     """Makes the gradient of a group that of the one big batch.
 
-    Without weights each loss counts by its share of the samples where the batches are known to
-    differ, else by one over the group's true length. With ``"weight"`` (tokens, samples) the
-    losses are multiplied by it, and the gradients divided by the sum before the step.
+    Each loss counts by the samples in its batch, relative to the first one, so that equal batches
+    are divided by the group's length and nothing else. With ``"weight"`` (tokens, samples) the
+    losses are multiplied by it. What is then missing to a mean is made up for by one multiplication
+    of the gradients before the step, and only where the batches were not equal.
     """
 
-    def __init__(self, run: FitRun, size: int, first: int | None = None) -> None:
-        self.size, self.taken = size, 0
-        self.total: Any = None
-        self.unit: Any = None
-        self._shares: list[float] | None = None
-        if run.counts is not None:
-            first = run.state.batch_idx if first is None else first
-            counts = [run.counts.of(i) for i in range(first, first + size)]
-            known = [c for c in counts if c is not None]
-            if len(known) == size and len(set(known)) > 1:
-                self._shares = [c / sum(known) for c in known]
-        self._scaled = run.precision.has_scaler
+    def __init__(self, run: FitRun, size: int) -> None:
+        self._size, self._taken = size, 0
+        self._first: int | None = None  # samples in the first batch
+        self._relative = 0.0  # the batches taken, each by its samples over those of the first
+        self._total: Any = None  # the sum of the weights
+        self._unit: Any = None
+        self._scaled = run.scaled
 
-    def scale(self, loss: Tensor, weight: Any) -> Tensor:
-        """Returns the loss to differentiate."""
-        place, self.taken = self.taken, self.taken + 1
-        if weight is None:
-            return loss.mul(self._shares[place]) if self._shares else loss.div(self.size)
-        if isinstance(weight, Tensor):
-            weight = weight.detach()
+    def scale(self, loss: Tensor, weight: Any, samples: int) -> Tensor:
+        """Returns the loss to differentiate.
+
+        Args:
+            loss: The mean over a batch.
+            weight: What it is the mean of, as returned by the step; None for the samples.
+            samples: Samples in the batch.
+
+        Raises:
+            UsageError: Some batches of a group have a weight, and others have none.
+        """
+        if self._taken and (weight is None) is not (self._total is None):
+            raise UsageError(
+                "training_step returned 'weight' for some batches of one optimizer step and not "
+                "for others, so they cannot be averaged. Return it always, or never."
+            )
+        self._taken += 1
+        if weight is not None:
+            return self._weighted(loss, weight.detach() if isinstance(weight, Tensor) else weight)
+        self._first = samples if self._first is None else self._first
+        share = samples / self._first if self._first else 1.0
+        self._relative += share
+        return (loss if share == 1.0 else loss.mul(share)).div(self._size)
+
+    def _weighted(self, loss: Tensor, weight: Any) -> Tensor:
         if self._scaled:  # sums of many tokens would leave the range of fp16
-            if self.unit is None:
-                self.unit = weight.clamp(min=1) if isinstance(weight, Tensor) else max(weight, 1)
-            weight = weight / self.unit
-        self.total = weight if self.total is None else self.total + weight
+            if self._unit is None:
+                self._unit = weight.clamp(min=1) if isinstance(weight, Tensor) else max(weight, 1)
+            weight = weight / self._unit
+        self._total = weight if self._total is None else self._total + weight
         return loss.mul(weight)
 
     def finish(self, parameters: Sequence[Tensor]) -> bool:
-        """Divides the gradients by the sum of the weights; False where there is nothing to do."""
+        """Makes the gradients those of a mean; False where there is nothing to step with."""
+        if not self._taken or is_zero(self._total):
+            return False
         factor: Any = None
-        if self.total is not None:
-            if not isinstance(self.total, Tensor) or self.total.device.type == "cpu":
-                if not self.total:  # no sync: it is a number, or lies in host memory
-                    return False
-                factor = 1.0 / self.total
-            else:  # on a device nothing is read: a group of weight 0 gets gradients of 0
-                factor = torch.where(self.total > 0, 1.0 / self.total, 0.0)
-        elif 0 < self.taken < self.size:  # some batches were skipped by returning None
-            factor = self.size / self.taken
+        if self._total is None:
+            if self._relative != self._size:
+                factor = self._size / self._relative
+        elif isinstance(self._total, Tensor) and self._total.device.type != "cpu":
+            # On a device nothing is read: a group of weight 0 gets gradients of 0.
+            factor = torch.where(self._total > 0, 1.0 / self._total, 0.0)
+        else:
+            factor = 1.0 / self._total
         gradients = [p.grad for p in parameters if p.grad is not None]
         if factor is not None and gradients:
             torch._foreach_mul_(gradients, factor)
-        return self.taken > 0
+        return True
+
+
+def is_zero(weight: Any) -> bool:
+    """Tells whether a weight is 0, where that can be told without waiting for a device."""
+    if isinstance(weight, Tensor) and weight.device.type != "cpu":
+        return False
+    return weight is not None and not weight

@@ -22,15 +22,16 @@ from lightkit.data import sample_counts
 from lightkit.distributed import SingleDevice, launched, require_single_process, resolve_device
 from lightkit.errors import ConfigError
 from lightkit.feeds import (
+    cadence,
     loader_plans,
     make_transfer,
     reloader,
+    renames,
     required_plans,
     train_length,
     train_loader,
 )
 from lightkit.hooks import Callback, HookTable, positional_arguments
-from lightkit.limits import make_cadence
 from lightkit.metrics import MetricLog
 from lightkit.optim import ManualOptimizer, OptimizerPlan
 from lightkit.options import Options, listed
@@ -68,14 +69,13 @@ def equip(trainer: Trainer, session: Session) -> None:
         results=session.results,
     )
     session.metrics.epoch_time = lambda: time.perf_counter() - session.flow.epoch_started
-    task._link.trainer = trainer
     session.callbacks = _all_callbacks(trainer, session)
     session.hooks = HookTable(trainer, task, [*session.callbacks, session.metrics])
 
 
 def _all_callbacks(trainer: Trainer, session: Session) -> list[Callback]:
     """Returns the user's callbacks, the task's and the default ones, in order."""
-    options, old = trainer.options, trainer.session.callbacks
+    options, old = trainer.options, session.callbacks
     needed = listed(session.task.configure_callbacks(), Callback, "configure_callbacks")
     kinds = {type(c) for c in needed}  # the task's replace those of one kind, as in the field
     found = [*(c for c in trainer._callbacks if type(c) not in kinds), *needed]
@@ -155,13 +155,12 @@ def build_fit(trainer: Trainer, session: Session, train: Any, val: Any) -> FitRu
     plan = _optimizers(trainer, session)
     transfer = make_transfer(session)
     step = session.strategy.bind(task, "training_step")
-    interval, every = options.val_check_interval, options.check_val_every_n_epoch
     run = FitRun(
         task=task,
         state=session.state,
         flow=session.flow,
         limits=trainer.limits,
-        cadence=make_cadence(*((None, 1) if options.fast_dev_run else (interval, every)), length),
+        cadence=cadence(options, length),
         hooks=hooks,
         callbacks=session.callbacks,
         strategy=session.strategy,
@@ -286,7 +285,8 @@ def _eval_run(
     plans: list[LoaderPlan],
     transfer: Callable[[Any, int], Any] | None,
 ) -> EvalRun:
-    step = session.strategy.bind(session.task, _STEPS[stage])
+    own_test = stage != "test" or overrides(session.task, "test_step")
+    step = session.strategy.bind(session.task, _STEPS[stage if own_test else "validation"])
     metrics, hooks = session.metrics, session.hooks
     assert metrics is not None
     assert hooks is not None
@@ -296,21 +296,13 @@ def _eval_run(
         step=step,
         arguments=positional_arguments(step, 3),
         loaders=plans,
-        rename=[_rename(p, session.named_by_user) for p in plans],
+        rename=renames(session, plans),
         prefix=_PREFIX[stage],
         transfer=transfer,
         autocast=session.precision.autocast,
         metrics=metrics,
         hooks=hooks,
     )
-
-
-def _rename(plan: LoaderPlan, by_user: bool) -> Callable[[str], str] | None:
-    """Names of a dict of loaders come before a metric's; the field's index of a list behind."""
-    name = plan.name
-    if name is None:
-        return None
-    return (lambda metric: f"{name}/{metric}") if by_user else (lambda metric: f"{metric}/{name}")
 
 
 # --- optimization --------------------------------------------------------------------------------

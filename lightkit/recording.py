@@ -239,6 +239,10 @@ class Recorder:
         column.live = loss
         self.loss_steps.append(self.state.global_step)
 
+    def samples(self) -> int:
+        """Returns the samples in the batch under way; 1 where nothing tells."""
+        return self.now.size if self.now.size is not None else self._weight(self.loss)
+
     def _weight(self, column: Column) -> int:
         """Returns the number of samples in the batch, or 1 with a warning if nothing tells it."""
         if self.now.batch is None or column.reduce != "mean":

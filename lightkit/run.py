@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from lightkit import rng
+from lightkit.data import generators
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +26,8 @@ if TYPE_CHECKING:
     from lightkit.state import TrainState
     from lightkit.task import TaskModule
 
+_log = logging.getLogger("lightkit")
+
 
 @dataclass(slots=True)
 class Flow:
@@ -37,6 +43,7 @@ class Flow:
         data_wait: Seconds of this epoch spent waiting for its loader.
         epoch_started: ``perf_counter`` at the start of the epoch.
         deadline: ``perf_counter`` after which the run ends; None for never.
+        counted: ``perf_counter`` when the time of the run was last added to its state.
         validated_at: ``perf_counter`` of the last validation's end.
         validated_step: ``global_step`` of the last validation, -1 before the first.
         group_open: Whether gradients of a group that did not step yet are there.
@@ -52,6 +59,7 @@ class Flow:
     data_wait: float = 0.0
     epoch_started: float = 0.0
     deadline: float | None = None
+    counted: float = 0.0
     validated_at: float = 0.0
     validated_step: int = -1
     group_open: bool = False
@@ -124,6 +132,8 @@ class FitRun:
         validation: The evaluation within the fit; None where there is nothing to validate.
         cadence: When to validate.
         data: What the data room needs to resume in the middle of an epoch.
+        rng: Random states of the checkpoint that is continued; None once they are put back.
+        generators_now: Likewise those of the loaders' own generators.
     """
 
     task: TaskModule
@@ -160,11 +170,52 @@ class FitRun:
     datamodule: Any = None
     data: dict[str, Any] = field(default_factory=dict)
     rng: dict[str, Any] | None = None
+    generators_now: list[torch.Tensor] = field(default_factory=list)
+
+    def order_state(self) -> dict[str, Any]:
+        """Returns the random states that the order of an epoch is about to be drawn from."""
+        return {"rng": rng.rng_state(), "generators": self._generator_states()}
+
+    def set_order_state(self, state: dict[str, Any]) -> None:
+        """Puts back what `order_state` returned, so that the same order is drawn again."""
+        rng.set_rng_state(state["rng"])
+        self._set_generators(state.get("generators", []))
+
+    def set_rng(self) -> None:
+        """Puts back the random states of the checkpoint that this fit continues, once."""
+        if self.rng is not None:
+            rng.set_rng_state(self.rng)
+            self._set_generators(self.generators_now)
+            self.rng = None
 
     def data_state(self) -> dict[str, Any]:
-        """Returns the random states that the order of the running epoch came from."""
-        return dict(self.data)
+        """Returns what the order of the running epoch came from, and the loaders' generators."""
+        return {**self.data, "generators_now": self._generator_states()}
 
     def load_data_state(self, state: dict[str, Any]) -> None:
-        """Takes back what `data_state` returned."""
+        """Takes back what `data_state` returned; `set_rng` puts the generators' states back."""
         self.data = dict(state)
+        self.generators_now = self.data.pop("generators_now", [])
+
+    def _generators(self) -> list[torch.Generator]:
+        """Returns the generators that the loaders have of their own, each once."""
+        plans = [] if self.validation is None else self.validation.loaders
+        loaders = [self.train_loader, *(plan.loader for plan in plans)]
+        return list({id(g): g for loader in loaders for g in generators(loader)}.values())
+
+    def _generator_states(self) -> list[torch.Tensor]:
+        return [generator.get_state() for generator in self._generators()]
+
+    def _set_generators(self, states: list[torch.Tensor]) -> None:
+        found = self._generators()
+        if len(found) != len(states):
+            if states:
+                _log.warning(
+                    "The checkpoint holds the states of %d generators of loaders, but the loaders "
+                    "have %d: their order begins anew.",
+                    len(states),
+                    len(found),
+                )
+            return
+        for generator, state in zip(found, states, strict=True):
+            generator.set_state(state.cpu())

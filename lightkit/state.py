@@ -26,7 +26,7 @@ class TrainState:
         batch_idx: Batches of the current epoch completed.
         batches_before: Training batches of all completed epochs.
         validations: Validation rounds completed (the sanity check is none).
-        seconds: Training time of all earlier runs that this one continues.
+        seconds: Time since the first epoch began, all runs together that continue each other.
     """
 
     epoch: int = 0

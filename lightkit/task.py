@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import Self
 
-from lightkit import checkpoint, metric_objects
+from lightkit import metric_objects
 from lightkit.data import move_to_device
 from lightkit.errors import NotRunningError, UsageError
 from lightkit.hooks import TASK_NAMES, check_hook_names
@@ -23,6 +23,7 @@ from lightkit.task_hooks import TaskHooks
 if TYPE_CHECKING:
     from lightkit.loggers.base import Logger
     from lightkit.metrics import MetricLog
+    from lightkit.precision import Precision
     from lightkit.trainer import Trainer
 
 _log = logging.getLogger("lightkit")
@@ -31,13 +32,25 @@ _log = logging.getLogger("lightkit")
 class Link:
     """What ties a task to a run. A copy or a pickle of the task is tied to nothing."""
 
-    __slots__ = ("manual", "metrics", "precision", "trainer")
+    __slots__ = ("manual", "metrics", "precision", "toggled", "trainer")
 
     def __init__(self) -> None:
-        self.trainer: Trainer | None = None
-        self.metrics: MetricLog | None = None
-        self.precision: Any = None
-        self.manual: list[Any] | None = None
+        self.hold()
+        self.toggled: list[nn.Parameter] = []
+
+    def hold(
+        self,
+        trainer: Trainer | None = None,
+        metrics: MetricLog | None = None,
+        precision: Precision | None = None,
+        manual: list[Any] | None = None,
+    ) -> None:
+        """Ties the task to these alone. It is in the middle of a call where ``metrics`` is set."""
+        self.trainer, self.metrics, self.precision, self.manual = trainer, metrics, precision, manual
+
+    def held(self) -> tuple[Any, ...]:
+        """Returns what `hold` takes to come back to the present state."""
+        return self.trainer, self.metrics, self.precision, self.manual
 
     def __deepcopy__(self, memo: Any) -> Link:
         return Link()
@@ -266,6 +279,25 @@ class TaskModule(TaskHooks, nn.Module):
             raise NotRunningError("self.optimizers() exists only while fit runs.")
         return found[0] if len(found) == 1 else found
 
+    def toggle_optimizer(self, optimizer: Optimizer) -> None:
+        """Lets only this optimizer's parameters learn, until `untoggle_optimizer`.
+
+        The other optimizers' parameters get ``requires_grad=False``, so that a backward in between
+        makes no gradients for them.
+        """
+        self.untoggle_optimizer(optimizer)
+        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        others = (p for o in self.trainer.optimizers for g in o.param_groups for p in g["params"])
+        self._link.toggled = [p for p in others if p.requires_grad and id(p) not in own]
+        for parameter in self._link.toggled:
+            parameter.requires_grad_(False)
+
+    def untoggle_optimizer(self, optimizer: Optimizer) -> None:
+        """Lets the parameters learn again that `toggle_optimizer` stopped."""
+        for parameter in self._link.toggled:
+            parameter.requires_grad_(True)
+        self._link.toggled = []
+
     def lr_schedulers(self) -> Any:
         """Returns the scheduler, the list of them, or None; in manual optimization step them."""
         found = [entry.scheduler for entry in self.trainer.lr_schedulers]
@@ -286,16 +318,18 @@ class TaskModule(TaskHooks, nn.Module):
             gradient_clip_val: The largest norm or value; None: the Trainer's, else nothing.
             gradient_clip_algorithm: "norm" or "value"; None: the Trainer's.
         """
-        options = self.trainer.options
+        options, strategy = self.trainer.options, self.trainer.session.strategy
         most = options.gradient_clip_val if gradient_clip_val is None else gradient_clip_val
         how = gradient_clip_algorithm or options.gradient_clip_algorithm
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if most is None:
             return
+        if self._link.precision is not None:
+            self._link.precision.unscale(optimizer)
         if how == "value":
-            nn.utils.clip_grad_value_(parameters, most)
+            strategy.clip_grad_value(parameters, most)
         else:
-            nn.utils.clip_grad_norm_(parameters, most)
+            strategy.clip_grad_norm(parameters, most)
 
     def save_hyperparameters(
         self, *names: Any, ignore: str | Iterable[str] = (), logger: bool = True, frame: Any = None
@@ -332,6 +366,8 @@ class TaskModule(TaskHooks, nn.Module):
         Raises:
             CheckpointError: The file cannot be read, lacks an argument, or does not fit.
         """
+        from lightkit import checkpoint
+
         return checkpoint.load_task(
             cls, checkpoint_path, strict=strict, map_location=map_location, **overrides
         )
@@ -347,6 +383,8 @@ class TaskModule(TaskHooks, nn.Module):
         Raises:
             CheckpointError: The file cannot be read or does not fit; the names are listed.
         """
+        from lightkit import checkpoint
+
         checkpoint.load_weights(self, path, strict=strict, prefix=prefix)
 
     def print(self, *args: Any, **kwargs: Any) -> None:

@@ -12,13 +12,15 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
-from lightkit import announce, checkpoint, console, loops, opening, places, rng
+from lightkit import console, rng
+from lightkit.data import DataModule
 from lightkit.errors import NotRunningError, UsageError
 from lightkit.history import History
 from lightkit.hooks import Callback
 from lightkit.limits import make_limits
 from lightkit.loggers import JSONLLogger, Logger, TensorBoardLogger
 from lightkit.options import Options, known_names, listed
+from lightkit.precision import resolve_precision
 from lightkit.run import EvalRun, FitRun, Flow
 from lightkit.session import Session
 from lightkit.state import Stage
@@ -135,7 +137,7 @@ class Trainer(TrainerView):
         self._loggers: list[Logger] = [TensorBoardLogger(), JSONLLogger()]
         if logger is not True:
             self._loggers = [] if logger is False else listed(logger, Logger, "logger")
-        self.session = Session()
+        self.session = Session(precision=resolve_precision(precision, "cpu"))
         if seed is not None:
             rng.seed_everything(seed, verbose=False)
 
@@ -161,6 +163,8 @@ class Trainer(TrainerView):
         Returns:
             The history: one dict per epoch.
         """
+        from lightkit import announce, loops
+
         with self._open_fit(
             model, train_dataloaders, val_dataloaders, datamodule, ckpt_path
         ) as run:
@@ -221,6 +225,8 @@ class Trainer(TrainerView):
         Returns:
             The outputs of all batches in order; for several loaders a list of such lists.
         """
+        from lightkit import loops
+
         given = (model, dataloaders, datamodule, ckpt_path)
         with self._open_eval("predict", *given, keep=return_predictions) as run:
             loops.evaluate(run)
@@ -247,6 +253,8 @@ class Trainer(TrainerView):
             UsageError: Between the batches of one optimizer step.
             NotRunningError: Outside fit.
         """
+        from lightkit import checkpoint
+
         run = self._run
         if not isinstance(run, FitRun):
             raise NotRunningError(
@@ -268,6 +276,8 @@ class Trainer(TrainerView):
     def set_accumulation(self, batches: int) -> None:
         """Sets the batches per optimizer step from the next epoch on."""
         if self.session.plan is not None:
+            from lightkit import opening
+
             opening.require_automatic(self.session.plan, batches)
         self.session.flow.accumulate = batches
 
@@ -279,6 +289,8 @@ class Trainer(TrainerView):
     def _open_fit(
         self, task: TaskModule, train: Any, val: Any, datamodule: Any, ckpt_path: Any
     ) -> Iterator[FitRun]:
+        from lightkit import announce, opening, places
+
         train, datamodule = _as_datamodule(train, datamodule)
         _check_task(task, _FIT_NEEDS)
         session = Session(task=task, datamodule=datamodule, stage=Stage.FIT)
@@ -317,6 +329,8 @@ class Trainer(TrainerView):
         ckpt_path: Any,
         keep: bool = False,
     ) -> Iterator[EvalRun]:
+        from lightkit import opening, places
+
         given, datamodule = _as_datamodule(given, datamodule)
         old = self.session
         task = old.task if task is None else task
@@ -330,7 +344,7 @@ class Trainer(TrainerView):
         entry = Stage("validate" if stage == "validation" else stage)
         # What the last fit left to be read stays: its counters, history, optimizers, folder.
         session = replace(
-            old, task=task, datamodule=datamodule, stage=entry, flow=Flow(), loggers=[]
+            old, task=task, datamodule=datamodule, stage=entry, flow=Flow(), loggers=[], hooks=None
         )
         path = None if ckpt_path is None else places.find_checkpoint(self, task, ckpt_path)
         with self._opened(session):
@@ -343,39 +357,46 @@ class Trainer(TrainerView):
     @contextlib.contextmanager
     def _opened(self, session: Session) -> Iterator[None]:
         """Sets up what every entry point needs, and closes it whatever happens."""
+        from lightkit import opening
+
         if self.session.stage is not None:
             raise UsageError(
                 f"This trainer is in the middle of {self.session.stage.value}, so it cannot begin "
                 f"{session.stage.value}. Use another Trainer there, or begin it afterwards."  # type: ignore[union-attr]
             )
         console.install(rank_zero=True)
-        opening.equip(self, session)
-        self.session = session
-        if session.datamodule is not None:
-            session.datamodule.trainer = self
-        failed = True
+        link, failed = session.task._link, True
+        held = link.held()  # another trainer may be in the middle of a call with this task
         try:
+            link.trainer = self
+            opening.equip(self, session)
+            self.session = session
+            if isinstance(session.datamodule, DataModule):
+                session.datamodule.trainer = self
             opening.set_up(session)
             with opening.numerics(self.options):
                 yield
             failed = False
         except BaseException as exception:
-            for hook in session.hooks.on_exception:  # type: ignore[union-attr]
+            for hook in () if session.hooks is None else session.hooks.on_exception:
                 _shielded(hook, exception)
             raise
         finally:
-            self._close(session, failed)
+            link.hold(self)  # the trainer stays known after its call
+            with contextlib.ExitStack() as stack:
+                if session.hooks is None or held[1] is not None:
+                    stack.callback(link.hold, *held)
+                self._close(session, failed)
 
     def _close(self, session: Session, failed: bool) -> None:
         """Closes everything, and lets nothing of it hide the exception that may be under way."""
-        assert session.hooks is not None
         assert session.stage is not None
-        link, stage, datamodule = session.task._link, str(session.stage.value), session.datamodule
-        link.metrics, link.precision, link.manual = None, None, None
+        stage, datamodule = str(session.stage.value), session.datamodule
         closers: list[tuple[Callable[..., Any], Any]] = []
-        if hasattr(datamodule, "teardown"):
-            closers.append((datamodule.teardown, stage))
-        closers += [(hook, stage) for hook in session.hooks.teardown]
+        if session.hooks is not None:  # else nothing was set up
+            if hasattr(datamodule, "teardown"):
+                closers.append((datamodule.teardown, stage))
+            closers += [(hook, stage) for hook in session.hooks.teardown]
         self._run, session.stage = None, None
         with contextlib.ExitStack() as stack:
             for logger in reversed(self._loggers):
@@ -389,6 +410,8 @@ class Trainer(TrainerView):
     def _evaluate(
         self, stage: str, task: Any, given: Any, datamodule: Any, ckpt_path: Any, verbose: bool
     ) -> list[dict[str, float]]:
+        from lightkit import loops
+
         with self._open_eval(stage, task, given, datamodule, ckpt_path) as run:
             loops.evaluate(run)
         results = run.metrics.eval_results(len(run.loaders))

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightkit.callbacks import EarlyStopping, ModelCheckpoint, ProgressBar
 from lightkit.history import History
 from lightkit.readings import CallbackMetrics
 from lightkit.schedules import SchedulerEntry
@@ -18,6 +17,7 @@ from lightkit.session import Session
 from lightkit.state import Stage, TrainState
 
 if TYPE_CHECKING:
+    from lightkit.callbacks import EarlyStopping, ModelCheckpoint, ProgressBar
     from lightkit.hooks import Callback
     from lightkit.limits import Limits
     from lightkit.loggers.base import Logger
@@ -238,6 +238,8 @@ class TrainerView:
     @property
     def checkpoint_callbacks(self) -> list[ModelCheckpoint]:
         """The callbacks that write checkpoints."""
+        from lightkit.callbacks import ModelCheckpoint
+
         return [c for c in self.callbacks if isinstance(c, ModelCheckpoint)]
 
     @property
@@ -248,11 +250,15 @@ class TrainerView:
     @property
     def early_stopping_callback(self) -> EarlyStopping | None:
         """The first EarlyStopping, or None."""
+        from lightkit.callbacks import EarlyStopping
+
         return next((c for c in self.callbacks if isinstance(c, EarlyStopping)), None)
 
     @property
     def progress_bar_callback(self) -> ProgressBar | None:
         """The progress display, or None."""
+        from lightkit.callbacks import ProgressBar
+
         return next((c for c in self.callbacks if isinstance(c, ProgressBar)), None)
 
     @property
@@ -285,7 +291,7 @@ class TrainerView:
     @property
     def precision(self) -> str:
         """The precision by name."""
-        return self.session.precision.name if self.session.stage else str(self.options.precision)
+        return self.session.precision.name
 
     # --- places ----------------------------------------------------------------------------------
 

@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import nn
 
+import lightkit as lk
+from lightkit.checkpoint import write_checkpoint
 from lightkit.errors import ConfigError
 from lightkit.hparams import HParams, capture, save_hyperparameters
 
@@ -150,8 +152,9 @@ def test_choosing_names() -> None:
     assert net.hparams == {"width": 4, "lr": 0.1, "act": "relu", "depth": 3}
     save_hyperparameters(net, ignore="act")
     assert "act" not in net.hparams
-    save_hyperparameters(net, "width", "lr", ignore=["lr"])
-    assert net.hparams == {"width": 4}
+    other = Net(4, depth=3)
+    save_hyperparameters(other, "width", "lr", ignore=["lr"])
+    assert other.hparams == {"width": 4}
 
 
 def test_a_mapping_or_namespace_is_taken_over() -> None:
@@ -172,3 +175,48 @@ def test_wrong_names_are_errors() -> None:
         save_hyperparameters(Net(4), "widht")
     with pytest.raises(ConfigError, match=r"takes names.*got int"):
         save_hyperparameters(Net(4), 3)
+
+
+class Saves(lk.TaskModule):
+    def __init__(self, lr=0.1, depth=None):
+        super().__init__()
+        depth = depth or 3
+        self.save_hyperparameters()
+        self.seen = self.hparams.lr, self.hparams.depth
+
+
+class Wider(Saves):
+    def __init__(self, width=2):
+        super().__init__(lr=0.5)
+
+
+def test_a_base_class_that_saves_sees_its_own_arguments_and_the_subclass_keeps_its_own():
+    task = Wider(width=7)
+    assert task.hparams == {"width": 7, "lr": 0.5, "depth": 3}
+    assert task.seen == (0.5, 3)
+
+
+def test_several_calls_add_up():
+    class Both(lk.TaskModule):
+        def __init__(self, config, lr=1, other=2):
+            super().__init__()
+            self.save_hyperparameters(config)
+            self.save_hyperparameters("lr")
+
+    assert Both({"q": 5}).hparams == {"q": 5, "lr": 1}
+
+
+def test_arguments_of_base_classes_are_no_news_when_loading(tmp_path, caplog):
+    path = tmp_path / "wide.ckpt"
+    task = Wider(width=7)
+    write_checkpoint(
+        {
+            "lightkit": {"format": 1, "version": "0"},
+            "model": task.state_dict(),
+            "hparams": dict(task.hparams),
+        },
+        path,
+    )
+    again = Wider.load_from_checkpoint(path)
+    assert again.hparams == task.hparams
+    assert caplog.text == ""

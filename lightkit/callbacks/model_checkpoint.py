@@ -168,8 +168,9 @@ class ModelCheckpoint(Callback):
 
     @property
     def best_model_path(self) -> str:
-        """The best file; without a monitor the newest. "" before the first."""
-        return self._files.best_path
+        """The best file; the newest where nothing is monitored. "" before the first."""
+        unjudged = self._files.newest if self._optional else ""
+        return self._files.best_path or unjudged
 
     @property
     def best_model_score(self) -> Tensor | None:

@@ -31,11 +31,22 @@ class ProgressBar(Callback):
     Args:
         refresh_hz: Drawings per second at most on a terminal (in a notebook: 2).
         interval: Seconds between plain lines where no bar can be drawn.
+        refresh_rate: Accepted for ported code: drawings go by the clock, not by batches.
+        leave: Accepted for ported code: every epoch leaves its line.
+        theme: Accepted for ported code.
     """
 
     order: ClassVar[int] = 50
 
-    def __init__(self, *, refresh_hz: float = 10.0, interval: float = 30.0) -> None:
+    def __init__(
+        self,
+        *,
+        refresh_hz: float = 10.0,
+        interval: float = 30.0,
+        refresh_rate: int | None = None,
+        leave: bool = True,
+        theme: Any = None,
+    ) -> None:
         self.refresh_hz = refresh_hz
         self.interval = interval
         self._display: screen.Plain | None = None  # None: nothing runs, or this is not rank zero

@@ -75,14 +75,17 @@ def _build(
         arguments = {absent.pop(): stored, **overrides}
     unknown = [name for name in arguments if name not in names and name != star]
     if unknown and not takes_any:
-        _log.warning(
-            "%s no longer has the stored argument%s %s: ignored.",
-            cls.__qualname__,
-            "s"[: len(unknown) > 1],
-            ", ".join(unknown),
-        )
         for name in unknown:
             del arguments[name]
+        of_bases = {n for base in cls.__mro__ for n in inspect.signature(base.__init__).parameters}  # type: ignore[misc]
+        gone = [name for name in unknown if name not in of_bases]
+        if gone:
+            _log.warning(
+                "%s no longer has the stored argument%s %s: ignored.",
+                cls.__qualname__,
+                "s"[: len(gone) > 1],
+                ", ".join(gone),
+            )
     _check_complete(cls, path, arguments, absent)
     positional: list[Any] = []
     for p in named:

@@ -127,8 +127,15 @@ class Logger:
         """
         raise NotImplementedError(f"{type(self).__name__} must define log_metrics")
 
-    def log_hyperparams(self, params: Mapping[str, Any]) -> None:
-        """Writes the hyperparameters, once per fit. Does nothing by default."""
+    def log_hyperparams(
+        self, params: Mapping[str, Any], metrics: Mapping[str, float] | None = None
+    ) -> None:
+        """Writes the hyperparameters, once per fit. Does nothing by default.
+
+        Args:
+            params: Names and values; nested mappings are possible.
+            metrics: Accepted for ported code and needless: curves are found by themselves.
+        """
 
     def log_graph(self, task: Any, batch: Any = None) -> None:
         """Writes the graph of the network, where asked for. Does nothing by default."""

@@ -59,7 +59,9 @@ class CSVLogger(Logger):
             [row.get(name, "") for name in self._columns]
         )
 
-    def log_hyperparams(self, params: Mapping[str, Any]) -> None:
+    def log_hyperparams(
+        self, params: Mapping[str, Any], metrics: Mapping[str, float] | None = None
+    ) -> None:
         """Writes ``hparams.json`` beside the table; what JSON does not know becomes text."""
         if self._file is not None:
             text = json.dumps(dict(params), indent=2, default=str)

@@ -112,7 +112,9 @@ class TensorBoardLogger(Logger):
             events.add_event(self._event(step=step, wall_time=wall_time, summary=summary))
         self._written = time.time()
 
-    def log_hyperparams(self, params: Mapping[str, Any]) -> None:
+    def log_hyperparams(
+        self, params: Mapping[str, Any], metrics: Mapping[str, float] | None = None
+    ) -> None:
         """Writes the hyperparameters for the HPARAMS tab into the run's own event file."""
         from torch.utils.tensorboard import summary
 
