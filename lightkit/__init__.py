@@ -7,7 +7,7 @@ Subclass `TaskModule`, give it to a `Trainer`::
     history = lk.Trainer(max_epochs=3).fit(Net(), train_loader, val_loader)
 """
 
-from typing import TYPE_CHECKING, Any
+import typing
 
 from lightkit import errors, loggers
 from lightkit.data import DataModule
@@ -18,11 +18,11 @@ from lightkit.rng import seed_everything
 from lightkit.task import TaskModule
 from lightkit.trainer import Trainer
 
-if TYPE_CHECKING:
+if typing.TYPE_CHECKING:
     from lightkit import callbacks
 else:
 
-    def __getattr__(name: str) -> Any:
+    def __getattr__(name: str) -> object:
         """Imports ``lightkit.callbacks`` when it is first asked for."""
         if name == "callbacks":
             import lightkit.callbacks
@@ -32,6 +32,7 @@ else:
 
     def __dir__() -> list[str]:
         return sorted({*globals(), *__all__})
+
 
 __version__ = "0.1.0"
 

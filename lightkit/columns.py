@@ -12,7 +12,7 @@ from lightkit.errors import LoggingError, did_you_mean
 
 _REDUCTIONS = ("mean", "sum", "min", "max")
 _OPTIONS = ("name", "prog_bar", "logger", "on_step", "on_epoch", "reduce")
-_SUMS = ("returned", "window", "total", "_sum", "_weight")
+_SUMS = ("returned", "aliases", "window", "total", "_sum", "_weight")
 
 
 def reduction(name: str, given: Any) -> str:
@@ -57,12 +57,14 @@ class Column:
         total: The reduced value since the epoch began, None before the first flush.
         metric: The torchmetrics object logged under this name.
         returned: Whether the values were returned by the step and not logged.
+        aliases: Whether its values share the storage of a parameter or buffer of the task.
         loader: The evaluation loader that the values belong to, -1 for none of its own.
     """
 
     __slots__ = (
         "_sum",
         "_weight",
+        "aliases",
         "folded",
         "live",
         "loader",
@@ -94,6 +96,7 @@ class Column:
         self.name, self.prog_bar, self.logger = name, prog_bar, logger
         self.on_step, self.on_epoch, self.reduce = on_step, on_epoch, reduce
         self.metric, self.returned, self.loader = metric, False, -1
+        self.aliases = False
         self.values: list[Tensor | float] = []
         self.weights: list[Tensor | float] = []
         self.live: Tensor | float | None = None

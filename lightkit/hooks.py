@@ -35,7 +35,10 @@ compares both with a recorded run)::
 
 For one hook the listeners are called in one order: the task, the callbacks in the order given,
 the metric log, the progress display, the checkpoints (`Callback.order`). Every hook runs on every
-rank unless its text says otherwise, and never inside a context manager of the loop.
+rank unless its text says otherwise, and never inside a context manager of the loop, with two
+exceptions: the hooks of the sanity check run on random states that are put back after it, and in
+manual optimization on_before_optimizer_step runs within autocast, where the user's own
+``optimizer.step()`` calls it.
 
 In manual optimization every batch is a step of its own, without on_before_zero_grad and the hooks
 of backward; on_before_optimizer_step comes with each ``optimizer.step()``.
@@ -371,6 +374,13 @@ def _check_name(place: str, name: str, valid: frozenset[str]) -> None:
         raise HookNameError(
             f"{place} is a hook of an earlier generation and would never be called. Write "
             f"{OLD_NAMES[name]}."
+        )
+    if name in TASK_NAMES - CALLBACK_NAMES:
+        data = name == "prepare_data" or name.endswith(("_dataloader", "_transfer", "_to_device"))
+        raise HookNameError(
+            f"{place} would never be called: {name} belongs to the TaskModule"
+            f"{' or the DataModule' if data else ''}. Move it there. If it is a method of your own, "
+            f"rename it or decorate it with @lightkit.not_a_hook."
         )
     if name.startswith("on_"):
         suspect = not _HOOK_WORDS.isdisjoint(name.split("_")[1:]) or bool(

@@ -50,8 +50,7 @@ def fit(run: FitRun) -> None:
             hook()
         while not done(run):
             train_epoch(run)
-        if run.rng is not None:  # a checkpoint after which nothing was left to train
-            rng.set_rng_state(run.rng)
+        run.set_rng()  # a checkpoint after which nothing was left to train
     finally:
         run.metrics.close("after training")
         _restore_modes(modes)
@@ -158,9 +157,7 @@ def _open_epoch(run: FitRun) -> BatchStream:
     """Starts a pass over the training loader, where the epoch begins or where it is continued."""
     state = run.state
     if state.batch_idx == 0:
-        if run.rng is not None:  # the random states of the checkpoint that this fit continues
-            rng.set_rng_state(run.rng)
-            run.rng = None
+        run.set_rng()  # the random states of the checkpoint that this fit continues
         if run.reload is not None:
             run.reload(run)
     run.metrics.begin_epoch()
@@ -168,9 +165,9 @@ def _open_epoch(run: FitRun) -> BatchStream:
         for hook in run.hooks.on_train_epoch_start:
             hook()
         # Where an epoch is resumed, its order is drawn again from here.
-        run.data = {"rng": rng.rng_state()}
-    elif "rng" in run.data:
-        rng.set_rng_state(run.data["rng"])
+        run.data = run.order_state()
+    elif run.data:
+        run.set_order_state(run.data)
     stream = BatchStream(
         run.train_loader,
         limit=run.train_limit,
@@ -179,9 +176,7 @@ def _open_epoch(run: FitRun) -> BatchStream:
         sizes=run.counts,
         name="training loader",
     )
-    if run.rng is not None:  # in the middle of an epoch: after its order was drawn again
-        rng.set_rng_state(run.rng)
-        run.rng = None
+    run.set_rng()  # in the middle of an epoch: after its order was drawn again
     return stream
 
 

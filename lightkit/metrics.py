@@ -67,7 +67,6 @@ class MetricLog(Recorder, Callback):
         self.epoch_time: Callable[[], float] = lambda: 0.0
         self._next_flush = every
         self._epoch_row: dict[str, float] = {}
-        self._task: TaskModule | None = None
         self._eval_steps: dict[str, int] = {}
 
     def setup(self, trainer: Trainer, task: TaskModule, stage: str) -> None:
@@ -108,6 +107,11 @@ class MetricLog(Recorder, Callback):
             if column is self.loss:
                 self._check_finite(values)
                 self.loss_steps = []
+            elif self._scaled and column.name.startswith("grad_norm"):
+                # The scaler skips a step whose gradients overflowed: its norm is that of no step.
+                weights = [
+                    w if math.isfinite(v) else 0 for v, w in zip(values, weights, strict=True)
+                ]
             found.append((column, values, weights))
         for column, values, weights in found:
             column.fold(values, weights)
@@ -207,7 +211,7 @@ class MetricLog(Recorder, Callback):
     ) -> None:
         """Reads what has come now and then, so that a long evaluation does not fill the memory."""
         if (batch_idx + 1) % _FOLD_EVERY == 0:
-            self._fold_eval()
+            self._fold_eval()  # host sync: one in that many batches
 
     on_test_batch_end = on_validation_batch_end
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 from collections.abc import Callable, Iterator
 from numbers import Real
@@ -17,6 +18,7 @@ from lightkit.errors import LoggingError
 
 if TYPE_CHECKING:
     from lightkit.state import TrainState
+    from lightkit.task import TaskModule
 
 _log = logging.getLogger("lightkit")
 
@@ -54,6 +56,8 @@ class Recorder:
         self.loss_steps: list[int] = []
         self.now = Now()
         self.in_step = False
+        self._task: TaskModule | None = None
+        self._own: set[int] | None = None  # where its parameters and buffers lie; None: not known
         self._eval: dict[str, Column] = {}
         self._columns: dict[str, Column] | None = None  # where self.log writes now
         self._rename: Callable[[str], str] | None = None
@@ -92,6 +96,11 @@ class Recorder:
             column = self._new(name, value, prog_bar, logger, on_step, on_epoch, reduce_fx)
             column.returned = returned
             column.loader = self._loader if add_dataloader_idx else -1
+        elif not self.in_step and column.total is not None and column.metric is None:
+            raise LoggingError(
+                f"self.log({name!r}) was already logged in the steps or before them, and one mean "
+                f"cannot hold both. Give one of them another name."
+            )
         if type(value) is Tensor and column.metric is None:
             if value.ndim:
                 value = scalar(name, value)
@@ -101,7 +110,7 @@ class Recorder:
                 keep = False
             if value.requires_grad:
                 value = value.detach()
-            if not keep:
+            if not keep or column.aliases:
                 value = value + 0  # a clone of what inference_mode made would count as changed
         elif column.metric is not None or not isinstance(value, (float, int)):
             value = self._unusual(column, name, value)
@@ -142,7 +151,20 @@ class Recorder:
             reduce=reduction(name, reduce_fx),
             metric=metric,
         )
+        column.aliases = type(value) is Tensor and self._aliases(value)
         return column
+
+    def _aliases(self, value: Tensor) -> bool:
+        """Tells whether a value is the memory of a parameter or buffer, which steps overwrite.
+
+        Fused optimizers do so without counting a version, so it could not be seen afterwards.
+        """
+        if self._task is None:
+            return False
+        if self._own is None:
+            parts = itertools.chain(self._task.parameters(), self._task.buffers())
+            self._own = {_memory(part) for part in parts} - {0}
+        return _memory(value) in self._own
 
     def _check_metric(self, name: str, metric: Any, on_step: bool | None) -> None:
         """Raises for a metric object that cannot be logged so."""
@@ -188,7 +210,7 @@ class Recorder:
             f"self.logger.experiment; for several numbers self.log_dict."
         )
 
-    def add_returned(self, prefix: str, name: str, value: Any, weight: Any = None) -> None:
+    def add_returned(self, prefix: str, name: Any, value: Any, weight: Any = None) -> None:
         """Logs a scalar that a step returned, unless the step logged that name itself.
 
         Anything else, predictions for example, is passed over.
@@ -198,10 +220,13 @@ class Recorder:
             value.ndim == 0 if isinstance(value, Tensor) else isinstance(value, (float, int))
         ):
             return
+        name = str(name)
         name = name if name.startswith(f"{prefix}_") else f"{prefix}_{name}"
         column = columns.get(name if self._rename is None else self._rename(name))
         if column is None or column.returned:
             bar = name == "val_loss"
+            if isinstance(weight, Tensor):
+                weight = scalar("weight", weight.detach())
             self.log(name, value, prog_bar=bar, batch_size=weight, returned=True)
 
     def column(self, name: str) -> Column | None:
@@ -264,6 +289,7 @@ class Recorder:
     def begin_epoch(self) -> None:
         """Opens the columns of a training epoch."""
         self._columns, self._rename, self._loader = self.train, None, -1
+        self._own = None
         self.end_steps()
 
     def begin_eval(
@@ -271,7 +297,7 @@ class Recorder:
     ) -> None:
         """Opens the columns of an evaluation (loader -1), or goes on to one of its loaders."""
         if loader < 0:
-            self._eval = {}
+            self._eval, self._own = {}, None
         self._columns, self._rename, self._discard = self._eval, rename, sanity
         self._loader = loader
         self.end_steps()
@@ -301,3 +327,11 @@ class Recorder:
             yield
         finally:
             self._columns = columns
+
+
+def _memory(tensor: Tensor) -> int:
+    """Returns where the storage of a tensor lies; 0 for one that has none."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, ValueError):  # sparse tensors, parameters that have no shape yet
+        return 0

@@ -73,6 +73,8 @@ class SchedulerEntry:
         if self.interval == "step":
             text += " (self.trainer.estimated_stepping_batches)"
         if moves > total:
+            if getattr(self.scheduler, "last_epoch", 0) > 0:
+                text += ". A checkpoint brings the length of its own run, which cannot be extended"
             raise OptimizerError(f"{text}.")
         if moves < total:
             other = ", or set interval='step'" if self.interval == "epoch" else ""

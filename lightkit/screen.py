@@ -110,8 +110,18 @@ class Table:
             self._titles = titles
             lines.insert(0, "  ".join(f"{title:>{size}}" for title, _, size in cells))
             if cut[:-1]:  # the last one is "data"
-                lines.insert(0, f"(too narrow for {', '.join(cut[:-1])})"[:width])
+                lines.insert(0, _left_out(cut[:-1], width))
         return lines
+
+
+def _left_out(names: list[str], width: int) -> str:
+    """Returns a line that says which columns had no room, in at most ``width`` characters."""
+    for shown in range(len(names), 0, -1):
+        more = f" and {len(names) - shown} more" if shown < len(names) else ""
+        text = f"(too narrow for {', '.join(names[:shown])}{more})"
+        if len(text) <= width:
+            return text
+    return f"(too narrow for {len(names)} columns)"[:width]
 
 
 class Plain:

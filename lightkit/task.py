@@ -46,7 +46,8 @@ class Link:
         manual: list[Any] | None = None,
     ) -> None:
         """Ties the task to these alone. It is in the middle of a call where ``metrics`` is set."""
-        self.trainer, self.metrics, self.precision, self.manual = trainer, metrics, precision, manual
+        self.trainer, self.metrics = trainer, metrics
+        self.precision, self.manual = precision, manual
 
     def held(self) -> tuple[Any, ...]:
         """Returns what `hold` takes to come back to the present state."""

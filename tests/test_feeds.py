@@ -291,6 +291,38 @@ def test_loaders_are_made_anew(quiet, every):
     assert len(net.train_seen) == t.global_step == {1: 2 + 3 + 4 + 5, 2: 2 + 2 + 3 + 3}[every]
 
 
+def test_loaders_made_anew_may_be_more_and_longer(quiet):
+    class Grows(lk.DataModule):
+        epoch = -1
+
+        def train_dataloader(self):
+            self.epoch += 1
+            return numbers(4 * 2**self.epoch)
+
+        def val_dataloader(self):
+            return [numbers(1)] * (self.epoch + 1)
+
+    class Looks(lk.Callback):
+        def on_validation_end(self, trainer, task):
+            places.append((trainer.current_epoch, trainer.state.batch_idx))
+
+    class Logs(Count):
+        def validation_step(self, batch, batch_idx):
+            return 1.0
+
+    places = []
+    t = quiet(
+        max_epochs=2, reload_dataloaders_every_n_epochs=1, val_check_interval=0.5, callbacks=Looks()
+    )
+    history = t.fit(Logs(), datamodule=Grows())
+    assert places == [(0, 2), (0, 4), (1, 4), (1, 8)]
+    assert t.num_val_batches == [1, 1]
+    assert [{k for k in row if k.startswith("val")} for row in history] == [
+        {"val_loss"},
+        {"val_loss/dataloader_idx_0", "val_loss/dataloader_idx_1"},
+    ]
+
+
 def test_only_what_can_be_made_anew_is(quiet):
     class TrainOnly(lk.DataModule):
         def train_dataloader(self):

@@ -444,3 +444,23 @@ def test_super_of_a_hook_does_nothing_and_what_is_not_overridden_is_not_called(t
     table = HookTable(None, task, [])
     assert len(table.setup) == len(table.on_train_start) == 1
     assert table.on_train_end == table.on_train_batch_start == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "owner"),
+    [
+        ("training_step", "TaskModule. "),
+        ("validation_step", "TaskModule. "),
+        ("optimizer_step", "TaskModule. "),
+        ("configure_optimizers", "TaskModule. "),
+        ("prepare_data", "TaskModule or the DataModule. "),
+        ("train_dataloader", "TaskModule or the DataModule. "),
+        ("transfer_batch_to_device", "TaskModule or the DataModule. "),
+        ("on_after_batch_transfer", "TaskModule or the DataModule. "),
+    ],
+)
+def test_what_belongs_to_the_task_is_no_hook_of_a_callback(name, owner):
+    with pytest.raises(HookNameError, match=f"Mine.{name} would never .*{owner}"):
+        type("Mine", (lk.Callback,), {name: lambda self: None})
+    own = lk.not_a_hook(lambda self: None)
+    assert getattr(type("Mine", (lk.Callback,), {name: own}), name) is own

@@ -16,6 +16,7 @@ from torchmetrics.classification import (
 )
 
 import lightkit as lk
+from lightkit import losses, metrics
 from lightkit.callbacks import EarlyStopping, ModelCheckpoint
 from lightkit.errors import LoggingError, NonFiniteError
 from lightkit.loggers import Logger
@@ -987,7 +988,7 @@ def test_nothing_is_read_between_flushes(tmp_path, monkeypatch, kind):
 
     reads = []
 
-    def allowed_read(values, real=lk.metrics.read):
+    def allowed_read(values, real=metrics.read):
         reads.append(len(values))
         before, Guard.allowed = Guard.allowed, True
         try:
@@ -995,7 +996,15 @@ def test_nothing_is_read_between_flushes(tmp_path, monkeypatch, kind):
         finally:
             Guard.allowed = before
 
+    def allowed_zero(weight, real=losses.is_zero):  # reads host memory only, never a device's
+        before, Guard.allowed = Guard.allowed, True
+        try:
+            return real(weight)
+        finally:
+            Guard.allowed = before
+
     monkeypatch.setattr("lightkit.metrics.read", allowed_read)
+    monkeypatch.setattr("lightkit.loops.is_zero", allowed_zero)
     guard = Guard(steps)
     trainer = lk.Trainer(
         max_epochs=1,
@@ -1012,3 +1021,87 @@ def test_nothing_is_read_between_flushes(tmp_path, monkeypatch, kind):
         guard.close()
     assert math.isfinite(history[0]["loss"])
     assert len([n for n in reads if n > every]) == steps // every
+
+
+# --- values that would be lost or mixed ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("how", ["detach", "data", "buffer"])
+def test_a_parameter_of_the_task_is_logged_as_it_was(trainer, how, fused):
+    class Task(Probe):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.tensor(1.0))
+            self.register_buffer("seen", torch.tensor(0.0))
+            self.then = []
+
+        def training_step(self, batch, batch_idx):
+            self.seen += 1
+            value = self.seen if how == "buffer" else self.weight
+            self.then.append(value.item())
+            self.log("x", {"detach": value.detach(), "data": value.data, "buffer": value}[how])
+            return batch.mean() * self.weight
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    task = Task()
+    history = trainer(fused=fused, max_epochs=2).fit(task, loader())
+    assert len(set(task.then)) == 6
+    wanted = [mean(task.then[:3]), mean(task.then[3:])]
+    assert history["x"] == pytest.approx(wanted, rel=1e-6)
+
+
+def test_one_name_in_the_steps_and_at_the_end_is_an_error(trainer):
+    def log(name):
+        return lambda task, *_: task.log(name, 100.0)
+
+    task = Probe(log("x"), on_train_epoch_end=log("x"))
+    with pytest.raises(LoggingError, match="'x'.*already logged in the steps.*another name"):
+        trainer().fit(task, loader())
+    task = Probe(val=log("x"), on_validation_epoch_end=log("x"))
+    with pytest.raises(LoggingError, match="'x'.*already logged in the steps"):
+        trainer().validate(task, loader())
+
+
+def test_one_name_several_times_in_a_hook_of_the_end_has_a_mean(trainer):
+    def log(task):
+        for value in (1.0, 2.0, 6.0):
+            task.log("x", value)
+
+    history = trainer(max_epochs=2).fit(Probe(on_train_epoch_end=log), loader())
+    assert history["x"] == [3.0, 3.0]
+
+
+def test_a_weight_of_an_evaluation_may_have_one_dimension(trainer):
+    def val(task, batch):
+        return {"loss": task.loss(batch), "weight": torch.tensor([float(batch[0] + 1)])}
+
+    (row,) = trainer().validate(Probe(val=val), loader())
+    assert row["val_loss"] == pytest.approx(mean(MEANS, (1, 5, 9)))
+
+    def wrong(task, batch):
+        return {"loss": task.loss(batch), "weight": torch.ones(3)}
+
+    with pytest.raises(LoggingError, match=r"'weight'.*\(3,\)"):
+        trainer().validate(Probe(val=wrong), loader())
+
+
+def test_returned_names_need_not_be_texts(trainer):
+    history = trainer().fit(Probe(lambda t, b: {"loss": t.loss(b), 0: 1.0}), loader())
+    assert history["train_0"] == [1.0]
+
+
+def test_the_norm_of_a_step_that_the_scaler_skipped_is_left_out(trainer):
+    class Task(Probe):
+        def training_step(self, batch, batch_idx):
+            return self.weight * (1.0 if batch_idx else math.inf)
+
+        def on_before_backward(self, loss):
+            self.log("other", math.inf)
+
+    options = {"precision": "16-mixed", "gradient_clip_val": 1.0, "terminate_on_nan": False}
+    (row,) = trainer(**options).fit(Task(), loader())
+    assert row["grad_norm"] == pytest.approx(1.0)
+    assert row["other"] == math.inf

@@ -58,7 +58,7 @@ def loaders(samples: int = 38):
     return DataLoader(data, 4, shuffle=True), DataLoader(TensorDataset(*data[:9]), 4, shuffle=True)
 
 
-def run(tmp_path, *, seed=3, ckpt_path=None, train=None, **options):
+def run(tmp_path, *, seed=3, ckpt_path=None, train=None, val=None, **options):
     lk.seed_everything(seed, verbose=False)
     defaults = {
         "max_epochs": 3,
@@ -70,7 +70,8 @@ def run(tmp_path, *, seed=3, ckpt_path=None, train=None, **options):
     }
     net, t = Net(), lk.Trainer(**defaults | options)
     given = loaders()
-    t.fit(net, given[0] if train is None else train, given[1], ckpt_path=ckpt_path)
+    train = given[0] if train is None else train
+    t.fit(net, train, given[1] if val is None else val, ckpt_path=ckpt_path)
     return net, t
 
 
@@ -118,6 +119,37 @@ def test_from_every_place_it_ends_the_same(tmp_path, options):
         rest = run(tmp_path, seed=99, ckpt_path=path, **options)
         assert rng_now() == drawn or path is places[-1], path  # nothing is left, nothing drawn
         same(whole, rest)
+
+
+@pytest.mark.parametrize("steps", [20, 13])
+def test_loaders_with_generators_of_their_own_go_on(tmp_path, steps):
+    def fit(**options):
+        train, val = (
+            DataLoader(
+                plain.dataset, 4, shuffle=True, generator=torch.Generator().manual_seed(number)
+            )
+            for number, plain in enumerate(loaders())
+        )
+        save = Save(tmp_path / str(options.get("seed", options.get("max_steps"))))
+        save.folder.mkdir()
+        found = run(tmp_path, train=train, val=val, callbacks=save, **options)
+        return found, save.folder, [loader.generator.get_state() for loader in (train, val)]
+
+    whole, folder, states = fit(max_epochs=4)
+    rest, _, again = fit(max_epochs=4, seed=99, ckpt_path=folder / f"{steps:02d}.ckpt")
+    same(whole, rest)
+    assert all(torch.equal(a, b) for a, b in zip(states, again, strict=True))
+    _, folder, _ = fit(max_epochs=-1, max_steps=steps)
+    rest, _, _ = fit(max_epochs=4, seed=98, ckpt_path=folder / f"{steps:02d}.ckpt")
+    same(whole, rest)
+
+
+def test_a_loader_that_lost_its_generator(tmp_path, caplog):
+    data = loaders()[0].dataset
+    train = DataLoader(data, 4, shuffle=True, generator=torch.Generator())
+    run(tmp_path, train=train, max_epochs=1, callbacks=Save(tmp_path))
+    run(tmp_path, max_epochs=2, ckpt_path=tmp_path / "10.ckpt")
+    assert "the states of 1 generators of loaders, but the loaders have 0" in caplog.text
 
 
 @pytest.mark.parametrize("steps", [7, 10, 13])

@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from lightkit import screen
 from tests.pseudo_terminal import render, run, run_in_pipe
 
 #: A fit of two epochs, 30 batches of 10 ms each; ``in_step`` is put into the training step.
@@ -130,3 +131,10 @@ def test_a_pipe_gets_plain_lines(tmp_path):
     between = [line for line in shown if line.startswith("Epoch 1/2  ")]
     assert 1 <= len(between) <= 5
     assert re.search(r"  \d+/30  \d+\.\d it/s  0:0\d left", between[-1])
+
+
+def test_columns_without_room_are_counted_where_their_names_have_none_either():
+    names = ["train/metric_one", "train/metric_two", "val/accuracy_top1"]
+    assert screen._left_out(names, 80) == f"(too narrow for {', '.join(names)})"
+    assert screen._left_out(names, 60) == "(too narrow for train/metric_one and 2 more)"
+    assert screen._left_out(names, 30) == "(too narrow for 3 columns)"

@@ -252,6 +252,51 @@ def test_manual_optimization(trainer, algorithm):
     assert not any(torch.equal(a, b) for a, b in zip(before, task.parameters(), strict=True))
 
 
+def test_clipping_by_hand_means_true_gradients_under_fp16(trainer):
+    class Look(Net):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(0.1 * self.net(batch).float().mean())
+            self.clip_gradients(optimizer, 0.05, "norm")
+            optimizer.step()
+
+        def on_before_optimizer_step(self, optimizer):
+            seen.append(float(torch.cat([p.grad.flatten() for p in self.parameters()]).norm()))
+
+    seen = []
+    trainer(precision="16-mixed").fit(Look(), data(2))
+    assert seen == pytest.approx([0.05] * 2, rel=1e-3)
+
+
+def test_toggling_optimizers(trainer):
+    class Toggles(Manual):
+        def training_step(self, batch, batch_idx):
+            first, second = self.optimizers()
+            self.toggle_optimizer(first)
+            seen.append(learning(self))
+            self.manual_backward(self.other(self.net(batch).expand(-1, 2)).mean())
+            seen.append([p.grad is not None for p in self.parameters()])
+            self.toggle_optimizer(second)  # without an end of the first
+            seen.append(learning(self))
+            self.untoggle_optimizer(second)
+            seen.append(learning(self))
+
+    def learning(task):
+        return [p.requires_grad for p in task.parameters()]
+
+    seen, task = [], Toggles()
+    task.net.bias.requires_grad_(False)
+    trainer().fit(task, data(1))
+    assert [name for name, _ in task.named_parameters()] == [
+        "net.weight", "net.bias", "other.weight", "other.bias",
+    ]  # fmt: skip
+    only_net = [True, False, False, False]
+    assert seen == [only_net, only_net, [False, False, True, True], [True, False, True, True]]
+
+
 def test_one_optimizer_and_scheduler_come_alone(trainer):
     seen = []
 

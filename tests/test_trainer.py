@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import traceback
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -160,6 +161,20 @@ def test_steps_fall_back(quiet):
     assert torch.equal(torch.cat(outputs), loader().dataset.tensors[1])
 
 
+def test_the_test_falls_back_to_any_signature_of_validation_step(quiet):
+    class Short(Net):
+        def validation_step(self, batch):
+            return torch.tensor(7.0)
+
+    class Long(Net):
+        def validation_step(self, batch, batch_idx, dataloader_idx):
+            return torch.tensor(float(dataloader_idx))
+
+    assert quiet().test(Short(), loader(), verbose=False) == [{"test_loss": 7.0}]
+    found = quiet().test(Long(), {"a": loader(), "b": loader()}, verbose=False)
+    assert found == [{"a/test_loss": 0.0}, {"b/test_loss": 1.0}]
+
+
 def test_indices_may_be_left_out_of_the_steps(quiet):
     class Short(Net):
         seen = []
@@ -243,6 +258,58 @@ def test_a_call_within_a_call_is_an_error(quiet):
     assert len(t.fit(Net(), loader())) == 1
 
 
+@pytest.mark.parametrize("call", ["fit", "validate", "test", "predict"])
+def test_another_trainer_within_a_fit_leaves_it_its_task(quiet, call):
+    class Nested(lk.Callback):
+        def on_train_epoch_end(self, trainer, task):
+            if trainer.current_epoch == 0:
+                getattr(quiet(), call)(task, loader())
+                assert task.trainer is trainer
+
+    class Logs(Net):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.log("mine", batch_idx)
+            self.optimizers().zero_grad()
+            self.manual_backward(loss)
+            self.optimizers().step()
+
+    history = quiet(max_epochs=3, callbacks=Nested()).fit(Logs(), loader())
+    assert [row["mine"] for row in history] == [2.0] * 3
+
+
+def test_a_start_that_fails_leaves_the_task_alone(quiet):
+    class Fails(Net):
+        def configure_callbacks(self):
+            raise ValueError(f"no callbacks for {self.trainer.max_epochs} epoch")
+
+        def teardown(self, stage):
+            raise AssertionError("nothing was set up")
+
+    net, t = Fails(), quiet()
+    with pytest.raises(ValueError, match="for 1 epoch"):
+        t.fit(net, loader())
+    with pytest.raises(lk.LightkitError, match="has no trainer yet"):
+        _ = net.trainer
+    assert t.fit(Net(), loader())
+
+
+def test_a_data_module_that_takes_no_attribute(quiet):
+    @dataclass(frozen=True)
+    class Frozen:
+        samples: int = 8
+
+        def train_dataloader(self):
+            return loader(self.samples)
+
+    t = quiet()
+    t.fit(Net(), Frozen())
+    assert t.global_step == 2
+    assert t.stage is None
+
+
 # --- what can be read ----------------------------------------------------------------------------
 
 
@@ -279,6 +346,18 @@ def test_the_attributes_of_the_field(quiet):
     assert t.num_devices == 1
     assert float(t.callback_metrics["val_loss"]) == pytest.approx(t.history[-1]["val_loss"])
     assert (t.current_epoch, t.max_epochs, t.max_steps) == (3, 3, -1)
+
+
+def test_the_precision_has_one_name(quiet):
+    class Look(lk.Callback):
+        def on_train_start(self, trainer, task):
+            seen.append(trainer.precision)
+
+    seen = []
+    t = quiet(precision="bf16", callbacks=Look())
+    seen.append(t.precision)
+    t.fit(Net(), loader())
+    assert [*seen, t.precision] == ["bf16-mixed"] * 3
 
 
 def test_estimates_without_a_length_or_without_an_end(quiet):

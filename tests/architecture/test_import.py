@@ -113,3 +113,26 @@ def test_packages_export_what_they_say(package):
     module = importlib.import_module(f"lightkit.{package}")
     for name in module.__all__:
         assert inspect.getdoc(getattr(module, name)), f"{package}.{name}"
+
+
+def test_importing_is_cheap():
+    code = """
+import sys, time, torch
+before, began = len(sys.modules), time.process_time()
+import lightkit
+print(time.process_time() - began, len(sys.modules) - before)
+"""
+    runs = [python(code).split() for _ in range(5)]
+    seconds, modules = min(float(run[0]) for run in runs), int(runs[0][1])
+    print(f"import lightkit: {seconds * 1e3:.1f} ms of process time, {modules} modules")
+    assert seconds <= 0.050
+    assert modules <= 100
+
+
+def test_callbacks_are_an_attribute_before_they_are_imported():
+    code = """
+import sys, lightkit as lk
+print("lightkit.callbacks" in sys.modules, "callbacks" in dir(lk))
+print(lk.callbacks.ModelCheckpoint.__name__, hasattr(lk, "callback"))
+"""
+    assert python(code).split() == ["False", "True", "ModelCheckpoint", "False"]
