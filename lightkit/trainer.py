@@ -183,7 +183,7 @@ class Trainer(TrainerView):
         """Runs ``validation_step`` over each loader.
 
         Args:
-            model: The task; default: that of the last call.
+            model: The task; default: that of the last call, with the best weights that its fit saved.
             dataloaders: One loader, a list or a dict of loaders; or a data module.
             ckpt_path: Load the weights of this checkpoint before: a path, "last" or "best".
             verbose: Whether the results are shown.
@@ -333,6 +333,10 @@ class Trainer(TrainerView):
 
         given, datamodule = _as_datamodule(given, datamodule)
         old = self.session
+        if task is None and old.task is not None and ckpt_path is None:
+            saver = self.checkpoint_callback  # as in the field: no task named, the best weights
+            known = saver is not None and saver.best_model_path
+            ckpt_path = "best" if known and old.callbacks else None
         task = old.task if task is None else task
         if task is None:
             raise UsageError(f"Pass the task: this trainer has none yet that it could {stage}.")

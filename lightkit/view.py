@@ -138,6 +138,11 @@ class TrainerView:
         return self.session.train_length
 
     @property
+    def is_last_batch(self) -> bool:
+        """Whether the training batch under way is the last of its epoch, as far as is known."""
+        return self.session.train_length == self.session.state.batch_idx + 1
+
+    @property
     def num_val_batches(self) -> list[int | None]:
         """Batches of each validation loader, None where unknown."""
         return self.session.lengths.get("validation", [])

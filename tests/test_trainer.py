@@ -401,3 +401,33 @@ def test_what_a_fit_wrote_stays_known_after_an_evaluation(tmp_path):
         lk.Trainer(default_root_dir=tmp_path / "x").test(net, loader(), ckpt_path="best")
     with pytest.raises(ConfigError, match="'auto' is not in this version"):
         fresh.fit(net, loader(), ckpt_path="auto")
+
+
+def test_without_a_model_the_best_weights_of_the_fit_are_tested(tmp_path):
+    class Grows(lk.TaskModule):
+        """Its weight is the number of steps; the validation likes 1 best."""
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(()))
+
+        def training_step(self, batch, batch_idx):
+            assert self.trainer.is_last_batch
+            return -self.weight
+
+        def validation_step(self, batch, batch_idx):
+            self.log("val_loss", (self.weight - 1).abs())
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=1.0)
+
+    trainer = lk.Trainer(
+        max_epochs=3, logger=False, enable_progress_bar=False, default_root_dir=tmp_path
+    )
+    batch = [(torch.zeros(1),)]
+    task = Grows()
+    trainer.fit(task, batch, batch)
+    assert task.weight.item() == 3.0
+    assert trainer.test(task, batch) == [{"val_loss": 2.0}]  # the task that is given, as it is
+    assert trainer.test(dataloaders=batch) == [{"val_loss": 0.0}]
+    assert trainer.validate(dataloaders=batch) == [{"val_loss": 0.0}]
