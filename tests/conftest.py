@@ -5,13 +5,17 @@ from __future__ import annotations
 import logging
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 
 import numpy as np
 import pytest
 import torch
+
+import lightkit as lk
 
 torch.set_num_threads(1)
 
@@ -45,6 +49,24 @@ def _clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(False)
     torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def quiet(tmp_path: Path) -> Callable[..., lk.Trainer]:
+    """Makes trainers that show nothing and write nothing."""
+
+    def make(**options: Any) -> lk.Trainer:
+        defaults = {
+            "max_epochs": 1,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "default_root_dir": tmp_path / "runs",
+        }
+        return lk.Trainer(**defaults | options)
+
+    return make
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
