@@ -32,11 +32,19 @@ _OLD = {
     "num_processes": "devices",
     "tpu_cores": "accelerator and devices",
     "epochs": "max_epochs",
-    "barebones": "nothing: every part has its own enable_... argument",
-    "inference_mode": "nothing: evaluations run without gradients",
-    "num_nodes": "nothing: several processes are not in this version",
-    "sync_batchnorm": "nothing: several processes are not in this version",
-    "use_distributed_sampler": "nothing: several processes are not in this version",
+}
+
+
+#: The field's arguments whose usual value asks for nothing: accepted with it, so code can be ported.
+_NOTHING: dict[str, tuple[Any, ...]] = {
+    "barebones": (False,),
+    "enable_autolog_hparams": (True, False),
+    "inference_mode": (True, False),
+    "num_nodes": (1,),
+    "plugins": (None,),
+    "profiler": (None,),
+    "sync_batchnorm": (False,),
+    "use_distributed_sampler": (True, False),
 }
 
 
@@ -50,10 +58,14 @@ def known_names(init: Callable[P, R]) -> Callable[P, R]:
             raise ConfigError(
                 "Trainer takes keyword arguments only, such as Trainer(max_epochs=3)."
             )
-        for name in kwargs:
-            if name not in names:
-                hint = f" Write {_OLD[name]}." if name in _OLD else did_you_mean(name, names)
-                raise ConfigError(f"Trainer has no argument {name!r}.{hint}")
+        for name in [n for n in kwargs if n not in names]:
+            value: Any = kwargs.pop(name)
+            if any(value is nothing or value == nothing for nothing in _NOTHING.get(name, ())):
+                continue
+            hint = f" Write {_OLD[name]}." if name in _OLD else did_you_mean(name, names)
+            if name in _NOTHING:
+                hint = f" {name}={value!r} asks for what is not in this version; leave it out."
+            raise ConfigError(f"Trainer has no argument {name!r}.{hint}")
         return init(*args, **kwargs)
 
     return checked

@@ -22,7 +22,6 @@ from lightkit.errors import ConfigError
         ("weights_summary", "enable_model_summary"),
         ("epochs", "max_epochs"),
         ("tpu_cores", "accelerator"),
-        ("num_nodes", "several processes"),
     ],
 )
 def test_an_unknown_argument_names_what_to_write(name, hint):
@@ -125,3 +124,11 @@ def test_numbers_may_be_read_back():
     t = lk.Trainer(gradient_clip_val=0.5, min_epochs=1, min_steps=2, precision="16-mixed")
     assert (t.min_epochs, t.min_steps, t.precision) == (1, 2, "16-mixed")
     assert t.options.gradient_clip_val == 0.5
+
+
+def test_arguments_of_the_field_that_ask_for_nothing_are_accepted():
+    lk.Trainer(inference_mode=True, num_nodes=1, sync_batchnorm=False, profiler=None, plugins=None)
+    with pytest.raises(ConfigError, match="profiler='simple' asks for what is not in this version"):
+        lk.Trainer(profiler="simple")
+    with pytest.raises(ConfigError, match="num_nodes=2 asks for what is not in this version"):
+        lk.Trainer(num_nodes=2)
