@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import select
+import signal
 import struct
 import subprocess
 import sys
@@ -71,7 +72,7 @@ def run(code: str, *, columns: int = 80, keys=(), env=None, timeout: float = 60.
         stderr=theirs,
         env=environment(env),
         start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that Ctrl-C is a signal
+        preexec_fn=_make_interruptible,
     )
     os.close(theirs)
     seen, mark, waiting = "", 0, list(keys)
@@ -100,6 +101,12 @@ def run(code: str, *, columns: int = 80, keys=(), env=None, timeout: float = 60.
         os.close(ours)
     assert time.monotonic() < end, f"still running after {timeout} s; it wrote:\n{seen}"
     return status, seen
+
+
+def _make_interruptible() -> None:
+    """Makes Ctrl-C a signal that is heard: what a shell starts in the background ignores it."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def run_in_pipe(code: str, env=None, timeout: float = 60.0):
