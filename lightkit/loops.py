@@ -93,7 +93,8 @@ def train_epoch(run: FitRun) -> None:
                 _step_plateau(run, "step", state.global_step)
             if group.last or stream.ended:
                 continue  # the end of the epoch offers the save, once its counter has moved
-            if flow.deadline or flow.stop_reason or state.global_step == run.limits.max_steps:
+            asked = flow.stop_reason is not None or flow.deadline is not None
+            if asked or state.global_step == run.limits.max_steps:
                 flow.ending = done(run)  # within the epoch: a save holds the state before its end
                 _count_time(run)
             for hook in run.hooks.on_save_point:

@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from lightkit.task import TaskModule
     from lightkit.trainer import Trainer
 
-__all__ = ["CallbackMetrics", "MetricLog", "read"]
-
 _log = logging.getLogger("lightkit")
 #: Batches after which an evaluation reads its values, so that they do not pile up.
 _FOLD_EVERY = 1000

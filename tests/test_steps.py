@@ -224,3 +224,11 @@ def test_skipping_an_epoch_by_minus_one_is_refused(fit):
 
     with pytest.raises(UsageError, match="limit_train_batches"):
         fit(Skips(), batches(1))
+
+
+def test_a_stop_without_a_reason_ends_at_the_next_step_too(fit):
+    class Stops(lk.Callback):
+        def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx):
+            trainer.stop("")
+
+    assert fit(Scale(), batches(1, 1, 1), callbacks=Stops()).global_step == 1
