@@ -7,7 +7,14 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from lightkit.data import limited, loader_length, move_to_device, named_loaders, sample_counts
+from lightkit.data import (
+    Feed,
+    limited,
+    loader_length,
+    move_to_device,
+    named_loaders,
+    sample_counts,
+)
 from lightkit.errors import ConfigError, DataError
 from lightkit.limits import Cadence, make_cadence
 from lightkit.run import LoaderPlan
@@ -72,12 +79,15 @@ def reloader(
         if run.state.epoch == session.loaded_at or run.state.epoch % every:
             return
         run.train_loader = _single(make())
+        run.feed.close()
+        run.feed = Feed(run.train_loader, resumable=True)
         run.counts = sample_counts(run.train_loader)
         run.train_limit, run.train_length = train_length(trainer, run.train_loader)
         session.train_length = run.train_length
         if isinstance(trainer.options.val_check_interval, float):  # a part of the epoch's length
             run.cadence = cadence(trainer.options, run.train_length)
         if run.validation is not None and given_val is None:
+            run.validation.close_feeds()
             run.validation.loaders = loader_plans(trainer, session, "validation", None)
             run.validation.rename = renames(session, run.validation.loaders)
             session.lengths["validation"] = [p.length for p in run.validation.loaders]
@@ -131,11 +141,12 @@ def loader_plans(trainer: Trainer, session: Session, stage: str, given: Any) -> 
         return []
     given, _ = source(session, given, short)
     session.named_by_user = isinstance(given, Mapping)
-    found = []
+    found: list[LoaderPlan] = []
     for name, loader in named_loaders(given, stage):
         full = loader_length(loader)
         limit = limited(full, trainer.limit(short), f"limit_{short}_batches")
-        found.append(LoaderPlan(name, loader, limit, _shorter(full, limit)))
+        feed = Feed(loader, salt=len(found))
+        found.append(LoaderPlan(name, loader, limit, _shorter(full, limit), feed))
     return found
 
 

@@ -192,7 +192,9 @@ def test_the_trainers_own_names_for_checkpoints(tmp_path):
     net, t = run(tmp_path, max_epochs=2, enable_checkpointing=True)
     _, two = run(tmp_path, max_epochs=3, enable_checkpointing=True, ckpt_path="last")
     assert [row["epoch"] for row in two.history] == [1, 2, 3]
-    assert two.run_dir != t.run_dir
+    assert two.run_dir == t.run_dir  # the newest of its run: it goes on there
+    other = run(tmp_path, max_epochs=1, enable_checkpointing=True)[1]
+    assert other.run_dir != t.run_dir
     history = t.fit(net, *loaders(), ckpt_path="best")  # its own, not the newest of all folders
     assert history[-1]["epoch"] == 2
     assert t.global_step == 20

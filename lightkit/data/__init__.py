@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lightkit.data.feed import Feed
 from lightkit.data.groups import Group, groups
 from lightkit.data.loaders import (
     SampleCounts,
@@ -13,6 +14,7 @@ from lightkit.data.loaders import (
 )
 from lightkit.data.module import DATA_NAMES, DataModule
 from lightkit.data.move import batch_size_of, move_to_device
+from lightkit.data.planning import seed_from
 from lightkit.data.stream import END, BatchStream
 
 __all__ = [
@@ -20,6 +22,7 @@ __all__ = [
     "END",
     "BatchStream",
     "DataModule",
+    "Feed",
     "Group",
     "SampleCounts",
     "batch_size_of",
@@ -30,4 +33,5 @@ __all__ = [
     "move_to_device",
     "named_loaders",
     "sample_counts",
+    "seed_from",
 ]

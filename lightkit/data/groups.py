@@ -18,7 +18,8 @@ class Group:
 
     Attributes:
         size: How many batches the group has; each loss is divided by it before backward.
-        last: Whether it is the last group of the pass.
+        last: Whether it is known to be the last group of the pass. Where a loader has no
+            ``len()``, the last group may be a full one, which nothing tells apart.
         fetch: Returns the next batch, to be called ``size`` times; `END` where the loader ended
             before its ``len()``. Iterating does the same with more ado.
     """
@@ -54,10 +55,9 @@ def groups(stream: BatchStream, accumulate: int, start: int | None = None) -> It
 
     Where ``stream.length`` is known, the sizes are planned from it and each batch is fetched just
     before its turn, while the group is iterated over. Where it is not, the batches of a group are
-    fetched when the group is asked for, and one more to know whether the group is the last; the
-    same is done with batches that come after the ``len()`` of a loader. When a loader ends before
-    its ``len()``, the group in which it ends gives fewer batches than ``size``, possibly none, and
-    is the last to come.
+    fetched when the group is asked for, and none beyond them; the same is done with batches that
+    come after the ``len()`` of a loader. When a loader ends before its ``len()``, the group in
+    which it ends gives fewer batches than ``size``, possibly none, and is the last to come.
 
     Args:
         stream: The pass.
@@ -78,13 +78,12 @@ def groups(stream: BatchStream, accumulate: int, start: int | None = None) -> It
 
 
 def _gathered(stream: BatchStream, accumulate: int, group: Group) -> Iterator[Group]:
-    """Groups of a pass whose remaining length is not known: reads one batch ahead."""
-    ahead = stream.fetch()
-    while ahead is not END:
-        batches = [ahead]
-        while (ahead := stream.fetch()) is not END and len(batches) < accumulate:
-            batches.append(ahead)
+    """Groups of a pass whose remaining length is not known."""
+    while (batch := stream.fetch()) is not END:
+        batches = [batch]
+        while len(batches) < accumulate and (batch := stream.fetch()) is not END:
+            batches.append(batch)
         group.fetch = iter(batches).__next__
         group.size = len(batches)
-        group.last = ahead is END
+        group.last = stream.over
         yield group

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import random
+import sys
 from collections.abc import Mapping
 from dataclasses import is_dataclass
 from typing import Any, NamedTuple
@@ -166,17 +168,78 @@ def limited(length: int | None, limit: float | None, argument: str) -> int | Non
 _LIMIT = "Give a number of batches as an int, or a fraction as a float from 0.0 to 1.0 (1.0 or None: all)."
 
 
-def generators(loader: Any) -> list[torch.Generator]:
-    """Returns the generators that a loader or its samplers draw from, beside the global state."""
+def parts(loader: Any) -> dict[str, Any]:
+    """Returns a loader and what it is made of, by name."""
     batch_sampler = getattr(loader, "batch_sampler", None)
-    parts = (
-        loader,
-        getattr(loader, "sampler", None),
-        batch_sampler,
-        getattr(batch_sampler, "sampler", None),
+    return {
+        "loader": loader,
+        "sampler": getattr(loader, "sampler", None),
+        "batch_sampler": batch_sampler,
+        "batch_sampler.sampler": getattr(batch_sampler, "sampler", None),
+        "dataset": getattr(loader, "dataset", None),
+    }
+
+
+def generators(loader: Any) -> list[torch.Generator]:
+    """Returns the generators that a loader or its parts draw from, beside the global state."""
+    found = (
+        own for part in parts(loader).values() for own in getattr(part, "__dict__", {}).values()
     )
-    found = (getattr(part, "generator", None) for part in parts)
     return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+
+
+def own_randoms(name: str, part: Any) -> dict[str, OwnRandom]:
+    """Returns what else a part of a loader draws from: attributes of Python's or NumPy's kinds."""
+    numpy = sys.modules.get("numpy")
+    kinds: tuple[type, ...] = (random.Random,)
+    if numpy is not None:
+        kinds = (*kinds, numpy.random.Generator, numpy.random.RandomState)
+    own = getattr(part, "__dict__", {}).items()
+    return {f"{name}.{key}": OwnRandom(value) for key, value in own if isinstance(value, kinds)}
+
+
+class OwnRandom:
+    """Gives a ``random.Random``, or a generator of NumPy, a state that a checkpoint can hold."""
+
+    def __init__(self, source: Any) -> None:
+        self.source = source
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state as plain types."""
+        source = self.source
+        if isinstance(source, random.Random):
+            return {"python": source.getstate()}
+        if hasattr(source, "bit_generator"):
+            return {"numpy": _plain(source.bit_generator.state)}
+        return {"numpy": _plain(source.get_state(legacy=False))}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Puts back what `state_dict` returned."""
+        source = self.source
+        if isinstance(source, random.Random):
+            version, internal, gauss_next = state["python"]
+            source.setstate((version, tuple(internal), gauss_next))
+        elif hasattr(source, "bit_generator"):
+            source.bit_generator.state = _unplain(state["numpy"])
+        else:
+            source.set_state(_unplain(state["numpy"]))
+
+
+def _plain(state: Any) -> Any:
+    """Returns a state of NumPy's with its arrays as lists."""
+    if isinstance(state, dict):
+        return {key: _plain(value) for key, value in state.items()}
+    if hasattr(state, "dtype") and state.ndim:
+        return {"dtype": str(state.dtype), "values": [int(value) for value in state]}
+    return state
+
+
+def _unplain(state: Any) -> Any:
+    if not isinstance(state, dict):
+        return state
+    if set(state) == {"dtype", "values"}:
+        return sys.modules["numpy"].array(state["values"], dtype=state["dtype"])
+    return {key: _unplain(value) for key, value in state.items()}
 
 
 class SampleCounts(NamedTuple):

@@ -6,15 +6,18 @@ import logging
 import time
 from typing import TYPE_CHECKING, Any, Final
 
-from lightkit.data.loaders import SampleCounts, loader_length, sample_counts
+from lightkit.data.loaders import SampleCounts, loader_length, parts, sample_counts
 from lightkit.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from types import TracebackType
+
+    from lightkit.data.feed import Feed
 
 _log = logging.getLogger("lightkit")
 _clock = time.perf_counter
+_SAY_EVERY = 10.0  # seconds between two words about batches that are read again
 
 
 class _End:
@@ -48,6 +51,8 @@ class BatchStream:
         epoch: What ``set_epoch`` is called with, on the loader, its samplers and its dataset,
             where they have it. None: it is not called.
         sizes: What `sample_counts` says about the loader. Default: it is asked here.
+        feed: What begins passes over the loader. Default: ``iter(loader)``, and skipping reads.
+        record: What ``feed.record`` returned where the pass that is continued began.
         name: What to call the loader in messages.
 
     Attributes:
@@ -82,6 +87,8 @@ class BatchStream:
         skip: int = 0,
         epoch: int | None = None,
         sizes: SampleCounts | None = None,
+        feed: Feed | None = None,
+        record: Mapping[str, Any] | None = None,
         name: str = "loader",
     ) -> None:
         self._loader, self._name = loader, name
@@ -95,14 +102,21 @@ class BatchStream:
         self.ended = False
         self._sizes = sizes if sizes is not None else sample_counts(loader)
         if epoch is not None:
-            _set_epoch(loader, epoch)
-        self.fetched = 0
+            _set_epoch(epoch, loader, None if feed is None else feed.view)
         start = _clock()
-        self._iterator: Iterator[Any] | None = iter(loader)
-        self._next = self._iterator.__next__
+        iterator, left = (iter(loader), skip) if feed is None else feed.iterate(record, skip)
+        self._iterator: Iterator[Any] | None = iterator
+        self._next = iterator.__next__
         self.wait = _clock() - start
-        if skip:
-            self._skip(skip)
+        self.fetched = skip - left
+        try:
+            if left:
+                self._skip(skip)
+            if skip and feed is not None and record:
+                feed.check(record, skip, name)
+        except BaseException:
+            self.close()
+            raise
 
     def fetch(self) -> Any:
         """Returns the next batch, or `END` when the pass is over.
@@ -133,6 +147,11 @@ class BatchStream:
     def __iter__(self) -> Iterator[Any]:
         while (batch := self.fetch()) is not END:
             yield batch
+
+    @property
+    def over(self) -> bool:
+        """Whether no batch will come any more, as far as that is known without asking for one."""
+        return self.ended or self.fetched == self._stop
 
     def close(self) -> None:
         """Ends the pass and lets go of the iterator; workers end unless they are persistent.
@@ -183,29 +202,27 @@ class BatchStream:
         return f"The {self._name} ({type(self._loader).__name__}) gave no batch at all."
 
     def _skip(self, skip: int) -> None:
-        """Goes ``skip`` batches further in. A sampler that can be moved may do this in one go."""
+        """Goes ``skip`` batches further in by reading them."""
         _log.info("Going to batch %d of the %s by reading the batches before it.", skip, self._name)
+        begun = said = _clock()
         while self.fetched < skip:
+            if _clock() - said > _SAY_EVERY:
+                said = _clock()
+                _log.info("%d of %d batches read, %.0f s", self.fetched, skip, said - begun)
             if self.fetch() is END:
                 raise DataError(
                     f"The {self._name} ended after {self.fetched} batches, but the run that is "
                     f"resumed had completed {skip} of them. The data or the batch size changed."
                 )
+        _log.info("%d batches read in %.1f s", skip, _clock() - begun)
         self.size = None
         self.wait = 0.0
 
 
-def _set_epoch(loader: Any, epoch: int) -> None:
+def _set_epoch(epoch: int, loader: Any, view: Any) -> None:
     """Calls ``set_epoch`` where a loader or one of its parts has it, once for each object."""
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    parts = (
-        loader,
-        getattr(loader, "sampler", None),
-        batch_sampler,
-        getattr(batch_sampler, "sampler", None),
-        getattr(loader, "dataset", None),
-    )
-    for part in {id(p): p for p in parts}.values():
+    found = (*parts(loader).values(), view)
+    for part in {id(p): p for p in found}.values():
         set_epoch = getattr(part, "set_epoch", None)
         if callable(set_epoch):
             set_epoch(epoch)

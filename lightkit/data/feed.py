@@ -1,0 +1,273 @@
+"""A loader of a run: how its passes begin, and how they are continued from a checkpoint."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightkit import rng
+from lightkit.data.loaders import generators, loader_length, own_randoms, parts
+from lightkit.data.planning import Plan, fingerprint, seed_from
+from lightkit.data.workers import WorkerStart, watch
+from lightkit.errors import DataError
+
+_log = logging.getLogger("lightkit")
+
+_CHANGED = (
+    "The order of its batches cannot be replayed, so the run cannot go on exactly where it was: "
+    "the data, their split, the batch size or the sampler changed, or the sampler draws from a random state "
+    "that it does not show (give it state_dict and load_state_dict, or a torch.Generator as its "
+    "attribute `generator`). Resume with the loader of that run, resume from a checkpoint of an "
+    "epoch's end, or begin a new run from its weights: task.load_weights(path)."
+)
+
+
+class Feed:
+    """One loader of a run, and how to begin a pass over it where a checkpoint left one.
+
+    The user's loader stays as it is. Where something must be put around its sampler, the passes
+    are over a shallow copy, which has workers of its own; `close` ends them.
+
+    A pass is continued in one of three ways. A map-style DataLoader is *walked*: indices only, no
+    sample is loaded. What has a ``state_dict`` (an iterable dataset in one process, a
+    StatefulDataLoader, any other loader) is put where it was. Everything else is *read* again.
+
+    Args:
+        loader: The user's, asked for everything but batches.
+        resumable: Whether a pass may be begun in the middle, as in training.
+        salt: Makes the seeds of its workers others than those of another loader.
+
+    Attributes:
+        view: What the passes are over.
+    """
+
+    def __init__(self, loader: Any, *, resumable: bool = False, salt: int = 0) -> None:
+        self.loader = self.view = loader
+        self._salt = salt
+        self._plan: Plan | None = None
+        self._fetcher: Any = None
+        self._walks = self._persistent = self._iterable = self._placed = self._over = False
+        self._data = fingerprint(getattr(loader, "dataset", None))
+        if not isinstance(loader, DataLoader):
+            return
+        workers = bool(loader.num_workers)
+        self._iterable = isinstance(loader.dataset, IterableDataset)
+        self._persistent = workers and loader.persistent_workers
+        replay = resumable and not self._iterable
+        if not workers and not replay:
+            return
+        batched = loader.batch_sampler is not None
+        inner: Any = loader.batch_sampler if batched else loader.sampler
+        self._plan = Plan(inner, workers=workers, replay=replay)
+        # One that iterates in its own way may look ahead, so it draws when nobody can tell.
+        kind = type(loader)
+        owners = {f.__module__.partition(".")[0] for f in (kind.__iter__, kind._get_iterator)}
+        self._walks = replay and owners <= {"torch", "torchdata"}
+        self.view = copy.copy(loader)
+        # Not by setattr: DataLoader refuses.
+        vars(self.view)["batch_sampler" if batched else "sampler"] = self._plan
+        self.view._iterator = None
+        if workers:
+            self.view.worker_init_fn = WorkerStart(loader.worker_init_fn)
+
+    @property
+    def open(self) -> bool:
+        """Whether persistent workers wait for the next pass."""
+        return self._persistent and self.view._iterator is not None
+
+    def reopen(self) -> None:
+        """Starts persistent workers that were running; nothing is drawn or loaded."""
+        if not self._persistent or self.open:
+            return
+        if self._iterable and _has_state(self.loader.dataset):
+            _log.warning(
+                "%s has a state, which its persistent workers keep from epoch to epoch where it "
+                "cannot be read: after this resume it starts anew. Use persistent_workers=False.",
+                type(self.loader.dataset).__name__,
+            )
+        assert self._plan is not None
+        self._plan.silent = True
+        try:
+            with rng.preserved(*generators(self.loader)):
+                self.view._iterator = self.view._get_iterator()
+        finally:
+            self._plan.silent = False
+        watch(self.view._iterator)
+
+    def close(self) -> None:
+        """Ends persistent workers."""
+        if self.open:
+            iterator, self.view._iterator = self.view._iterator, None
+            iterator._shutdown_workers()
+
+    def record(self, seed: int) -> dict[str, Any]:
+        """Returns what a pass that is about to begin can be begun from again, but random states."""
+        return {
+            "seed": seed,
+            "length": loader_length(self.loader),
+            "open": self.open,
+            "states": {
+                name: part.state_dict()
+                for name, part in self._keepers(within=False).items()
+                if not (self._walks and name.startswith("dataset"))  # which loads nothing then
+            },
+        }
+
+    def now(self, *, within: bool = False, settled: bool = True) -> dict[str, Any]:
+        """Returns where the loader stands.
+
+        Args:
+            within: A pass is under way.
+            settled: All batches that it gave are to be kept, and none given again.
+        """
+        keepers = self._keepers(within=within)
+        if within and not settled:
+            keepers.pop(self._placer() or "", None)
+        if self._over:
+            keepers.pop("loader", None)
+        states = {name: part.state_dict() for name, part in keepers.items()}
+        # A dataset that ended stands at its start again, though nobody asked for the end yet.
+        ends = [*_ends(states.get("loader"))] or [getattr(self._fetcher, "ended", False)]
+        if any(ends):  # a worker that ended would begin again
+            states.pop("loader", None)
+        over = within and (self._over or all(ends))
+        return {"open": self.open, "states": states, "over": over, "data": self._data}
+
+    def load(self, record: Mapping[str, Any], now: Mapping[str, Any], name: str) -> None:
+        """Puts the parts of the loader that have a state where they were.
+
+        Args:
+            record: What `record` returned, if a pass is to be continued; else empty.
+            now: What `now` returned where the checkpoint was written.
+            name: What to call the loader in messages.
+
+        Raises:
+            DataError: In the middle of a pass over other data.
+        """
+        if now.get("data") not in (None, self._data):
+            if record:
+                raise DataError(f"The {name} has other data than it had. {_CHANGED}")
+            _log.warning(
+                "The %s has other data than in the run that is continued: more, fewer, or split "
+                "in another way. If that is not meant: split them from a fixed seed, for example "
+                "random_split(data, lengths, generator=torch.Generator().manual_seed(0)).",
+                name,
+            )
+        begun, current = record.get("states", {}), now.get("states", {})
+        placer = self._placer() if record else None
+        self._over = placer is not None and now.get("over", False)
+        self._placed = self._over or placer in current
+        states = {**begun, **current} if self._placed else {**current, **begun}
+        if placer == "loader":  # which holds the dataset's
+            states.pop("dataset" if self._placed and not self._over else "loader", None)
+        for name, part in self._keepers(within=bool(record)).items():
+            if name in states:
+                part.load_state_dict(states[name])
+
+    def iterate(
+        self, record: Mapping[str, Any] | None = None, skip: int = 0
+    ) -> tuple[Iterator[Any], int]:
+        """Begins a pass.
+
+        Args:
+            record: What `record` returned at its beginning. None: it is not to be continued.
+            skip: How many batches of it are done.
+
+        Returns:
+            The iterator, and how many batches of it the caller has to read and drop.
+        """
+        placed, self._placed = self._placed, False
+        self._over = self._over and skip > 0
+        if self._over:
+            self.reopen()
+            return iter(()), 0
+        plan, left = self._plan, 0 if placed else skip
+        if plan is None:
+            iterator = iter(self.view)
+            self._fetcher = getattr(iterator, "_dataset_fetcher", None)
+            return iterator, left
+        seed = None if record is None else record.get("seed")
+        if seed is None:
+            own = (generator.get_state() for generator in generators(self.loader))
+            seed = seed_from(torch.get_rng_state(), own, self._salt)
+        plan.begin(seed, skip if self._walks else 0)
+        iterator = iter(self.view)
+        watch(iterator)
+        return iterator, 0 if plan.walked() else left
+
+    def mark(self, done: int) -> int | None:
+        """Returns the hash of the first ``done`` indices of this pass; None where none is known."""
+        marks = self._plan.marks if self._plan is not None and self._plan.replay else ()
+        return marks[done - 1] if 0 < done <= len(marks) else None
+
+    def check(self, record: Mapping[str, Any], done: int, name: str) -> None:
+        """Raises `DataError` unless the first ``done`` batches are those of the recorded pass."""
+        length, saved = loader_length(self.loader), record.get("length")
+        if saved is not None and length is not None and length != saved:
+            raise DataError(f"The {name} has {length} batches, it had {saved}. {_CHANGED}")
+        if self._plan is None or not self._plan.replay:
+            return
+        given = len(self._plan.marks)
+        if given < done:
+            raise DataError(
+                f"The {name} ended after {given} batches, but the run that is resumed had "
+                f"completed {done} of them. {_CHANGED}"
+            )
+        if given > done and not self._plan.workers:
+            _log.warning(
+                "The %s looks %d batch%s ahead in the main process: the order is as it was, but "
+                "what its data set draws from random states for them cannot be repeated. Use "
+                "num_workers=1 or more.",
+                name,
+                given - done,
+                "es"[: 2 * (given - done > 1)],
+            )
+        if record.get("hash") not in (None, self.mark(done)):
+            raise DataError(f"The {name} gives other samples than it gave. {_CHANGED}")
+
+    def _keepers(self, *, within: bool) -> dict[str, Any]:
+        """Returns the parts that have a state of their own; that of a DataLoader is a position."""
+        found = {**parts(self.loader), "loader": self.view}
+        if isinstance(self.loader, DataLoader):
+            placed = self._iterable and within and _has_state(self.loader.dataset)
+            if not placed:  # else a StatefulDataLoader would only read as well
+                del found["loader"]
+        keepers = {name: part for name, part in found.items() if _has_state(part)}
+        for name, part in found.items():
+            if name not in keepers:
+                keepers |= own_randoms(name, part)
+        return keepers
+
+    def _placer(self) -> str | None:
+        """Returns which part can be put in the middle of a pass; None where none can."""
+        keepers = self._keepers(within=True)
+        if "loader" in keepers:
+            return "loader"
+        alone = self._iterable and not self.loader.num_workers
+        return "dataset" if alone and "dataset" in keepers else None
+
+
+def _ends(state: Any) -> Iterator[bool]:
+    """Yields for each worker in the state of a StatefulDataLoader whether its dataset ended."""
+    if isinstance(state, Mapping):
+        if "fetcher_ended" in state:
+            yield state["fetcher_ended"]
+        for part in state.values():
+            yield from _ends(part)
+
+
+def _has_state(part: Any) -> bool:
+    """Tells whether a part has a ``state_dict()`` to call and can take it back."""
+    if not hasattr(part, "load_state_dict") or not callable(getattr(part, "state_dict", None)):
+        return False
+    try:
+        inspect.signature(part.state_dict).bind()
+    except (TypeError, ValueError):
+        return False
+    return True

@@ -1,0 +1,187 @@
+"""The order of batches: recorded where an epoch begins, walked again where it is continued."""
+
+from __future__ import annotations
+
+import marshal
+import re
+import zlib
+from array import array
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    DistributedSampler,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
+
+from lightkit import rng
+from lightkit.data.loaders import loader_length
+from lightkit.data.workers import mix, seed_process, seeded
+
+#: Samplers that draw from the global random state at their first ``next`` only, or never.
+_DRAW_AT_START = (
+    SequentialSampler,
+    RandomSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+    DistributedSampler,
+)
+
+
+def seed_from(state: Tensor, own: Iterable[Tensor], *numbers: int) -> int:
+    """Returns a seed that hashes random states of torch on the CPU; nothing is drawn from them.
+
+    Args:
+        state: The global state.
+        own: States of a loader's own generators. What is no state of a CPU's is passed over.
+        numbers: What else makes the seed another one.
+    """
+    size, drawn = state.numel(), []
+    for one in (state, *own):
+        if one.numel() == size:
+            generator = torch.Generator()
+            generator.set_state(one.cpu())
+            drawn.append(int(torch.empty((), dtype=torch.int64).random_(generator=generator)))
+    return mix(*drawn, *numbers)
+
+
+class Plan(Sampler[Any]):
+    """Stands where a DataLoader has its sampler or batch sampler, and gives what that gives.
+
+    Args:
+        inner: The user's.
+        workers: Whether the indices go to workers, and so carry a seed each.
+        replay: Whether a pass is begun in the middle: then a sampler that may draw at any time is
+            drawn whole at the first ``next``, and what was given is hashed.
+
+    Attributes:
+        seed: What the seeds of the next pass are made of.
+        skip: Indices that the next pass only walks over.
+        silent: Gives nothing and leaves the inner sampler alone.
+        walk: The pass under way.
+        marks: The hash of all indices up to each one given.
+    """
+
+    def __init__(self, inner: Any, *, workers: bool, replay: bool) -> None:
+        self.inner, self.workers, self.replay = inner, workers, replay
+        self.seed, self.skip, self.silent = 0, 0, False
+        self.walk: Iterator[Any] | None = None
+        self.marks = array("I")
+
+    def begin(self, seed: int, skip: int) -> None:
+        """Gets ready for a pass that a loader is about to begin."""
+        self.seed, self.skip, self.walk, self.marks = seed, skip, None, array("I")
+
+    def walked(self) -> bool:
+        """Walks to where the pass goes on, before random states are put back.
+
+        Returns:
+            Whether the loader need not read what is skipped: False for one that never asked.
+        """
+        skip, self.skip = self.skip, 0
+        if not skip or self.walk is None:
+            return False
+        if not self.workers:  # which ask for the first indices at once
+            next(self.walk, None)
+        return True
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.silent:
+            return iter(())
+        self.walk = self._walk(iter(self.inner), self.skip)
+        return self.walk
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name in ("inner", "state_dict", "load_state_dict"):
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+    def _walk(self, source: Iterator[Any], skip: int) -> Iterator[Any]:
+        seed, workers = self.seed, self.workers
+        if not self.replay:
+            for number, index in enumerate(source):
+                yield seeded(mix(seed, number), index)
+            return
+        marks = self.marks = array("I")
+        mark = 0
+        indices = self._steady(source)
+        for index in islice(indices, skip):
+            mark = _checksum(index, mark)
+            marks.append(mark)
+        if skip and not workers:
+            yield None  # to `walked`
+        for number, index in enumerate(indices, skip):
+            mark = _checksum(index, mark)
+            marks.append(mark)
+            yield seeded(mix(seed, number), index) if workers else index
+
+    def _steady(self, source: Iterator[Any]) -> Iterator[Any]:
+        """Returns the indices in a way that draws the same whatever else is drawn in between."""
+        if _draws_at_start(self.inner):
+            return source
+        length = loader_length(self.inner)
+        if length is None:
+            return self._in_own_state(source)
+        return chain(list(islice(source, length)), source)
+
+    def _in_own_state(self, source: Iterator[Any]) -> Iterator[Any]:
+        """Lets a sampler of unknown length draw from random states of its own."""
+        own: dict[str, Any] | None = None
+        while True:
+            with rng.preserved():
+                if own is None:
+                    seed_process(mix(self.seed, -1))
+                else:
+                    rng.set_rng_state(own)
+                try:
+                    index = next(source)
+                except StopIteration:
+                    return
+                own = rng.rng_state()
+            yield index
+
+
+def _draws_at_start(sampler: Any) -> bool:
+    if type(sampler) is BatchSampler:
+        sampler = sampler.sampler
+    if type(sampler) is RandomSampler and sampler.generator is not None:
+        # It draws again and again, but for the usual case, where that does not touch the order.
+        return not sampler.replacement and sampler.num_samples <= len(sampler.data_source)
+    return type(sampler) in _DRAW_AT_START
+
+
+def fingerprint(dataset: Any) -> int | None:
+    """Returns a hash of what the indices of a data set mean, as far as it is cheap to tell.
+
+    That is the number of samples, and how it was split; None where it has no length.
+    """
+    length = loader_length(dataset)
+    if length is None:
+        return None
+    mark = _checksum(length, 0)
+    if isinstance(dataset, Subset):
+        mark = _checksum(dataset.indices, fingerprint(dataset.dataset) or mark)
+    for part in getattr(dataset, "datasets", ()) if isinstance(dataset, ConcatDataset) else ():
+        mark = _checksum(fingerprint(part), mark)
+    return mark
+
+
+def _checksum(index: Any, before: int) -> int:
+    try:
+        data = marshal.dumps(index, 0)  # a third of the time of anything else; stays as it is
+    except ValueError:
+        data = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(index)).encode()
+    return zlib.crc32(data, before)

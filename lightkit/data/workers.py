@@ -1,0 +1,122 @@
+"""What goes into the worker processes of a DataLoader: a seed per batch, and calm under signals."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import random
+import signal
+import sys
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_MASK = 2**64 - 1
+_PATIENCE = 30  # seconds; as long as SLURM waits between SIGTERM and SIGKILL
+_serving: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def mix(*numbers: int) -> int:
+    """Returns a seed made of several numbers (splitmix64), the same on every machine."""
+    mixed = 0x9E3779B97F4A7C15
+    for number in numbers:
+        mixed = (mixed ^ (number & _MASK)) * 0xBF58476D1CE4E5B9 & _MASK
+        mixed ^= mixed >> 27
+        mixed = mixed * 0x94D049BB133111EB & _MASK
+        mixed ^= mixed >> 31
+    return mixed >> 1
+
+
+def seed_process(seed: int) -> None:
+    """Seeds ``random``, NumPy where it is imported, and torch on the CPU."""
+    random.seed(seed)
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed(seed >> 31)
+    # torch.manual_seed would look at every kind of device, which takes a hundred times as long.
+    torch.default_generator.manual_seed(seed)
+
+
+def seeded(seed: int, index: Any) -> Any:
+    """Returns an index that seeds the worker which unpickles it, directly before it fetches."""
+    if type(index) is not list:
+        return _SeededIndex(seed, index)
+    batch = _SeededBatch(index)
+    batch.seed = seed
+    return batch
+
+
+class _SeededBatch(list[Any]):
+    """A list of indices, also for loaders that look at it before it goes to a worker."""
+
+    seed = 0
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _arrive, (self.seed, list(self))
+
+
+class _SeededIndex:
+    """Any other index."""
+
+    def __init__(self, seed: int, index: Any) -> None:
+        self.seed, self.index = seed, index
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _arrive, (self.seed, self.index)
+
+
+def _arrive(seed: int, index: Any) -> Any:
+    seed_process(seed)
+    return index
+
+
+class WorkerStart:
+    """The ``worker_init_fn`` of all workers: keeps them through signals, then calls the user's.
+
+    A terminal sends Ctrl-C to every process of the group, and a cluster its warnings. The main
+    process still wants batches for the step that it finishes; it ends the workers itself.
+    """
+
+    def __init__(self, own: Callable[[int], None] | None) -> None:
+        self.own = own
+
+    def __call__(self, worker_id: int) -> None:
+        """Is called in each worker when it starts."""
+        for name in ("SIGINT", "SIGHUP", "SIGUSR1"):
+            _handle(name, signal.SIG_IGN)
+        if hasattr(signal, "alarm"):
+            _handle("SIGTERM", _end_soon)
+        if self.own is not None:
+            self.own(worker_id)
+
+
+def _handle(name: str, handler: Any) -> None:
+    number = getattr(signal, name, None)
+    if number is not None:
+        with contextlib.suppress(ValueError):  # not in a process's main thread
+            signal.signal(number, handler)
+
+
+def _end_soon(number: int, frame: Any) -> None:
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(_PATIENCE)
+
+
+def watch(iterator: Any) -> None:
+    """Sees to it that the workers of an iterator end whenever the main process wants them to."""
+    workers = getattr(iterator, "_workers", ())
+    for worker in workers:
+        with contextlib.suppress(AttributeError):
+            # SIGTERM no longer ends them at once, and torch and the interpreter would wait.
+            worker._popen.terminate = worker._popen.kill
+    if workers:
+        _serving.add(iterator)
+
+
+@atexit.register
+def _end_all() -> None:
+    """Ends workers that nobody ended, before the interpreter kills them and torch complains."""
+    for iterator in list(_serving):
+        iterator._shutdown_workers()

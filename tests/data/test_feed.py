@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from lightkit.data import BatchStream, Feed
+from lightkit.errors import DataError
+
+DATA = TensorDataset(torch.arange(12))
+
+
+def shuffled(**options: Any) -> DataLoader[Any]:
+    return DataLoader(DATA, 2, shuffle=True, **options)
+
+
+def read(feed: Feed, record: Any = None, skip: int = 0) -> list[list[int]]:
+    stream = BatchStream(feed.loader, feed=feed, record=record, skip=skip)
+    return [batch[0].tolist() for batch in stream]
+
+
+def test_the_users_loader_stays_as_it_is() -> None:
+    class Mine(DataLoader[Any]):
+        pass
+
+    loader = Mine(DATA, 2, shuffle=True)
+    before = dict(vars(loader))
+    feed = Feed(loader, resumable=True)
+    read(feed)
+    assert vars(loader) == before
+    assert type(feed.view) is Mine
+    assert feed.view is not loader
+    assert len(feed.view) == 6
+
+
+@pytest.mark.parametrize("loader", [[1, 2], shuffled(), iter([1])])
+def test_what_needs_nothing_is_used_itself(loader: Any) -> None:
+    assert Feed(loader).view is loader
+
+
+def test_a_pass_is_continued() -> None:
+    feed = Feed(shuffled(), resumable=True)
+    record = feed.record(3)
+    torch.manual_seed(1)
+    whole = read(feed, record)
+    record["hash"] = feed.mark(4)
+    assert feed.mark(0) is feed.mark(7) is None
+    torch.manual_seed(1)
+    assert read(feed, record, 4) == whole[4:]
+    torch.manual_seed(2)
+    with pytest.raises(DataError, match="gives other samples.*cannot be replayed"):
+        read(feed, record, 4)
+
+
+def test_reopened_workers_draw_nothing_and_load_nothing() -> None:
+    generator = torch.Generator().manual_seed(1)
+    feed = Feed(shuffled(num_workers=1, persistent_workers=True, generator=generator))
+    before = generator.get_state(), torch.get_rng_state()
+    feed.reopen()
+    assert feed.open
+    assert torch.equal(generator.get_state(), before[0])
+    assert torch.equal(torch.get_rng_state(), before[1])
+    (worker,) = feed.view._iterator._workers
+    assert feed.view._iterator._send_idx == 0
+    assert len(read(feed)) == 6
+    assert feed.view._iterator._workers[0] is worker
+    feed.close()
+    assert not feed.open
+    assert not worker.is_alive()
+    feed.close()
+
+
+def test_the_states_of_the_parts() -> None:
+    class Part(list[int]):
+        at = 0
+
+        def state_dict(self) -> dict[str, int]:
+            return {"at": self.at}
+
+        def load_state_dict(self, state: dict[str, int]) -> None:
+            self.at = state["at"]
+
+    sampler: Any = Part(range(12))
+    feed = Feed(DataLoader(DATA, 2, sampler=sampler), resumable=True)
+    sampler.at = 1
+    record = feed.record(3)
+    sampler.at = 2
+    now = feed.now(within=True)
+    feed.load({}, now, "loader")
+    assert sampler.at == 2
+    feed.load(record, now, "loader")
+    assert sampler.at == 1
+
+
+def test_a_state_that_asks_for_more_is_none() -> None:
+    class Asks(IterableDataset[int]):
+        def __iter__(self) -> Any:
+            return iter(range(4))
+
+        def state_dict(self, samples: int) -> Any:
+            raise AssertionError
+
+        def load_state_dict(self, state: Any) -> None:
+            raise AssertionError
+
+    feed = Feed(DataLoader(Asks(), 2), resumable=True)
+    assert feed.now(within=True)["states"] == {}
