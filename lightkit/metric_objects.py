@@ -109,11 +109,22 @@ def states(metrics: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def copied(value: Any) -> Any:
+    """Returns states that stay when the metrics go on, which write into their tensors."""
+    if isinstance(value, dict):
+        return {key: copied(item) for key, item in value.items()}
+    return value.clone() if isinstance(value, Tensor) else value
+
+
 def load_states(metrics: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
-    """Gives metrics back what `states` returned; names that are gone are passed over."""
-    for name, state in saved.items():
-        metric = metrics.get(name)
-        if metric is None:
+    """Gives metrics back what `states` returned; names that are gone are passed over.
+
+    Those that had seen nothing are reset: an interrupted run may have left something in them.
+    """
+    for name, metric in metrics.items():
+        state = saved.get(name)
+        if state is None:
+            metric.reset()
             continue
         device = metric.device
         for key, value in state["values"].items():

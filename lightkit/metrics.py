@@ -66,6 +66,7 @@ class MetricLog(Recorder, Callback):
         self._next_flush = every
         self._epoch_row: dict[str, float] = {}
         self._eval_steps: dict[str, int] = {}
+        self._eval_rows: list[tuple[dict[str, float], int]] = []
 
     def setup(self, trainer: Trainer, task: TaskModule, stage: str) -> None:
         """Remembers the task, whose metric objects a checkpoint takes in."""
@@ -122,8 +123,7 @@ class MetricLog(Recorder, Callback):
             if column.on_step and column.logger and not self._discard:
                 for value in column.folded:  # an evaluation has no steps: they count on their own
                     count = self._eval_steps[column.name] = self._eval_steps.get(column.name, 0) + 1
-                    for logger in self.loggers:
-                        logger.log_metrics({column.step_name: value}, count)
+                    self._eval_rows.append(({column.step_name: value}, count))
 
     def _end_loader(self) -> None:
         """Computes the metric objects of a loader, which the next one may use again."""
@@ -241,6 +241,10 @@ class MetricLog(Recorder, Callback):
         self._fold(late)
         self._store(late)
         metric_objects.reset(columns)
+        rows, self._eval_rows = self._eval_rows, []
+        for row, count in rows:  # not earlier: rows of an evaluation that is broken off would stay
+            for logger in self.loggers:
+                logger.log_metrics(row, count)
         if not (self._discard and self._columns is self._eval):
             shown = [c for c in columns if c.logger and c.on_epoch]
             self._write({c.epoch_name: c.total for c in shown if c.total is not None})
@@ -256,6 +260,18 @@ class MetricLog(Recorder, Callback):
                 if column.total is not None:
                     row[name] = column.total
         return found
+
+    def eval_state(self) -> dict[str, Any]:
+        """Returns what an evaluation changes, to be put back if it is broken off."""
+        states = metric_objects.states(metric_objects.objects(self._task))
+        return {"objects": metric_objects.copied(states), "eval_steps": dict(self._eval_steps)}
+
+    def set_eval_state(self, state: dict[str, Any]) -> None:
+        """Puts back what `eval_state` returned, and drops the evaluation that was broken off."""
+        metric_objects.reset(list(self._eval.values()))  # also those that are no part of the task
+        metric_objects.load_states(metric_objects.objects(self._task), state["objects"])
+        self._eval_steps = state["eval_steps"]
+        self._eval, self._eval_rows = {}, []
 
     # --- checkpoints -----------------------------------------------------------------------------
 

@@ -54,7 +54,8 @@ class LearningRateMonitor(Callback):
         """Names the curves and sorts them by interval."""
         if not trainer.loggers:
             _log.warning("LearningRateMonitor has no logger to write to.")
-        self._by_step, self._by_epoch, self._written = [], [], -1
+        self._by_step, self._by_epoch = [], []
+        self._written = trainer.global_step  # a run that is continued wrote that row before
         taken: set[str] = set()
         for optimizer in trainer.optimizers:
             entry = next((e for e in trainer.lr_schedulers if e.optimizer is optimizer), None)

@@ -1,8 +1,26 @@
 """Where the numbers of a run go: TensorBoard, ``metrics.jsonl``, ``metrics.csv``, or your own."""
 
+import typing
+
 from lightkit.loggers.base import Logger
-from lightkit.loggers.csv import CSVLogger
-from lightkit.loggers.jsonl import JSONLLogger
-from lightkit.loggers.tensorboard import TensorBoardLogger
+
+if typing.TYPE_CHECKING:
+    from lightkit.loggers.csv import CSVLogger
+    from lightkit.loggers.jsonl import JSONLLogger
+    from lightkit.loggers.tensorboard import TensorBoardLogger
+else:
+    _ROOMS = {"CSVLogger": "csv", "JSONLLogger": "jsonl", "TensorBoardLogger": "tensorboard"}
+
+    def __getattr__(name: str) -> object:
+        """Imports a logger when it is first asked for."""
+        if name not in _ROOMS:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        import importlib
+
+        return getattr(importlib.import_module(f"{__name__}.{_ROOMS[name]}"), name)
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
+
 
 __all__ = ["CSVLogger", "JSONLLogger", "Logger", "TensorBoardLogger"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,10 @@ class NullExperiment:
 class Logger:
     """Writes the rows of a run. Subclass it for a destination of your own.
 
-    The trainer calls `open` when a fit begins, the ``log_`` methods while it runs, `flush` before
-    a checkpoint is committed, and `close` at the end, also after an exception. All of them are
-    called on rank zero only. Nothing is written for validate, test, predict and fast_dev_run.
+    The trainer calls `open` when a fit begins, the ``log_`` methods while it runs, `mark` for every
+    checkpoint, and `close` at the end, also after an exception. Where a fit goes on in the folder of
+    an interrupted run, `rewind` follows `open`. All of them are called on rank zero only. Nothing is
+    written for validate, test, predict and fast_dev_run.
 
     Args:
         save_dir: Folder of the user's choice. Rows then go to ``save_dir/name/version``, and the
@@ -114,7 +116,8 @@ class Logger:
 
         Args:
             run_dir: The folder of the run; it is made if it is missing.
-            purge_step: Where a run is continued: rows of this step and later are taken back.
+            purge_step: Where a run is continued: the first step that it will make. Lightkit's own
+                loggers do not need it, for `rewind` is exact; a service that knows steps only may.
         """
         self._run_dir, self._next_dir = Path(run_dir), None
 
@@ -143,8 +146,52 @@ class Logger:
     def flush(self) -> None:
         """Hands everything logged so far to the operating system. May be called at any time."""
 
+    def mark(self) -> dict[str, Any]:
+        """Flushes, and returns where the rows stand now; a checkpoint holds it for `rewind`.
+
+        A subclass may return anything that can be stored: numbers, text, tensors, and lists and
+        dicts of them. Files named under "files" (relative to the run folder, with their size in
+        bytes) are brought to the disk before the checkpoint counts.
+        """
+        self.flush()
+        return {}
+
+    def rewind(self, mark: dict[str, Any]) -> None:
+        """Takes back every row that was written after ``mark``; nothing by default.
+
+        Called after `open` and before anything is logged, where a run goes on in its own folder
+        from an earlier checkpoint: what the interrupted run wrote later will come again.
+
+        Args:
+            mark: What `mark` returned when the checkpoint was made; empty where it holds none.
+                Then nothing can be taken back.
+        """
+
     def close(self) -> None:
         """Flushes and releases files. May be called twice, and also after an exception."""
+
+
+def cut(path: Path, size: int) -> None:
+    """Cuts a file to ``size`` bytes; never makes it longer, but says that rows are missing."""
+    there = path.stat().st_size if path.exists() else 0
+    if there > size:
+        os.truncate(path, size)
+    elif there < size:
+        _log.warning(
+            "%s has %d bytes where the checkpoint counts on %d: rows of before it are missing",
+            path,
+            there,
+            size,
+        )
+
+
+def warn_unmarked(path: Path) -> None:
+    """Says that rows may come twice, for a checkpoint does not know how many there were."""
+    _log.warning(
+        "%s: the checkpoint does not say how many rows there were, so none is taken back; those "
+        "that the interrupted run wrote after it will be there twice",
+        path,
+    )
 
 
 def _next_version(parent: Path) -> int:

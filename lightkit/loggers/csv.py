@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from lightkit.loggers.base import Logger
+from lightkit.loggers.base import Logger, warn_unmarked
+
+_log = logging.getLogger("lightkit")
+_FIRST = ["step", "epoch"]
 
 
 class CSVLogger(Logger):
@@ -28,16 +33,14 @@ class CSVLogger(Logger):
     FILE = "metrics.csv"
     _file: IO[str] | None = None
     _columns: list[str]
+    _rows = 0
 
     def open(self, run_dir: str | Path, purge_step: int | None = None) -> None:
-        """See `Logger.open`. An existing table is continued."""
+        """See `Logger.open`. An existing table is continued; an unfinished last row is cut off."""
         self.close()
         super().open(run_dir, purge_step)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._columns, rows = self._read()
-        if purge_step is not None:
-            rows = [row for row in rows if int(row["step"]) < purge_step]
-        self._rewrite(rows)
+        self._rewrite(*self._read())
 
     @property
     def path(self) -> Path:
@@ -52,12 +55,11 @@ class CSVLogger(Logger):
         new = [name for name in row if name not in self._columns]
         if new:
             self.close()
-            rows = self._read()[1]
-            self._columns += new
-            self._rewrite(rows)
+            self._rewrite([*self._columns, *new], self._read()[1])
         csv.writer(self._file, lineterminator="\n").writerow(
             [row.get(name, "") for name in self._columns]
         )
+        self._rows += 1
 
     def log_hyperparams(
         self, params: Mapping[str, Any], metrics: Mapping[str, float] | None = None
@@ -72,6 +74,31 @@ class CSVLogger(Logger):
         if self._file is not None:
             self._file.flush()
 
+    def mark(self) -> dict[str, Any]:
+        """See `Logger.mark`: the size, the number of rows, and the header, which may grow."""
+        self.flush()
+        if self._file is None:
+            return {}
+        files = {self.FILE: os.fstat(self._file.fileno()).st_size}
+        return {"files": files, "rows": self._rows, "columns": list(self._columns)}
+
+    def rewind(self, mark: dict[str, Any]) -> None:
+        """See `Logger.rewind`: the table gets the rows and the header that it had."""
+        if "rows" not in mark:
+            if self._rows:
+                warn_unmarked(self.path)
+            return
+        self.close()
+        rows = self._read()[1]
+        if len(rows) < mark["rows"]:
+            _log.warning(
+                "%s has %d rows where the checkpoint counts on %d: rows of before it are missing",
+                self.path,
+                len(rows),
+                mark["rows"],
+            )
+        self._rewrite(mark["columns"], rows[: mark["rows"]])
+
     def close(self) -> None:
         """Writes what is buffered and closes the file."""
         file, self._file = self._file, None
@@ -79,18 +106,19 @@ class CSVLogger(Logger):
             file.close()
 
     def _read(self) -> tuple[list[str], list[dict[str, str]]]:
-        if not self.path.exists():
-            return ["step", "epoch"], []
-        with self.path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file, restval="")
-            rows = list(reader)
-            return list(reader.fieldnames or ["step", "epoch"]), rows
+        """Returns the columns and the whole rows of the table."""
+        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+        reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]), restval="")
+        return list(reader.fieldnames or _FIRST), list(reader)
 
-    def _rewrite(self, rows: Iterable[Mapping[str, Any]]) -> None:
+    def _rewrite(self, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
         """Writes header and rows beside the table and moves them over it: never half a table."""
+        self._columns, self._rows = list(columns), len(rows)
         part = self.path.with_suffix(".csv.part")
         with part.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self._columns, restval="", lineterminator="\n")
+            writer = csv.DictWriter(
+                file, self._columns, restval="", extrasaction="ignore", lineterminator="\n"
+            )
             writer.writeheader()
             writer.writerows(rows)
         os.replace(part, self.path)

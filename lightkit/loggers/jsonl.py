@@ -8,9 +8,9 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from lightkit.loggers.base import Logger
+from lightkit.loggers.base import Logger, cut, warn_unmarked
 
 _TOGETHER_SECS = 0.5
 
@@ -34,18 +34,13 @@ class JSONLLogger(Logger):
     _flushed: float = 0.0
 
     def open(self, run_dir: str | Path, purge_step: int | None = None) -> None:
-        """See `Logger.open`. An unfinished last line (a full disk) is cut off.
-
-        With ``purge_step`` the file is cut before the first row of that step or a later one; see
-        `truncate` for a cut that is exact to the row.
-        """
+        """See `Logger.open`. An unfinished last line (a full disk, a kill) is cut off."""
         self.close()
         super().open(run_dir, purge_step)
-        path = self.path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            os.truncate(path, _kept_bytes(path, purge_step))
-        self._file = path.open("ab")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("ab")
+        with self.path.open("rb") as file:
+            self._file.truncate(sum(len(line) for line in file if line.endswith(b"\n")))
 
     @property
     def path(self) -> Path:
@@ -69,39 +64,28 @@ class JSONLLogger(Logger):
             self._file.flush()
             self._flushed = now
 
-    def offset(self) -> int:
-        """Returns the length of the file in bytes: what a checkpoint keeps for `truncate`."""
-        self.flush()
-        return 0 if self._file is None else self._file.tell()
-
-    def truncate(self, offset: int) -> None:
-        """Cuts the file to ``offset`` bytes, so that a continued run repeats no row."""
-        if self._file is not None:
-            self._file.flush()
-            # Never longer than it is: that would fill it up with zero bytes.
-            self._file.truncate(min(offset, os.path.getsize(self.path)))
-            self._file.seek(0, os.SEEK_END)
-
     def flush(self) -> None:
         """Hands the last lines to the operating system."""
         if self._file is not None:
             self._file.flush()
+
+    def mark(self) -> dict[str, Any]:
+        """See `Logger.mark`: the length of the file."""
+        self.flush()
+        if self._file is None:
+            return {}
+        return {"files": {self.FILE: os.fstat(self._file.fileno()).st_size}}
+
+    def rewind(self, mark: dict[str, Any]) -> None:
+        """See `Logger.rewind`: cuts the file to the length that it had."""
+        self.flush()
+        if "files" in mark:
+            cut(self.path, mark["files"][self.FILE])
+        elif self.path.stat().st_size:
+            warn_unmarked(self.path)
 
     def close(self) -> None:
         """Closes the file."""
         file, self._file = self._file, None
         if file is not None:
             file.close()
-
-
-def _kept_bytes(path: Path, purge_step: int | None) -> int:
-    """Returns the length of the whole lines before the first row of ``purge_step`` or later."""
-    kept = 0
-    with path.open("rb") as file:
-        for line in file:
-            if not line.endswith(b"\n"):
-                break
-            if purge_step is not None and json.loads(line)["step"] >= purge_step:
-                break
-            kept += len(line)
-    return kept

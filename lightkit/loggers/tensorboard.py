@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import re
+import struct
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -12,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lightkit.loggers.base import Logger, flatten
+from lightkit.loggers.base import Logger, cut, flatten, warn_unmarked
 
 if TYPE_CHECKING:
     from torch import nn
@@ -21,6 +24,7 @@ _log = logging.getLogger("lightkit")
 
 _FLUSH_SECS = 10  # a page that is open beside the run sees a row at most this much later
 _TOGETHER_SECS = 0.5
+_FILES = "events.out.tfevents.*"
 _LONGEST_VALUE = 500  # characters of one hyperparameter
 
 
@@ -58,6 +62,10 @@ class TensorBoardLogger(Logger):
         self.graph_wanted = log_graph
         self._prefix = f"{prefix}-" if prefix else ""
         self._sub_dir = sub_dir
+        # What our files' names end in: others may write their own beside them.
+        self._suffix = ".lightkit" + (re.sub(r"\W", "_", f"_{prefix}") if prefix else "")
+        self._root = self._folder = Path()
+        self._folders: set[Path] = set()
         self._writer: Any = None
         self._purge_step: int | None = None
         self._event: Any = None
@@ -74,15 +82,18 @@ class TensorBoardLogger(Logger):
         if self._writer is None:
             if self._run_dir is None:
                 return super().experiment
-            self._writer = self._make_writer(self._run_dir)
+            self._writer = self._make_writer()
         self._write_rows()  # what comes before stays before
         return self._writer
 
     def open(self, run_dir: str | Path, purge_step: int | None = None) -> None:
-        """See `Logger.open`. TensorBoard hides scalars of ``purge_step`` and later."""
+        """See `Logger.open`."""
         self.close()
         super().open(run_dir, purge_step)
-        self._purge_step = purge_step
+        # From the root: files are opened again by their names, also after a change of directory.
+        self._root = Path(os.path.abspath(run_dir))
+        self._folder = Path(os.path.abspath(self._root / (self._sub_dir or "")))
+        self._folders, self._purge_step = {self._folder}, None
         _import_tensorboard()  # a missing package is said before the run, not in the middle of it
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
@@ -103,7 +114,7 @@ class TensorBoardLogger(Logger):
         if not rows:
             return
         if self._writer is None:
-            self._writer = self._make_writer(Path(self._run_dir or "."))
+            self._writer = self._make_writer()
         events = self._writer._get_file_writer().event_writer
         for wall_time, step, metrics in rows:
             summary = self._summary()
@@ -160,6 +171,45 @@ class TensorBoardLogger(Logger):
         if self._writer is not None:
             self._writer.flush()
 
+    def mark(self) -> dict[str, Any]:
+        """See `Logger.mark`: the lengths of the event files of this logger."""
+        self.flush()
+        if self._run_dir is None:
+            return {}
+        if self._writer is not None:  # add_scalars of the experiment makes folders of its own
+            self._folders.update(map(Path, self._writer.all_writers or ()))
+        sizes = {path: path.stat().st_size for path in self._files()}
+        return {"files": {os.path.relpath(p, self._root): n for p, n in sizes.items() if n}}
+
+    def rewind(self, mark: dict[str, Any]) -> None:
+        """See `Logger.rewind`: cuts event files, so that every reader finds each row once.
+
+        A page that is open beside the run takes back what it has read of the lost rows when the
+        first new one comes.
+        """
+        if "files" not in mark:
+            if any(self._folder.glob(_FILES)):
+                warn_unmarked(self._folder)
+            return
+        self.close()
+        sizes = {
+            Path(os.path.abspath(self._root / name)): size for name, size in mark["files"].items()
+        }
+        self._folders.update(path.parent for path in sizes)
+        lost = [path for path in self._files() if path not in sizes]
+        for path in lost:
+            # A page may stand at the newest file, and where it is gone some pages read no more.
+            if path.stat().st_size or path == lost[-1]:
+                cut(path, 0)
+            else:
+                path.unlink()
+        for path, size in sizes.items():
+            cut(path, size)
+        self._purge_step = 1 + max((_last_step(p) for p in sizes if p.exists()), default=-1)
+
+    def _files(self) -> list[Path]:
+        return sorted(p for f in self._folders for p in f.glob(_FILES + self._suffix))
+
     def close(self) -> None:
         """Writes what is queued and closes the event file."""
         try:
@@ -173,12 +223,44 @@ class TensorBoardLogger(Logger):
         except OSError as error:  # must not hide the error that ended the run
             _log.warning("the last TensorBoard rows could not be written: %s", error)
 
-    def _make_writer(self, run_dir: Path) -> Any:
+    def _make_writer(self) -> Any:
+        """Begins an event file whose name comes after those that are there: readers go by that."""
         make, self._event, self._summary = _import_tensorboard()
-        folder = run_dir if self._sub_dir is None else run_dir / self._sub_dir
-        purge, self._purge_step = self._purge_step, None
-        # A queue that is never full: a slow disk must not hold up the loop.
-        return make(str(folder), purge_step=purge, max_queue=1000, flush_secs=_FLUSH_SECS)
+        before = {path.name for path in self._folder.glob(_FILES)}
+        # A page takes rows back where a session starts, but not at the first start that it sees:
+        # so the first file of a folder has one.
+        purge, self._purge_step = self._purge_step if before else 0, None
+        tries = 0
+        while True:
+            writer: Any = make(
+                str(self._folder),
+                purge_step=purge,
+                # A queue that is never full: a slow disk must not hold up the loop.
+                max_queue=1000,
+                flush_secs=_FLUSH_SECS,
+                filename_suffix=self._suffix,
+            )
+            made = {path for path in self._folder.glob(_FILES) if path.name not in before}
+            tries += 1
+            if not before or tries > 40 or any(path.name > max(before) for path in made):
+                return writer
+            # Within a second names are in the order of processes and counters, as text.
+            writer.close()
+            for path in made:
+                path.unlink()
+            time.sleep(0.05)
+
+
+def _last_step(path: Path) -> int:
+    """Returns the highest step of an event file."""
+    from tensorboard.compat.proto.event_pb2 import Event
+
+    last = 0
+    with path.open("rb") as file, contextlib.suppress(Exception):  # what is damaged ends there
+        while len(head := file.read(12)) == 12:  # length, checksum, event, checksum
+            last = max(last, Event.FromString(file.read(struct.unpack("<Q4x", head)[0])).step)
+            file.seek(4, os.SEEK_CUR)
+    return last
 
 
 def _import_tensorboard() -> tuple[Any, Any, Any]:

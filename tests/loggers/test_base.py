@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import ast
 import logging
+import signal
+import subprocess
+import sys
 
 import pytest
 
-from lightkit.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightkit.loggers import CSVLogger, JSONLLogger, Logger, TensorBoardLogger
 from lightkit.loggers.base import flatten
 
 
@@ -82,6 +86,8 @@ def test_a_logger_of_ones_own_needs_log_metrics_only(tmp_path):
     logger.log_graph(None)
     logger.log_metrics({"a": 1.0}, 5)
     logger.flush()
+    assert logger.mark() == {}
+    logger.rewind({})
     logger.close()
     logger.close()
     assert logger.rows == [(5, {"a": 1.0})]
@@ -94,6 +100,72 @@ def test_a_logger_without_log_metrics_says_which_class():
 
     with pytest.raises(NotImplementedError, match="Mine must define log_metrics"):
         Mine().log_metrics({}, 0)
+
+
+KILLED = """
+import os, signal, sys, time
+from lightkit.loggers import CSVLogger, JSONLLogger, TensorBoardLogger
+sys.path.insert(0, sys.argv[2])
+from rows import write
+loggers = [TensorBoardLogger(), JSONLLogger(), CSVLogger()]
+for logger in loggers:
+    logger.open(sys.argv[1])
+    logger.log_hyperparams({"lr": 0.1})
+marks = write(loggers, 0, 25)
+write(loggers, 25, 32)
+print(repr(marks), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+ROWS = """
+def write(loggers, start, end):
+    for step in range(start, end):
+        for logger in loggers:
+            logger.log_metrics({"epoch": step // 10, "train_loss": step / 7}, step + 1)
+            if step % 10 == 9:
+                for count in range(3):  # an evaluation counts its rows on its own
+                    logger.log_metrics({"val_step": count / 3}, step * 3 + count)
+                logger.log_metrics({"epoch": step // 10, f"val_{step}": 0.5}, step + 1)
+    return [logger.mark() for logger in loggers]
+"""
+
+
+def test_a_run_that_was_killed_and_rewound_has_the_files_of_one_that_was_not(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (tmp_path / "rows.py").write_text(ROWS)
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, run, tmp_path], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    (events,) = run.glob("events.*")
+    with events.open("ab") as file:
+        file.write(b"\x07\x00")  # killed in the middle of a record
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3')
+    write: dict = {}
+    exec(ROWS, write)
+    loggers = [TensorBoardLogger(), JSONLLogger(), CSVLogger()]
+    for logger, mark in zip(loggers, ast.literal_eval(done.stdout), strict=True):
+        logger.open(run, purge_step=26)
+        logger.rewind(mark)
+    write["write"](loggers, 25, 60)
+    others = [TensorBoardLogger(), JSONLLogger(), CSVLogger()]
+    for logger in others:
+        logger.open(whole)
+        logger.log_hyperparams({"lr": 0.1})
+    write["write"](others, 0, 60)
+    for logger in loggers + others:
+        logger.close()
+    for name in ("metrics.jsonl", "metrics.csv", "hparams.json"):
+        assert (run / name).read_bytes() == (whole / name).read_bytes()
+    found, wanted = EventAccumulator(str(run)).Reload(), EventAccumulator(str(whole)).Reload()
+    assert found.Tags() == wanted.Tags()
+    assert len(found.Scalars("val_step")) == 18
+    for tag in found.Tags()["scalars"]:
+        rows = [[(s.step, s.value) for s in one.Scalars(tag)] for one in (found, wanted)]
+        assert rows[0] == rows[1]
+    assert list(found.summary_metadata) == list(wanted.summary_metadata)
 
 
 def test_flatten():

@@ -65,19 +65,47 @@ def test_names_with_commas_and_quotes(tmp_path):
     assert table(tmp_path)[0]['a,"b"'] == "1.0"
 
 
-def test_a_continued_run_keeps_its_rows_and_takes_back_later_ones(tmp_path):
+def test_rewind_gives_back_rows_and_header_of_the_mark(tmp_path):
     logger = opened(tmp_path)
-    for step in (10, 20, 30):
-        logger.log_metrics({"a": float(step)}, step)
+    logger.log_metrics({"a": 0.1}, 10)
+    logger.log_metrics({'b,"c"': 2.0}, 99)  # an evaluation counts its rows on its own
+    mark, kept = logger.mark(), (tmp_path / "metrics.csv").read_bytes()
+    logger.log_metrics({"a": 3.0}, 10)
+    logger.log_metrics({"later": 4.0}, 30)
     logger.close()
-    again = opened(tmp_path, purge_step=21)
-    again.log_metrics({"a": 5.0, "b": 6.0}, 25)
+    again = opened(tmp_path, purge_step=11)
+    again.rewind(mark)
+    assert (tmp_path / "metrics.csv").read_bytes() == kept
+    assert again.mark() == mark
+    again.log_metrics({"a": 5.0, "new": 6.0}, 25)
     again.close()
-    assert [(row["step"], row["a"], row["b"]) for row in table(tmp_path)] == [
-        ("10", "10.0", ""),
-        ("20", "20.0", ""),
+    assert list(table(tmp_path)[0]) == ["step", "epoch", "a", 'b,"c"', "new"]
+    assert [(row["step"], row["a"], row["new"]) for row in table(tmp_path)] == [
+        ("10", "0.1", ""),
+        ("99", "", ""),
         ("25", "5.0", "6.0"),
     ]
+
+
+def test_an_existing_table_is_continued_without_its_unfinished_last_row(tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,epoch,a\n10,0,0.5\n12")
+    logger = opened(tmp_path)
+    logger.log_metrics({"epoch": 1, "a": 2.0}, 120)
+    logger.close()
+    assert (tmp_path / "metrics.csv").read_text() == "step,epoch,a\n10,0,0.5\n120,1,2.0\n"
+
+
+def test_rewind_says_where_rows_are_missing_or_nothing_can_be_taken_back(tmp_path, caplog):
+    logger = opened(tmp_path)
+    logger.rewind({})
+    assert not caplog.records
+    logger.log_metrics({"a": 1.0}, 1)
+    logger.rewind({})
+    assert "does not say how many rows there were" in caplog.text
+    logger.rewind({**logger.mark(), "rows": 7})
+    logger.close()
+    assert "metrics.csv has 1 rows where the checkpoint counts on 7: rows of before" in caplog.text
+    assert len(table(tmp_path)) == 1
 
 
 def test_hyperparameters_are_json_and_unknown_types_are_text(tmp_path):

@@ -37,29 +37,47 @@ def test_nan_and_inf_are_null_so_that_the_line_is_json(tmp_path):
     assert rows(tmp_path) == [{"step": 1, "a": None, "b": None, "c": 1.5}]
 
 
-def test_truncate_takes_back_what_came_after_the_offset(tmp_path):
+def test_rewind_takes_back_what_came_after_the_mark_to_the_byte(tmp_path):
     logger = opened(tmp_path)
     logger.log_metrics({"a": 1.0}, 1)
-    offset = logger.offset()
-    logger.log_metrics({"a": 2.0}, 2)
+    logger.log_metrics({"val_step": 1.0}, 99)  # an evaluation counts its rows on its own
+    mark = logger.mark()
+    kept = (tmp_path / "metrics.jsonl").read_bytes()
+    assert mark == {"files": {"metrics.jsonl": len(kept)}}
+    logger.log_metrics({"a": 2.0}, 1)
     logger.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "a"')
 
-    again = opened(tmp_path)
-    again.truncate(offset)
-    assert again.offset() == offset
+    again = opened(tmp_path, purge_step=2)
+    again.rewind(mark)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == kept
+    assert again.mark() == mark
     again.log_metrics({"a": 3.0}, 2)
+    assert again.mark()["files"]["metrics.jsonl"] == (tmp_path / "metrics.jsonl").stat().st_size
     again.close()
-    assert [row["a"] for row in rows(tmp_path)] == [1.0, 3.0]
+    assert [(row["step"], row.get("a")) for row in rows(tmp_path)] == [(1, 1.0), (99, None), (2, 3)]
 
 
-def test_truncate_never_makes_the_file_longer(tmp_path):
+def test_rewind_never_makes_the_file_longer_and_says_that_rows_are_missing(tmp_path, caplog):
     logger = opened(tmp_path)
     logger.log_metrics({"a": 1.0}, 1)
-    size = logger.offset()
-    logger.truncate(size + 1000)
+    logger.rewind({"files": {"metrics.jsonl": 1000}})
     logger.log_metrics({"a": 2.0}, 2)
     logger.close()
     assert [row["a"] for row in rows(tmp_path)] == [1.0, 2.0]
+    assert "metrics.jsonl has 22 bytes where the checkpoint counts on 1000: rows" in caplog.text
+
+
+def test_rewind_without_a_mark_takes_back_nothing_and_says_so(tmp_path, caplog):
+    logger = opened(tmp_path)
+    logger.rewind({})
+    assert not caplog.records
+    logger.log_metrics({"a": 1.0}, 1)
+    logger.rewind({})
+    logger.close()
+    assert [row["a"] for row in rows(tmp_path)] == [1.0]
+    assert "does not say how many rows there were" in caplog.text
 
 
 def test_a_torn_last_line_is_cut_off(tmp_path):
@@ -70,21 +88,11 @@ def test_a_torn_last_line_is_cut_off(tmp_path):
     assert [row["step"] for row in rows(tmp_path)] == [1, 2]
 
 
-def test_purge_step_takes_back_that_step_and_later(tmp_path):
-    logger = opened(tmp_path)
-    for step in (10, 20, 30):
-        logger.log_metrics({"a": float(step)}, step)
-    logger.close()
-    opened(tmp_path, purge_step=21).close()
-    assert [row["step"] for row in rows(tmp_path)] == [10, 20]
-
-
 def test_flush_and_close_may_be_called_at_any_time(tmp_path):
     logger = JSONLLogger()
     logger.flush()
     logger.close()
-    assert logger.offset() == 0
-    logger.truncate(5)
+    assert logger.mark() == {}
     logger.log_metrics({"a": 1.0}, 1)  # nothing is open: nothing is written
     logger.open(tmp_path)
     logger.flush()

@@ -1,8 +1,13 @@
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
+import re
 import subprocess
 import sys
+import time
+import urllib.request
 
 import pytest
 import torch
@@ -38,9 +43,9 @@ def accumulated(folder):
     return EventAccumulator(str(folder)).Reload()
 
 
-def opened(folder, purge_step=None, **kwargs):
+def opened(folder, **kwargs):
     logger = TensorBoardLogger(**kwargs)
-    logger.open(folder, purge_step)
+    logger.open(folder)
     return logger
 
 
@@ -140,19 +145,174 @@ def test_after_close_the_experiment_can_still_be_used(tmp_path):
     assert set(accumulated(tmp_path).Tags()["scalars"]) == {"loss", "later"}
 
 
-def test_purge_step_hides_the_rows_that_are_written_again(tmp_path):
+def scalars(folder):
+    found = accumulated(folder)
+    return {t: [(s.step, s.value) for s in found.Scalars(t)] for t in found.Tags()["scalars"]}
+
+
+def rewound(folder, mark, **kwargs):
+    logger = TensorBoardLogger(**kwargs)
+    logger.open(folder, purge_step=21)
+    logger.rewind(mark)
+    return logger
+
+
+def test_rewind_takes_back_what_came_after_the_mark_and_nothing_else(tmp_path):
     logger = opened(tmp_path)
-    for step in (10, 20, 30):
-        logger.log_metrics({"loss": float(step)}, step)
+    logger.log_hyperparams({"lr": 0.1})
+    logger.log_metrics({"loss": 10.0}, 10)
+    for count in range(1, 41):  # an evaluation counts its rows on its own, beyond the steps
+        logger.log_metrics({"val_step": count}, count)
+    logger.log_metrics({"loss": 20.0}, 20)
+    mark = logger.mark()
+    logger.log_metrics({"epoch_loss": 1.0}, 20)
+    logger.log_metrics({"loss": 30.0, "gone": 0.0}, 30)
     logger.close()
-    again = opened(tmp_path, purge_step=21)
+    again = rewound(tmp_path, mark)
+    assert again.mark() == mark
     again.log_metrics({"loss": 0.5}, 25)
     again.close()
-    assert [(s.step, s.value) for s in accumulated(tmp_path).Scalars("loss")] == [
-        (10, 10.0),
-        (20, 20.0),
-        (25, 0.5),
-    ]
+    assert scalars(tmp_path) == {
+        "loss": [(10, 10.0), (20, 20.0), (25, 0.5)],
+        "val_step": [(count, count) for count in range(1, 41)],
+    }
+    assert list(accumulated(tmp_path).summary_metadata) == ["_hparams_/session_start_info"]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_runs_that_are_killed_again_and_again_leave_no_rows_and_few_files(tmp_path):
+    logger = opened(tmp_path)
+    logger.log_metrics({"loss": 10.0}, 10)
+    mark = logger.mark()
+    for attempt in range(12):  # the names of files of one second are in the order of text
+        logger.close()
+        logger = rewound(tmp_path, mark)
+        logger.log_metrics({"loss": float(attempt)}, 25)
+    logger.close()
+    assert scalars(tmp_path) == {"loss": [(10, 10.0), (25, 11.0)]}
+    assert (
+        len(list(tmp_path.iterdir())) == 3
+    )  # the last lost one is emptied: a page may stand there
+    again = rewound(tmp_path, {"files": {}})
+    again.log_metrics({"loss": 0.5}, 5)
+    again.close()
+    assert scalars(tmp_path) == {"loss": [(5, 0.5)]}
+
+
+def test_a_mark_of_several_files(tmp_path):
+    logger = opened(tmp_path)
+    logger.log_metrics({"loss": 1.0}, 1)
+    logger.close()
+    logger.experiment.add_scalars("both", {"a": 1.0}, 1)
+    mark = logger.mark()
+    assert sorted(name.partition("events")[0] for name in mark["files"]) == ["", "", "both_a/"]
+    logger.experiment.add_scalars("both", {"a": 2.0}, 2)
+    logger.log_metrics({"loss": 2.0}, 2)
+    logger.close()
+    again = rewound(tmp_path, mark)
+    again.log_metrics({"loss": 3.0}, 2)
+    again.close()
+    assert scalars(tmp_path) == {"loss": [(1, 1.0), (2, 3.0)]}
+    assert scalars(tmp_path / "both_a") == {"both": [(1, 1.0)]}
+    assert set(again.mark()["files"]) > set(mark["files"])
+
+
+def test_rewind_leaves_event_files_of_others_alone(tmp_path):
+    from torch.utils.tensorboard import SummaryWriter
+
+    logger, other = opened(tmp_path), opened(tmp_path, prefix="x/y")
+    with SummaryWriter(tmp_path) as users:
+        users.add_scalar("mine", 7.0, 3)
+    logger.log_metrics({"loss": 1.0}, 1)
+    mark = logger.mark()
+    assert len(mark["files"]) == 1
+    other.log_metrics({"loss": 1.0}, 1)
+    logger.log_metrics({"loss": 2.0}, 2)
+    logger.close()
+    other.close()
+    rewound(tmp_path, mark).close()
+    assert scalars(tmp_path) == {"loss": [(1, 1.0)], "mine": [(3, 7.0)], "x/y-loss": [(1, 1.0)]}
+
+
+def test_rewind_says_where_rows_are_missing_or_nothing_can_be_taken_back(tmp_path, caplog):
+    rewound(tmp_path, {})
+    assert not caplog.records
+    logger = opened(tmp_path)
+    logger.log_metrics({"loss": 1.0}, 1)
+    mark = logger.mark()
+    logger.close()
+    rewound(tmp_path, {})
+    assert "does not say how many rows there were" in caplog.text
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:-5])  # in the middle of a record
+    again = rewound(tmp_path, mark)
+    assert "rows of before it are missing" in caplog.text
+    again.log_metrics({"loss": 2.0}, 2)
+    again.close()
+    assert scalars(tmp_path) == {"loss": [(2, 2.0)]}
+
+
+@pytest.mark.parametrize("sub_dir", ["board", "a/../board", "../beside"])
+def test_the_folder_inside_the_run_folder_is_rewound_too(tmp_path, monkeypatch, sub_dir):
+    monkeypatch.chdir(tmp_path)
+    logger = opened("run", sub_dir=sub_dir)
+    logger.log_metrics({"loss": 1.0}, 1)
+    mark = logger.mark()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")  # as users' code may do at any time
+    logger.log_metrics({"loss": 2.0}, 2)
+    assert logger.mark()["files"].keys() == mark["files"].keys()
+    logger.close()
+    monkeypatch.chdir(tmp_path)
+    rewound("run", mark, sub_dir=sub_dir).close()
+    assert scalars((tmp_path / "run" / sub_dir).resolve()) == {"loss": [(1, 1.0)]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fast", ["true", "false"])
+def test_a_page_that_is_open_takes_back_what_it_has_read(tmp_path, fast):
+    logger = opened(tmp_path / "run")
+    for step in range(1, 10):
+        logger.log_metrics({"loss": float(step)}, step)
+        if step == 5:
+            mark = logger.mark()
+    logger.flush()
+    server = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "tensorboard.main", "--logdir", str(tmp_path)),
+            *("--host", "127.0.0.1", "--port", "0", "--load_fast", fast, "--reload_interval", "1"),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        lines = iter(server.stdout.readline, "")
+        address = next(m.group() for line in lines if (m := re.search(r"http://\S+/", line)))
+        _wait_for(address, [float(step) for step in range(1, 10)])
+        for attempt in (-1.0, -2.0, -3.0):  # each loses what the one before wrote
+            again = rewound(tmp_path / "run", mark)
+            for step in (6, 7):
+                again.log_metrics({"loss": attempt * step}, step)
+            again.flush()
+            _wait_for(address, [1.0, 2.0, 3.0, 4.0, 5.0, 6 * attempt, 7 * attempt])
+            again.close()
+    finally:
+        server.terminate()
+        server.wait(10)
+        server.stdout.close()
+        logger.close()
+
+
+def _wait_for(address, values):
+    url, found = f"{address}data/plugin/scalars/scalars?run=run&tag=loss", None
+    for _ in range(150):
+        with contextlib.suppress(OSError), urllib.request.urlopen(url) as answer:
+            found = [value for _, _, value in json.load(answer)]
+        if found == values:
+            return
+        time.sleep(0.1)
+    assert found == values
 
 
 def test_prefix_and_sub_dir(tmp_path):
