@@ -240,7 +240,7 @@ def test_a_new_run_never_touches_the_files_of_the_one_it_continues(tmp_path):
     first = trainer(tmp_path, max_epochs=2)
     first.fit(Net(), *loaders())
     old = {p: p.read_bytes() for p in (first.run_dir / "checkpoints").iterdir()}
-    second = trainer(tmp_path, max_epochs=5)
+    second = trainer(tmp_path, max_epochs=5, gradient_clip_val=9.0)  # another run, by its settings
     second.fit(Net(), *loaders(), ckpt_path="last")
     assert second.run_dir != first.run_dir
     assert {p: p.read_bytes() for p in (first.run_dir / "checkpoints").iterdir()} == old

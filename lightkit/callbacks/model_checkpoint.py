@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import time
@@ -12,18 +13,37 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor
 
 from lightkit import checkpoint
-from lightkit.checkpoint.files import SUFFIX, point, prepare_folder
-from lightkit.checkpoint.names import check_template, render
+from lightkit.checkpoint.files import SUFFIX, prepare_folder
+from lightkit.checkpoint.newest import orphans
 from lightkit.checkpoint.retention import Retention
-from lightkit.errors import ConfigError, did_you_mean
+from lightkit.checkpoint.savers import (
+    best_name,
+    check_settings,
+    collect_garbage,
+    explain_missing,
+    file_path,
+    leaves_a_state,
+    new_score,
+    point_all,
+)
+from lightkit.errors import CheckpointError
 from lightkit.hooks import Callback
 from lightkit.limits import parse_duration
+from lightkit.run import Flow
+from lightkit.state import TrainState
 
 if TYPE_CHECKING:
     from lightkit.task import TaskModule
     from lightkit.trainer import Trainer
 
 _log = logging.getLogger("lightkit")
+#: How often a Trainer saves by itself within an epoch.
+_DEFAULT_INTERVAL = timedelta(minutes=5)
+#: What tells several in one run apart, besides the folder.
+_SETTINGS = (
+    *("filename", "monitor", "mode", "every_n_epochs", "every_n_train_steps"),
+    *("train_time_interval", "save_weights_only"),
+)
 
 
 class ModelCheckpoint(Callback):
@@ -38,6 +58,12 @@ class ModelCheckpoint(Callback):
     says. ``last.ckpt`` is a second name of the newest one, ``best.ckpt`` of the best one: hard
     links, which cost no space. A file is removed only when the next one is complete, and only if
     this object wrote it. Names never get a ``-v1``; a file of the same name is replaced whole.
+
+    A Trainer has one of these by itself, see `default`: it saves at the end of every epoch, after
+    every validation and every 5 minutes, so there always is a ``last`` that is no older.
+
+    A file that cannot be written is tried once more after a second; those of before stay intact. A
+    fit that was asked to save and could not even once ends with an error.
 
     Decisions are taken on every rank alike; files are written and removed on rank zero.
 
@@ -56,7 +82,8 @@ class ModelCheckpoint(Callback):
             the validation let it be a multiple of the steps between validations: a file is judged
             only once by a value.
         train_time_interval: Save at the first step after so much time: a timedelta or "30 min".
-        save_last: Keep the newest file in any case, also as ``last.ckpt``.
+        save_last: Keep the newest file in any case, also as ``last.ckpt``. When a signal ends the
+            run, the newest state is saved also without it.
         save_weights_only: Leave out what is only needed to continue the run.
         save_on_train_epoch_end: Accepted for ported code: every save comes after the validation
             and after the end of the epoch's hooks.
@@ -64,13 +91,19 @@ class ModelCheckpoint(Callback):
         verbose: Say a line for each file.
         auto_insert_metric_name: Write ``name=`` before each value in ``filename``.
         enable_version_counter: Accepted for ported code; there are no version counters.
+        async_save: Copy the state into memory kept for it (as many bytes as a file has) and write
+            the file in the background: training waits for the copy only. ``last`` and ``best``
+            move once the file is complete. The last save of a run is written at once.
+        on_error: "raise" ends the fit with the error of a file that could not be written; "warn"
+            says it and trains on.
+        save_on_exception: Save the last completed step when your code raises (if ``save_last``, or
+            without a monitor). Such a file says ``"exact": False``: what the failed step had begun
+            stays in it (random states, running statistics, logged values), so a run that goes on
+            from it is sound, but not bit by bit the one that would have been. Nothing is saved
+            where the error came out of the update; in manual optimization, optimizers that stepped
+            before it have stepped.
 
     Attributes:
-        best_model_path: The best file; without a monitor the newest. "" before the first.
-        best_model_score: Its monitored value.
-        best_k_models: The files kept as best, with their values.
-        kth_best_model_path: The worst of these.
-        last_model_path: ``last.ckpt``, once it exists.
         current_score: The value that was judged last.
         dirpath: The folder, known from the start of the fit.
 
@@ -98,22 +131,27 @@ class ModelCheckpoint(Callback):
         verbose: bool = False,
         auto_insert_metric_name: bool = True,
         enable_version_counter: bool = True,
+        async_save: bool = False,
+        on_error: Literal["raise", "warn"] = "raise",
+        save_on_exception: bool = True,
     ) -> None:
         self._given_dirpath = None if dirpath is None else str(dirpath)
         self.dirpath = self._given_dirpath
         self.filename = None if filename is None else str(filename).removesuffix(SUFFIX)
         self.monitor, self.mode, self.save_top_k = monitor, mode, save_top_k
         intervals = (every_n_epochs, every_n_train_steps, train_time_interval)
-        self._no_interval = all(interval is None for interval in intervals)
-        self.every_n_epochs = 1 if self._no_interval else every_n_epochs or 0
+        self._has_interval = any(interval is not None for interval in intervals)
+        self._at_validations = not self._has_interval
+        self.every_n_epochs = every_n_epochs or 0 if self._has_interval else 1
         self.every_n_train_steps = every_n_train_steps or 0
         self.train_time_interval = parse_duration(train_time_interval, "train_time_interval")
-        self._within_epochs = bool(every_n_train_steps or train_time_interval)
         self.save_last, self.save_weights_only = bool(save_last), save_weights_only
         self.restore_best, self.verbose = restore_best, verbose
         self.auto_insert_metric_name = auto_insert_metric_name
-        self._optional = False
-        _check(self)
+        self.async_save, self.on_error = async_save, on_error
+        self.save_on_exception = save_on_exception
+        self._optional, self._loaded_run = False, ""
+        check_settings(self)
         self._reset()
 
     def _reset(self) -> None:
@@ -136,17 +174,26 @@ class ModelCheckpoint(Callback):
         self._names_known = False  # whether all metrics were logged once in this fit
         self._told_misaligned = False
         self._best_name = "best"
-        self._saved_at = 0.0
+        self._flow, self._state = Flow(), TrainState()
+        self._began = 0  # the step at which this fit began
+        self._due_step = -1  # at which a save was last due
         self._saved_step = -1
+        self._good_at: float | None = None  # when a file of this fit was last complete
+        self._due_at = math.inf
+        self._wanted = False  # whether a save was due
+        self._undo: Retention | None = None  # the files as they were, until a new one is complete
+        self._error: Exception | None = None  # of a file written in the background
+        self._reason = ""  # why the last file could not be written
 
     @classmethod
     def default(cls) -> ModelCheckpoint:
         """Returns what a Trainer adds by itself: the newest file and the one of least ``val_loss``.
 
-        If no validation logs ``val_loss``, only the newest.
+        Saved at the end of every epoch, after every validation, and within an epoch every 5
+        minutes. If no validation logs ``val_loss``, only the newest stays.
         """
-        callback = cls(monitor="val_loss")
-        callback._optional = True
+        callback = cls(monitor="val_loss", every_n_epochs=1, train_time_interval=_DEFAULT_INTERVAL)
+        callback._optional = callback._at_validations = True
         return callback
 
     @property
@@ -154,16 +201,8 @@ class ModelCheckpoint(Callback):
         """Names the settings, so that several of this class have a state each."""
         if self._optional:
             return "ModelCheckpoint"
-        settings = {
-            "dirpath": self._given_dirpath,
-            "filename": self.filename,
-            "monitor": self.monitor,
-            "mode": self.mode,
-            "every_n_epochs": self.every_n_epochs,
-            "every_n_train_steps": self.every_n_train_steps,
-            "train_time_interval": self.train_time_interval,
-            "save_weights_only": self.save_weights_only,
-        }
+        settings = {"dirpath": self._given_dirpath}
+        settings |= {name: getattr(self, name) for name in _SETTINGS}
         return f"ModelCheckpoint{settings}"
 
     @property
@@ -196,7 +235,7 @@ class ModelCheckpoint(Callback):
 
     def teardown(self, trainer: Trainer, task: TaskModule, stage: str) -> None:
         """Leaves what is known of the files to be read until the next fit."""
-        self._loaded_dirpath = None
+        self._loaded_dirpath, self._loaded_run, self._active = None, "", False
 
     def on_fit_start(self, trainer: Trainer, task: TaskModule) -> None:
         """Finds the folder and checks that it can be written, before anything is trained.
@@ -207,15 +246,24 @@ class ModelCheckpoint(Callback):
             self._reset()
         if trainer.run_dir is None or not (self.save_last or self.save_top_k):
             return  # a run that leaves nothing behind
-        folder = self._folder(trainer)
-        self._find_siblings(trainer)
-        if self._loaded_dirpath is not None:
-            self._files.adopt(folder, same=self._loaded_dirpath == str(folder))
-        self.dirpath = str(folder)
-        self._validations = trainer.state.validations
-        self._saved_at = time.monotonic()
+        folder, ledger = self._folder(trainer), trainer.session.ledger
+        run = "" if ledger is None else ledger.record.id
+        self._find_siblings(trainer, folder)
         if trainer.is_global_zero:
             prepare_folder(folder)
+        if self._loaded_dirpath is not None:
+            same = self._loaded_dirpath == str(folder)
+            self._files.adopt(folder, same=same)
+            if same and run and run == self._loaded_run and trainer.is_global_zero:
+                # What the run was about to do when it was killed.
+                point_all(self._files, folder, self._best_name, last=self.save_last)
+                self._files.garbage = collect_garbage(self._files, self._siblings)
+                self._files.garbage += orphans(folder, run, trainer.global_step)
+        self.dirpath = str(folder)
+        self._flow, self._state = trainer.session.flow, trainer.state
+        self._validations = self._state.validations
+        self._began = self._saved_step = trainer.global_step
+        self._set_clock()
         self._active = True
 
     def on_validation_start(self, trainer: Trainer, task: TaskModule) -> None:
@@ -234,32 +282,79 @@ class ModelCheckpoint(Callback):
 
     def on_save_point(self, trainer: Trainer, task: TaskModule) -> None:
         """Saves, if a save is due here."""
-        if not self._active:
-            return
-        validated = trainer.state.validations != self._validations
-        if not (validated or self._within_epochs or trainer.epoch_ended or trainer.run_ending):
+        state, flow, every = self._state, self._flow, self.every_n_train_steps
+        if not self._active or not (
+            flow.epoch_ended
+            or flow.ending
+            or (every and state.global_step % every == 0)
+            or time.monotonic() >= self._due_at
+            or state.validations != self._validations
+            or self._error is not None
+        ):
             return  # most steps end here
-        self._validations = trainer.state.validations
-        if validated or trainer.epoch_ended:
+        self._surface()
+        validated = state.validations != self._validations
+        self._validations = state.validations
+        if validated or flow.epoch_ended:
             self._check_monitor(trainer, validated)
-        if self._is_due(trainer, validated) or (trainer.run_ending and self.save_last):
+        last = self.save_last or trainer.interrupted is not None
+        due = self._is_due(trainer, validated)
+        if due or (flow.ending and last):
+            if due and not state.pending_validation:  # else it is due again after that
+                self._due_step = state.global_step
+            self._wanted = True
             self._save(trainer)
 
+    def on_exception(self, trainer: Trainer, task: TaskModule, exception: BaseException) -> None:
+        """Saves the last completed step, where that can be done and was not done yet."""
+        checkpoint.settle()
+        try:
+            self._surface()
+        except Exception as error:  # noqa: BLE001  # the exception under way stays the one seen
+            _log.warning("%s", error)
+        wanted = self.save_on_exception and (self.save_last or self.monitor is None)
+        step, savers = trainer.global_step, (self, *self._siblings)
+        if not (self._active and wanted and leaves_a_state(exception)):
+            return
+        if step in (self._began, *(saver._saved_step for saver in savers)):
+            return
+        try:
+            self._save(trainer, exact=False)
+            _log.info("saved step %d, the last before the error: %s", step, self._files.newest)
+        except Exception as error:  # noqa: BLE001  # likewise
+            _log.warning("Step %d, the last before the error, was not saved: %s", step, error)
+
     def on_fit_end(self, trainer: Trainer, task: TaskModule) -> None:
-        """Restores the best weights on request; warns if nothing was ever saved."""
+        """Restores the best weights on request; complains if nothing was ever saved."""
         if not self._active:
             return
-        if not self._files.newest:
-            why = "no step was made" if trainer.global_step == 0 else "none was due"
+        checkpoint.settle()
+        self._surface()
+        self._active = False
+        made = trainer.global_step > self._began
+        if self._good_at is None and made and self._wanted:
+            if self._reason or not self._files.newest:
+                raise CheckpointError(
+                    f"The fit is over, but none of its checkpoints is in {self.dirpath}: "
+                    f"{self._reason or f'{self.monitor} was never a number to judge by.'}"
+                )
+        elif not self._files.newest:
+            why = "none was due" if trainer.global_step else "no step was made"
             _log.warning("No checkpoint was written: %s.", why)
         if not self.restore_best:
             return
-        if not self.best_model_path or self.best_model_score is None:
+        path, score = self.best_model_path, self.best_model_score
+        if not path or score is None:
             _log.warning("No best weights to restore: %s was never judged.", self.monitor)
             return
-        checkpoint.load_weights(task, self.best_model_path)
-        score = float(self.best_model_score)
-        _log.info("best weights: %s=%.5g from %s", self.monitor, score, self.best_model_path)
+        checkpoint.load_weights(task, path)
+        _log.info("best weights: %s=%.5g from %s", self.monitor, float(score), path)
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, task: TaskModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Learns of which run the files are that the state will name."""
+        self._loaded_run = checkpoint["lightkit"].get("run", "")
 
     def state_dict(self) -> dict[str, Any]:
         """Returns which files there are and how good they are."""
@@ -270,6 +365,7 @@ class ModelCheckpoint(Callback):
             "from_validation": self._from_validation,
             "fresh": self._fresh,
             "measured_at": self._measured_at,
+            "due_step": self._due_step,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -280,130 +376,108 @@ class ModelCheckpoint(Callback):
         self.current_score = state_dict["current_score"]
         self._from_validation = state_dict["from_validation"]
         self._fresh, self._measured_at = state_dict["fresh"], state_dict["measured_at"]
+        self._due_step = state_dict.get("due_step", -1)  # not in the oldest files
 
     def _check_monitor(self, trainer: Trainer, validated: bool) -> None:
         """Raises when the monitored name is not logged although it should be by now."""
         self._validated = self._validated or validated
-        if trainer.epoch_ended and (
-            self._validated or all(n == 0 for n in trainer.num_val_batches)
-        ):
+        none_comes = all(n == 0 for n in trainer.num_val_batches)
+        if trainer.epoch_ended and (self._validated or none_comes):
             self._names_known = True
         if self._monitor_found or self.monitor in trainer.callback_metrics:
             self._monitor_found = True
             return
-        assert self.monitor is not None
-        names = sorted(trainer.callback_metrics)
-        near = did_you_mean(self.monitor, names)
         # Within the first epoch a metric of the training's epoch end may still come.
-        if self._names_known or (self._validated and (near or "val" in self.monitor.lower())):
-            raise ConfigError(
-                f"ModelCheckpoint(monitor={self.monitor!r}): nothing of that name is logged.{near} "
-                f"There are: {', '.join(names) or 'no metrics'}."
-            )
+        explain_missing(self, trainer, everything=self._names_known, validated=self._validated)
 
     def _is_due(self, trainer: Trainer, validated: bool) -> bool:
         """Tells whether an interval ends at this save point."""
         if trainer.epoch_ended and self.every_n_epochs:
             if trainer.state.epoch % self.every_n_epochs == 0:
                 return True
-        elif self._no_interval and validated and self._from_validation:
+        elif self._at_validations and validated and self._from_validation:
             return True
         step = trainer.global_step
-        if step == self._saved_step:  # a batch without a step
+        if step == self._due_step:  # a batch without a step
             return False
         if self.every_n_train_steps and step % self.every_n_train_steps == 0:
             return True
-        interval = self.train_time_interval
-        return interval is not None and time.monotonic() - self._saved_at >= interval
+        return time.monotonic() >= self._due_at
 
-    def _save(self, trainer: Trainer) -> None:
+    def _set_clock(self) -> None:
+        """Lets the interval of time begin anew."""
+        if self.train_time_interval is not None:
+            self._due_at = time.monotonic() + self.train_time_interval
+
+    def _save(self, trainer: Trainer, *, exact: bool = True) -> None:
         """Writes a file if it stays, then renews the second names and removes what was replaced."""
-        score = self._score(trainer)
+        checkpoint.settle()  # until then the files below are in the hands of the writer
+        self._surface()
+        score = new_score(self, trainer) if exact else None
         enters = self._files.enters(score)
         if score is not None:
             self.current_score, self._fresh = score, False
-        if not enters and not self.save_last:
+        last = self.save_last or trainer.interrupted is not None
+        if not enters and not last:
             return
-        path = self._path(trainer, enters)
-        before = self._files
+        self._set_clock()  # also if it fails: not again at every step
+        step, path = trainer.global_step, file_path(self, trainer, enters)
+        self._undo = self._files
         # The file holds this very state, so the files are counted before it is written.
-        self._files = before.accept(path, trainer.global_step, score, enters)
+        now = dataclasses.replace(self._files, keep_newest=last)
+        self._files = now.accept(path, step, score, enters)
+        self._saved_step = step
+        background = self.async_save and exact and not self._flow.ending
         try:
-            trainer.save_checkpoint(path, weights_only=self.save_weights_only)
-        except BaseException:
-            self._files = before
-            raise
-        self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
-        if trainer.is_global_zero:
-            self._point()
-            self._collect_garbage()
-        judged = "" if score is None else f" ({self.monitor}={float(score):.5g})"
-        best = ", the best so far" if score is not None and self.best_model_path == path else ""
-        _log.log(
-            logging.INFO if self.verbose else logging.DEBUG, "saved %s%s%s", path, judged, best
-        )
-
-    def _score(self, trainer: Trainer) -> Tensor | None:
-        """Returns the monitored value if it is new since a file was judged, else None."""
-        value = None if self.monitor is None else trainer.callback_metrics.get(self.monitor)
-        if value is None or (self._from_validation and not self._fresh):
-            return None
-        step = trainer.global_step
-        if self._from_validation and self._measured_at != step and not self._told_misaligned:
-            self._told_misaligned = True
-            _log.warning(
-                "ModelCheckpoint judges the weights of step %d by %s of step %d. Let its interval "
-                "be a multiple of the steps between validations.",
-                step,
-                self.monitor,
-                self._measured_at,
+            trainer.save_checkpoint(
+                path,
+                self.save_weights_only,
+                background=background,
+                then=lambda: self._complete(trainer, path, score),
+                failed=self._note if background else None,
+                exact=exact,
             )
-        return value.detach().cpu().clone()  # host sync, at a save only
+        except BaseException as error:
+            if not exact or not isinstance(error, CheckpointError):
+                self._take_back()
+                raise
+            self._note(error)
+            self._surface()
 
-    def _path(self, trainer: Trainer, enters: bool) -> str:
-        """Returns where the file of this save point goes."""
-        assert self.dirpath is not None
-        plain = f"step_{trainer.global_step:06d}"
-        name = plain
-        if self.filename is not None and enters:
-            values: dict[str, float] = dict.fromkeys(trainer.callback_metrics, math.nan)
-            values["epoch"] = trainer.state.epoch + (0 if trainer.epoch_ended else 1)
-            values["step"] = trainer.global_step
-            fields = check_template(self.filename)
-            for field in fields:
-                if field in trainer.callback_metrics:
-                    values[field] = float(trainer.callback_metrics[field])  # host sync, likewise
-            # Before the first validation some metrics are not there yet, and nothing is wrong.
-            if self._names_known or values.keys() >= set(fields):
-                name = render(self.filename, values, self.auto_insert_metric_name)
-        path = str(Path(self.dirpath) / (name + SUFFIX))
-        if self.save_top_k not in (0, 1):
-            at = self._files.written.get(path, trainer.global_step)
-            if at != trainer.global_step:  # a file that stays is never replaced by another's name
-                path = str(Path(self.dirpath) / f"{name}-{plain}{SUFFIX}")
-        return path
+    def _complete(self, trainer: Trainer, path: str, score: Tensor | None) -> None:
+        """Goes on when a file is complete; in the background this is another thread."""
+        self._undo, self._good_at = None, time.monotonic()
+        if trainer.is_global_zero:
+            assert self.dirpath is not None
+            point_all(self._files, Path(self.dirpath), self._best_name, last=self.save_last)
+            self._files.garbage = collect_garbage(self._files, self._siblings)
+        told = "" if score is None else f" ({self.monitor}={float(score):.5g})"
+        told += ", the best so far" if score is not None and self.best_model_path == path else ""
+        level = logging.INFO if self.verbose else logging.DEBUG
+        _log.log(level, "saved %s%s", path, told)
 
-    def _point(self) -> None:
-        """Renews the second names of the newest and of the best file."""
-        assert self.dirpath is not None
-        folder, files = Path(self.dirpath), self._files
-        if self.save_last:
-            point(folder / f"last{SUFFIX}", Path(files.newest))
-        if files.best_path in files.best:
-            point(folder / f"{self._best_name}{SUFFIX}", Path(files.best_path))
+    def _note(self, error: Exception) -> None:
+        """Remembers why a file could not be written, and forgets the file."""
+        self._take_back()
+        self._error, self._reason = error, str(error)
 
-    def _collect_garbage(self) -> None:
-        """Removes files that were replaced, except where another ModelCheckpoint keeps them."""
-        kept = {path for other in self._siblings for path in other._files.written}
-        failed = []
-        for path in self._files.garbage:
-            try:
-                if path not in kept:
-                    Path(path).unlink(missing_ok=True)
-            except OSError as error:
-                _log.warning("%s could not be removed: %s", path, error.strerror)
-                failed.append(path)  # tried again at the next save
-        self._files.garbage = failed
+    def _take_back(self) -> None:
+        """Forgets a file that did not become complete."""
+        if self._undo is not None:
+            self._files, self._undo, self._saved_step = self._undo, None, -1
+
+    def _surface(self) -> None:
+        """Raises or tells what went wrong with the last file."""
+        error, self._error = self._error, None
+        if error is None:
+            return
+        if self.on_error == "raise" or not isinstance(error, CheckpointError):
+            raise error
+        good = "there is none of this fit yet"
+        if self._good_at is not None:
+            age = (time.monotonic() - self._good_at) / 60
+            good = f"the last good one is {self._files.newest}, {age:.1f} min old"
+        _log.warning("Training goes on without a checkpoint (%s): %s", good, error)
 
     def _folder(self, trainer: Trainer) -> Path:
         """Returns the folder for the files of this run."""
@@ -411,69 +485,10 @@ class ModelCheckpoint(Callback):
         folder = Path(self._given_dirpath or trainer.run_dir / "checkpoints")
         return folder.expanduser().absolute()
 
-    def _find_siblings(self, trainer: Trainer) -> None:
+    def _find_siblings(self, trainer: Trainer, folder: Path) -> None:
         """Finds the others of this class that write to the same folder, and settles who is who."""
-        folder = self._folder(trainer)
-        all_here = [
-            other
-            for other in trainer.callbacks
-            if isinstance(other, ModelCheckpoint) and other._folder(trainer) == folder
-        ]
+        all_here = [c for c in trainer.checkpoint_callbacks if c._folder(trainer) == folder]
         self._siblings = [other for other in all_here if other is not self]
-        for other in self._siblings:
-            if other.save_weights_only != self.save_weights_only or (
-                self.filename is not None and other.filename == self.filename
-            ):
-                raise ConfigError(
-                    f"Two ModelCheckpoints would replace each other's files in {folder}. Give one "
-                    f"of them a dirpath of its own (or, if both save everything, another filename)."
-                )
-        monitors = [other.monitor for other in all_here if other.monitor is not None]
-        if self.monitor is not None and len(set(monitors)) < len(monitors):
-            raise ConfigError(
-                f"Two ModelCheckpoints monitor {self.monitor!r} in {folder}, but there is one "
-                f"best{SUFFIX}. Give one of them a dirpath of its own."
-            )
-        first = self.monitor is None or self.monitor == monitors[0]
-        self._best_name = "best" if first else f"best_{self.monitor}".replace("/", "_")
-
-
-def _check(given: ModelCheckpoint) -> None:
-    """Raises `ConfigError` for arguments that are out of range or contradict each other."""
-    if given.mode not in ("min", "max"):
-        raise ConfigError(
-            f"mode={given.mode!r}; allowed are 'min' and 'max'."
-            f"{did_you_mean(str(given.mode), ('min', 'max'))}"
-        )
-    for name, least in (("save_top_k", -1), ("every_n_epochs", 0), ("every_n_train_steps", 0)):
-        value = getattr(given, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ConfigError(f"{name}={value!r}; it must be an integer, at least {least}.")
-    k, fields = given.save_top_k, []
-    if given.filename is not None:
-        fields = check_template(given.filename)
-    if given.monitor is None and k > 1:
-        raise ConfigError(
-            f"save_top_k={k} keeps the best {k} files, so it needs monitor=, the metric that tells "
-            f"which are best. Without a monitor: 1 keeps the newest, -1 all, 0 none."
-        )
-    if given.restore_best and (given.monitor is None or k == 0):
-        raise ConfigError(
-            "restore_best=True needs monitor=, the metric that tells which is best, and a "
-            "save_top_k other than 0."
-        )
-    if k == 0 and not given.save_last and not given._no_interval:
-        raise ConfigError(
-            "save_top_k=0 and save_last=False save nothing, but an interval was given. Remove the "
-            "interval, or let one of the two keep files."
-        )
-    if given.filename is not None and not fields and k not in (0, 1):
-        raise ConfigError(
-            f"filename={given.filename!r} is the same for every file, but save_top_k={k} keeps "
-            f"several. Put {{epoch}} or {{step}} into it."
-        )
-    if given.filename == "last" and given.monitor is not None:
-        raise ConfigError(
-            f"filename='last': last{SUFFIX} is always the newest file, so the best one needs "
-            f"another name."
-        )
+        name = best_name(self, self._siblings, folder)
+        first = next((c for c in all_here if c.monitor is not None), self)
+        self._best_name = "best" if first is self or self.monitor is None else name

@@ -6,17 +6,20 @@ from lightkit.checkpoint.contents import collect, restore
 from lightkit.checkpoint.files import (
     FORMAT,
     is_valid,
-    latest,
     read_checkpoint,
     save_file,
+    settle,
     write_checkpoint,
 )
+from lightkit.checkpoint.newest import latest
 from lightkit.checkpoint.rebuild import load_task
 from lightkit.checkpoint.storable import storable, storable_hparams
 from lightkit.checkpoint.weights import load_weights
+from lightkit.checkpoint.writer import Writer
 
 __all__ = [
     "FORMAT",
+    "Writer",
     "collect",
     "is_valid",
     "latest",
@@ -25,6 +28,7 @@ __all__ = [
     "read_checkpoint",
     "restore",
     "save_file",
+    "settle",
     "storable",
     "storable_hparams",
     "write_checkpoint",

@@ -2,13 +2,17 @@
 
 The layout of format 1; everything is plain types and tensors::
 
-    lightkit            {"format", "version", "epoch", "global_step"}
+    lightkit            {"format", "version", "epoch", "global_step", "run", "folder", "exact"}
     model               the task's state_dict, under the task's own names
     task_class          "module.Class" of the task, for people
     hparams             the task's constructor arguments
     datamodule_hparams  the data module's, if it has any
-    optimizers, schedulers, precision, loop, rng (one per rank), data, datamodule, callbacks,
-    metrics, history    everything else that a run needs to go on; left out of weights-only files
+    optimizers, schedulers, precision, loop, flow, rng (one per rank), data, datamodule, callbacks,
+    metrics, history, loggers (their marks)
+                        everything else that a run needs to go on; left out of weights-only files
+
+"run" is the id of the run, "folder" its folder, and "exact" false for a state that was saved after
+an exception. These three, "flow" and "loggers" are not in the oldest files.
 """
 
 from __future__ import annotations
@@ -48,8 +52,9 @@ def collect(run: FitRun, *, weights_only: bool = False) -> dict[str, Any]:
             "version": _version(),
             "epoch": state.epoch,
             "global_step": state.global_step,
+            "run": run.run_id,
         },
-        "model": task.state_dict(),
+        "model": run.strategy.model_state(task),
         "task_class": f"{type(task).__module__}.{type(task).__qualname__}",
         "hparams": storable_hparams(task.hparams),
     }
@@ -59,8 +64,12 @@ def collect(run: FitRun, *, weights_only: bool = False) -> dict[str, Any]:
     if not weights_only:
         checkpoint |= run.plan.state_dict()
         checkpoint["precision"] = run.precision.state_dict()
-        checkpoint["loop"] = state.state_dict()
-        checkpoint["rng"] = [rng.rng_state()]
+        checkpoint["loop"] = run.completed()
+        # A listener of this very save point may have asked too late for it to be followed here.
+        followed = run.flow.ending or run.flow.epoch_ended
+        checkpoint["flow"] = {"stop_reason": run.flow.stop_reason if followed else None}
+        # Those of the checkpoint that is continued, as long as they are not put back.
+        checkpoint["rng"] = [rng.rng_state() if run.rng is None else run.rng]
         checkpoint["data"] = run.data_state()
         if hasattr(run.datamodule, "state_dict"):  # any object with loaders may be a data module
             checkpoint["datamodule"] = run.datamodule.state_dict()
@@ -99,6 +108,8 @@ def restore(run: FitRun, checkpoint: dict[str, Any]) -> None:
     )
     run.precision.load_state_dict(checkpoint["precision"])
     run.state.load_state_dict(checkpoint["loop"])
+    # Saved only where a hook changed it; else the Trainer's own number holds, also a new one.
+    run.flow.accumulate = checkpoint.get("flow", {}).get("accumulate", run.flow.accumulate)
     run.load_data_state(checkpoint["data"])
     if "datamodule" in checkpoint and hasattr(run.datamodule, "load_state_dict"):
         run.datamodule.load_state_dict(checkpoint["datamodule"])

@@ -14,8 +14,10 @@ import pickle
 import platform
 import re
 import shutil
+import threading
 import time
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -39,6 +41,8 @@ _ADVICE = "Choose another one with default_root_dir= of the Trainer or dirpath= 
 _TEMPORARY = ".lightkit-tmp"
 #: A temporary file of another machine that was not touched for so long has no writer any more.
 _LEFTOVER_SECONDS = 3600.0
+#: The threads that write a file at the moment. Whoever reads files waits for them first.
+in_flight: set[threading.Thread] = set()
 
 
 def write_checkpoint(obj: dict[str, Any], path: str | Path) -> None:
@@ -55,7 +59,7 @@ def write_checkpoint(obj: dict[str, Any], path: str | Path) -> None:
         CheckpointError: Something cannot be stored or the file cannot be written. What was there
             under this name is untouched.
     """
-    _write(storable(obj, "checkpoint"), Path(path))
+    write_stored(storable(obj, "checkpoint"), Path(path))
 
 
 def save_file(obj: Any, path: str | Path) -> None:
@@ -63,7 +67,48 @@ def save_file(obj: Any, path: str | Path) -> None:
 
     ``torch.load(path, weights_only=True)`` reads it.
     """
-    _write(storable(obj), Path(path))
+    write_stored(storable(obj), Path(path))
+
+
+def write_stored(obj: Any, path: Path, files: Iterable[Path] = ()) -> None:
+    """Writes what is storable already, in the way of `write_checkpoint`.
+
+    Args:
+        obj: What `storable` returned.
+        path: Where to.
+        files: Files that must be on the disk before this one counts.
+
+    Raises:
+        CheckpointError: It cannot be written.
+    """
+    temporary = _temporary(path)
+    recorder: _Recorder | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # open() gives the mode of the umask, which tempfile does not.
+        with open(temporary, "wb") as file:
+            recorder = _Recorder(file)
+            torch.save(obj, recorder)  # type: ignore[arg-type]
+            file.flush()
+            os.fsync(file.fileno())
+        _sync_files(files)
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except BaseException as error:  # noqa: BLE001, Ctrl-C too must leave no temporary file
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        cause = recorder.error if recorder is not None and recorder.error else error
+        if isinstance(cause, OSError):
+            raise CheckpointError(_why(cause, path, _nbytes(obj))) from cause
+        # The error itself, or the Ctrl-C that torch turned into an error of its own.
+        raise cause from cause.__cause__
+
+
+def settle() -> None:
+    """Waits until no file is being written in the background of this process."""
+    for thread in list(in_flight):
+        if thread is not threading.current_thread():
+            thread.join()
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -73,6 +118,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         CheckpointError: There is no such file, or it is a folder, truncated, damaged, from
             elsewhere, written by a newer lightkit, or holds objects that could run code.
     """
+    settle()
     path = Path(path)
     _check_exists(path)
     if not zipfile.is_zipfile(path):
@@ -90,7 +136,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         )
     if "lightkit" in checkpoint:
         _check_format(checkpoint["lightkit"], path)
-        _check_bytes(path)
+        check_bytes(path)
     return checkpoint
 
 
@@ -100,9 +146,26 @@ def read_any(path: str | Path) -> Any:
     Raises:
         CheckpointError: It cannot be read, or holds objects that could run code.
     """
+    settle()
     path = Path(path)
     _check_exists(path)
     return _load(path)
+
+
+def peek(path: Path) -> dict[str, Any]:
+    """Returns a checkpoint of lightkit whose tensors stay on the disk until they are read.
+
+    Raises:
+        CheckpointError: The file is not whole or from elsewhere. Its bytes are not checked.
+    """
+    _check_exists(path)
+    if not is_valid(path):
+        raise CheckpointError(f"{path} is damaged or truncated.")
+    checkpoint = _load(path, mmap=True)
+    if not isinstance(checkpoint, dict) or "lightkit" not in checkpoint:
+        raise CheckpointError(f"{path} is no checkpoint of lightkit.")
+    _check_format(checkpoint["lightkit"], path)
+    return checkpoint
 
 
 def is_valid(path: str | Path) -> bool:
@@ -113,49 +176,6 @@ def is_valid(path: str | Path) -> bool:
             return len(index) == 1 and bool(file.read(index[0]))
     except (OSError, EOFError, RuntimeError, zipfile.BadZipFile):
         return False
-
-
-def latest(directory: str | Path) -> Path | None:
-    """Returns the newest whole checkpoint of a folder that a fit can continue, or None.
-
-    The newest is the one with the most steps, then the one written last. Damaged and foreign files
-    are skipped with a warning that names them; files that hold weights only are passed over.
-    """
-    files: dict[tuple[int, int], Path] = {}
-    paths = Path(directory).glob(f"*{SUFFIX}")
-    for path in sorted(paths, key=lambda p: (p.stem not in POINTERS, p.name)):
-        with contextlib.suppress(OSError):  # gone in the meantime, or a link to nowhere
-            stat = path.stat()
-            files[stat.st_dev, stat.st_ino] = path  # of several names the file's own comes last
-    found = []
-    for path in files.values():
-        try:
-            position = _position(path)
-        except CheckpointError as error:
-            _log.warning("Skipped a file among the checkpoints: %s", error)
-            continue
-        if position is not None:
-            found.append((position, path.stat().st_mtime_ns, path))
-    for _, _, path in sorted(found, reverse=True):
-        try:
-            _check_bytes(path)
-        except CheckpointError as error:
-            _log.warning("Skipped a file among the checkpoints: %s", error)
-            continue
-        return path
-    return None
-
-
-def _position(path: Path) -> int | None:
-    """Returns the step of a checkpoint without reading its tensors; None if it cannot go on."""
-    _check_exists(path)
-    if not is_valid(path):
-        raise CheckpointError(f"{path} is damaged or truncated.")
-    checkpoint = _load(path, mmap=True)
-    if not isinstance(checkpoint, dict) or "lightkit" not in checkpoint:
-        raise CheckpointError(f"{path} is no checkpoint of lightkit.")
-    _check_format(checkpoint["lightkit"], path)
-    return int(checkpoint["loop"]["global_step"]) if "loop" in checkpoint else None
 
 
 def point(pointer: Path, target: Path) -> None:
@@ -229,30 +249,6 @@ class _Recorder:
         self._file.flush()
 
 
-def _write(obj: Any, path: Path) -> None:
-    """Writes a storable object under a temporary name and renames it."""
-    temporary = _temporary(path)
-    recorder: _Recorder | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # open() gives the mode of the umask, which tempfile does not.
-        with open(temporary, "wb") as file:
-            recorder = _Recorder(file)
-            torch.save(obj, recorder)  # type: ignore[arg-type]
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except BaseException as error:  # noqa: BLE001, Ctrl-C too must leave no temporary file
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        cause = recorder.error if recorder is not None and recorder.error else error
-        if isinstance(cause, OSError):
-            raise CheckpointError(_why(cause, path, _nbytes(obj))) from cause
-        # The error itself, or the Ctrl-C that torch turned into an error of its own.
-        raise cause from cause.__cause__
-
-
 def _temporary(path: Path) -> Path:
     """Returns the name under which a file is written before it gets its own."""
     return path.with_name(f".{path.name}.{_host()}.{os.getpid()}{_TEMPORARY}")
@@ -274,6 +270,13 @@ def _abandoned(temporary: Path) -> bool:
 def _host() -> str:
     """Returns the name of this machine as a part of a file name."""
     return re.sub(r"\W", "_", platform.node())[:40]
+
+
+def _sync_files(files: Iterable[Path]) -> None:
+    """Brings files to the disk that others hold open; one that is gone has nothing to bring."""
+    for path in files:
+        with contextlib.suppress(FileNotFoundError), open(path, "r+b") as file:
+            os.fsync(file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:
@@ -393,7 +396,7 @@ def _check_format(header: Any, path: Path) -> None:
         )
 
 
-def _check_bytes(path: Path) -> None:
+def check_bytes(path: Path) -> None:
     """Raises when bytes of a file changed after it was written; torch itself does not look."""
     with zipfile.ZipFile(path) as file:
         bad = file.testzip()

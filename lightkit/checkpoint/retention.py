@@ -118,7 +118,7 @@ class Retention:
         self.best = {here(p): score for p, score in self.best.items() if here(p)}
         self.written = {here(p): step for p, step in self.written.items() if here(p)}
         self.newest = here(self.newest) if self.newest else ""
-        self.garbage = self.garbage if same else []
+        self.garbage = [p for p in self.garbage if Path(p).is_file()] if same else []
         if self.best_path:
             self.best_path = here(self.best_path) or self.best_path
             if not Path(self.best_path).is_file():

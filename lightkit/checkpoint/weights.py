@@ -30,7 +30,8 @@ def load_weights(
             of the checkpoint into a bare ``net``.
 
     Raises:
-        CheckpointError: The file cannot be read, holds no weights, or (strict) does not fit.
+        CheckpointError: The file cannot be read, holds no weights, or (strict) does not fit. Then
+            nothing was changed.
     """
     apply_weights(task, weights_of(read_any(path), path), path, strict=strict, prefix=prefix)
 
@@ -74,9 +75,13 @@ def apply_weights(
     if not strict:
         for name in mismatch.shapes:
             del chosen[name]
+    # Hooks of modules may rename, so only loading tells whether what differs is wrong. By then torch
+    # has copied what fits.
+    before = mismatch.copy() if strict and mismatch.described() else {}
     try:
         module.load_state_dict(chosen, strict=strict)
     except RuntimeError as error:
+        mismatch.put_back(before)
         raise CheckpointError(
             f"The weights of {source} do not fit {type(module).__name__}: "
             f"{mismatch.described() or error}.{mismatch.hint()} strict=False loads what fits."
@@ -89,7 +94,7 @@ class _Mismatch:
     """What differs between the names and shapes of a network and of some weights."""
 
     def __init__(self, module: nn.Module, weights: Mapping[str, Any]) -> None:
-        own = module.state_dict()
+        own = self._state = module.state_dict()
         self.own, self.given = list(own), list(weights)
         self.missing = [name for name in own if name not in weights]
         self.unexpected = [name for name in weights if name not in own]
@@ -100,6 +105,16 @@ class _Mismatch:
                 continue
             if not nn.parameter.is_lazy(value) and value.shape != given.shape:
                 self.shapes[name] = f"{name} (file {tuple(given.shape)}, here {tuple(value.shape)})"
+
+    def copy(self) -> dict[str, Tensor]:
+        """Returns copies of all tensors of the network."""
+        tensors = {k: v for k, v in self._state.items() if isinstance(v, Tensor)}
+        return {k: v.clone() for k, v in tensors.items() if not nn.parameter.is_lazy(v)}
+
+    def put_back(self, copies: Mapping[str, Tensor]) -> None:
+        """Puts back what `copy` returned."""
+        for name, value in copies.items():
+            self._state[name].copy_(value)
 
     def described(self) -> str:
         """Returns the differences in words, a few names of each kind; "" if there are none."""

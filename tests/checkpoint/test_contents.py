@@ -11,10 +11,12 @@ from torch import nn
 
 from lightkit import rng
 from lightkit.checkpoint import collect, read_checkpoint, restore, write_checkpoint
+from lightkit.distributed import SingleDevice
 from lightkit.errors import CheckpointError, ConfigError
 from lightkit.history import History
 from lightkit.hooks import Callback
 from lightkit.hparams import HParams
+from lightkit.run import Flow
 from lightkit.state import TrainState
 
 
@@ -72,6 +74,13 @@ class Run:
         self.datamodule: object = Part(fold=fill)
         self.datamodule.hparams = {"batch_size": 8}  # type: ignore[attr-defined]
         self.data = {"position": fill}
+        self.run_id = "id" * fill
+        self.strategy = SingleDevice(torch.device("cpu"))
+        self.flow = Flow()
+        self.rng = None
+
+    def completed(self):
+        return self.state.state_dict()
 
     def data_state(self):
         return self.data
@@ -86,6 +95,7 @@ def test_everything_goes_into_a_file_and_back(tmp_path):
     loaded = torch.load(tmp_path / "a.ckpt", weights_only=True)
     assert loaded["lightkit"]["format"] == 1
     assert loaded["lightkit"]["global_step"] == 40
+    assert loaded["lightkit"]["run"] == "idididid"
     assert loaded["task_class"].endswith("test_contents.Net")
     assert loaded["hparams"]["width"] == 3
     assert loaded["datamodule_hparams"] == {"batch_size": 8}
@@ -113,6 +123,12 @@ def test_the_random_states_are_saved_and_restoring_leaves_them_alone():
     assert torch.equal(torch.get_rng_state(), before)
     rng.set_rng_state(checkpoint["rng"][0])
     assert torch.equal(torch.rand(3), first)
+
+
+def test_before_a_resumed_run_goes_on_the_random_states_are_those_it_goes_on_from():
+    run = Run()
+    run.rng = {"of": "the file"}
+    assert collect(run)["rng"] == [{"of": "the file"}]
 
 
 def test_weights_only(tmp_path):
@@ -149,6 +165,39 @@ def test_what_a_hook_adds_and_cannot_be_stored_is_refused(tmp_path):
     run.hooks.on_save_checkpoint = (lambda c: c.update(mine=[Silent()]),)
     with pytest.raises(CheckpointError, match=r"checkpoint\.mine\.\[0\] cannot be stored.*Silent"):
         write_checkpoint(collect(run), tmp_path / "a.ckpt")
+
+
+def test_what_a_run_was_about_to_do_travels():
+    run, other = Run(1), Run()
+    run.flow.stop_reason = "enough"
+    assert collect(run)["flow"] == {
+        "stop_reason": None
+    }  # one more step comes before it is followed
+    run.flow.ending = True
+    checkpoint = collect(run)
+    assert checkpoint["flow"] == {"stop_reason": "enough"}
+    other.flow.accumulate = 2
+    restore(other, checkpoint)
+    assert other.flow.accumulate == 2
+    checkpoint["flow"]["accumulate"] = 5
+    restore(other, checkpoint)
+    assert other.flow.accumulate == 5
+
+
+def test_the_position_is_that_of_the_last_completed_step():
+    run, other = Run(1), Run()
+    run.completed = lambda: {"epoch": 1, "global_step": 9, "batch_idx": 4}
+    checkpoint = collect(run)
+    restore(other, checkpoint)
+    assert (other.state.global_step, other.state.batch_idx) == (9, 4)
+
+
+def test_files_of_before_these_were_there_are_restored():
+    run, other = Run(1), Run()
+    checkpoint = collect(run)
+    del checkpoint["flow"], checkpoint["lightkit"]["run"]
+    restore(other, checkpoint)
+    assert other.state == run.state
 
 
 def test_without_a_datamodule():

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import pathlib
 import resource
@@ -14,10 +13,9 @@ import time
 import pytest
 import torch
 
-from lightkit.checkpoint import files
+from lightkit.checkpoint import files, newest
 from lightkit.checkpoint.files import (
     is_valid,
-    latest,
     point,
     prepare_folder,
     read_any,
@@ -232,7 +230,7 @@ def test_kill_9_while_writing_leaves_the_old_file(tmp_path, place):
     done = subprocess.run([sys.executable, "-c", KILLED, str(path), place], timeout=60)
     assert done.returncode == -signal.SIGKILL
     assert read_checkpoint(path)["loop"]["global_step"] == 1
-    assert latest(tmp_path) == path
+    assert newest.latest(tmp_path) == path
     (leftover,) = set(names(tmp_path)) - {"a.ckpt"}
     assert leftover.endswith(".lightkit-tmp")
     prepare_folder(tmp_path)
@@ -338,7 +336,7 @@ def test_a_malicious_file_is_refused_and_executes_nothing(tmp_path, marker, read
     torch.save({"lightkit": {"format": 1}, "a": Evil(marker)}, tmp_path / "evil.ckpt")
     with pytest.raises(CheckpointError, match=r"posix\.system.*nothing was executed"):
         read(tmp_path / "evil.ckpt")
-    assert latest(tmp_path) is None
+    assert newest.latest(tmp_path) is None
     assert not marker.exists()
 
 
@@ -346,48 +344,6 @@ def test_an_object_of_a_foreign_class_is_named(tmp_path):
     torch.save({"lightkit": {"format": 1}, "a": Foreign()}, tmp_path / "a.ckpt")
     with pytest.raises(CheckpointError, match=r"an object of type .*Foreign\. Loading such"):
         read_checkpoint(tmp_path / "a.ckpt")
-
-
-# ---- the newest
-
-
-def test_the_newest_has_the_most_steps_then_the_latest_time(tmp_path):
-    assert latest(tmp_path) is None
-    assert latest(tmp_path / "nowhere") is None
-    write_checkpoint(a_checkpoint(30), tmp_path / "b.ckpt")
-    write_checkpoint(a_checkpoint(4), tmp_path / "z.ckpt")
-    assert latest(tmp_path) == tmp_path / "b.ckpt"
-    write_checkpoint(a_checkpoint(30), tmp_path / "a.ckpt")
-    os.utime(tmp_path / "b.ckpt", (1, 1))
-    assert latest(str(tmp_path)) == tmp_path / "a.ckpt"
-
-
-def test_the_newest_skips_damaged_files_with_a_warning_that_names_them(tmp_path, caplog):
-    write_checkpoint(a_checkpoint(1), tmp_path / "step_000001.ckpt")
-    write_checkpoint(a_checkpoint(2, size=1000), tmp_path / "step_000002.ckpt")
-    write_checkpoint(a_checkpoint(3), tmp_path / "step_000003.ckpt")
-    content = bytearray((tmp_path / "step_000002.ckpt").read_bytes())
-    content[content.index(torch.full((1000,), 2.0).numpy().tobytes()) + 2000] ^= 1
-    (tmp_path / "step_000002.ckpt").write_bytes(content)
-    os.truncate(tmp_path / "step_000003.ckpt", 500)
-    torch.save({"a": 1}, tmp_path / "mine.ckpt")
-    os.symlink(tmp_path / "gone", tmp_path / "link.ckpt")
-    with caplog.at_level(logging.WARNING, logger="lightkit"):
-        assert latest(tmp_path) == tmp_path / "step_000001.ckpt"
-    for name in ("step_000002.ckpt", "step_000003.ckpt", "mine.ckpt"):
-        assert name in caplog.text
-    assert len(caplog.records) == 3
-
-
-def test_the_newest_is_never_one_with_weights_only_and_goes_by_its_own_name(tmp_path, caplog):
-    weights_only = a_checkpoint(9)
-    del weights_only["loop"]
-    write_checkpoint(weights_only, tmp_path / "weights.ckpt")
-    write_checkpoint(a_checkpoint(2), tmp_path / "epoch=1.ckpt")
-    point(tmp_path / "last.ckpt", tmp_path / "epoch=1.ckpt")
-    point(tmp_path / "best.ckpt", tmp_path / "epoch=1.ckpt")
-    assert latest(tmp_path) == tmp_path / "epoch=1.ckpt"
-    assert not caplog.records
 
 
 # ---- second names

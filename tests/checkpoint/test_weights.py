@@ -80,6 +80,40 @@ def test_another_architecture_names_what_differs(tmp_path):
     assert "and 2 more" in message
 
 
+def test_what_does_not_fit_changes_nothing(tmp_path):
+    target = Net()
+    before = {name: value.clone() for name, value in target.state_dict().items()}
+    for spoil in ("missing", "unexpected", "shape"):
+        state = Net().state_dict()
+        if spoil == "missing":
+            del state["head.bias"]
+        elif spoil == "unexpected":
+            state["extra"] = torch.ones(1)
+        else:
+            state["head.bias"] = torch.ones(9)
+        with pytest.raises(CheckpointError, match="do not fit"):
+            load_weights(target, saved(tmp_path, state))
+        assert all(torch.equal(before[k], v) for k, v in target.state_dict().items()), spoil
+
+
+def test_a_module_that_renames_what_it_loads_may_differ(tmp_path):
+    class Renamed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.new = nn.Linear(2, 1)
+            self.register_load_state_dict_pre_hook(self._rename)
+
+        @staticmethod
+        def _rename(module, state, prefix, *_):
+            for key in [k for k in state if k.startswith("old.")]:
+                state[key.replace("old.", "new.")] = state.pop(key)
+
+    target = Renamed()
+    state = {"old.weight": torch.full((1, 2), 3.0), "old.bias": torch.zeros(1)}
+    load_weights(target, saved(tmp_path, state))
+    assert (target.new.weight == 3).all()
+
+
 def test_not_strict_loads_what_fits_and_says_what_does_not(tmp_path, caplog):
     source, target = Net(classes=10), Net()
     head = target.head.weight.clone()

@@ -1,0 +1,207 @@
+"""Writes the checkpoints of one fit, at once or behind the back of the loop."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightkit.checkpoint.files import in_flight, settle, write_stored
+from lightkit.checkpoint.storable import storable
+from lightkit.errors import CheckpointError
+
+_log = logging.getLogger("lightkit")
+#: How long to wait before a file that could not be written is tried once more.
+RETRY_SECONDS = 1.0
+
+
+class Writer:
+    """Writes files one after the other. What was there before stays until the new one is complete.
+
+    In the background a file is written from a copy in memory, which is kept for the next one. At
+    most one is under way: whoever writes or reads checkpoints in this process waits for it.
+    """
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+        self._buffers = Buffers()
+
+    def write(
+        self,
+        contents: dict[str, Any],
+        path: Path,
+        *,
+        files: Iterable[Path] = (),
+        background: bool = False,
+        then: Callable[[], None] | None = None,
+        failed: Callable[[Exception], None] | None = None,
+    ) -> None:
+        """Writes a checkpoint, once more after a second if that fails.
+
+        Args:
+            contents: The checkpoint. What cannot be stored is converted or refused here and now.
+            path: Where to.
+            files: Files that must be on the disk before this one counts.
+            background: Copy the tensors and return; a thread does the rest.
+            then: Called when the file is complete, in the background by that thread.
+            failed: Gets the error of a background save. Without it `write`, `wait` or `close`
+                raises the error, whichever comes first.
+
+        Raises:
+            CheckpointError: Something cannot be stored, or a file could not be written.
+        """
+        self.wait()
+        stored = storable(contents, "checkpoint")
+
+        def work() -> None:
+            _write_twice(stored, path, files)
+            if then is not None:
+                then()
+
+        if not background:
+            work()
+            return
+        stored = self._buffers.copy(stored)
+
+        def behind() -> None:
+            try:
+                work()
+            except Exception as error:  # noqa: BLE001  # it surfaces in the thread of the loop
+                if failed is None:
+                    self._error = error
+                else:
+                    failed(error)
+            finally:
+                in_flight.discard(threading.current_thread())
+
+        # Not a daemon: a program that ends right now still writes its last file.
+        self._thread = threading.Thread(target=behind, name="lightkit-writer")
+        in_flight.add(self._thread)
+        try:
+            self._thread.start()
+        except BaseException:
+            in_flight.discard(self._thread)
+            raise
+
+    def wait(self) -> None:
+        """Waits for the file under way.
+
+        Raises:
+            CheckpointError: It could not be written, and nobody took the error.
+        """
+        settle()
+        self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def close(self, failed: bool) -> None:
+        """Waits for the file under way and lets go of the memory.
+
+        Args:
+            failed: Whether an error is under way already, which must stay the one that is seen.
+        """
+        try:
+            self.wait()
+        except Exception as error:
+            if not failed:
+                raise
+            _log.error("and in saving before the error: %s", error)
+        finally:
+            self._buffers = Buffers()
+
+
+def _write_twice(stored: Any, path: Path, files: Iterable[Path]) -> None:
+    """Writes a file, once more after a while: a network or a full disk may have recovered."""
+    try:
+        write_stored(stored, path, files)
+    except CheckpointError as error:
+        _log.warning("%s Trying once more in %g s.", error, RETRY_SECONDS)
+        time.sleep(RETRY_SECONDS)
+        write_stored(stored, path, files)
+
+
+class Buffers:
+    """Memory of this process for a copy of all tensors, kept from one copy to the next."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[int, bool], list[Tensor]] = {}
+
+    def copy(self, stored: Any) -> Any:
+        """Returns ``stored`` with all tensors copied to the CPU, those that share memory together.
+
+        What an earlier call returned is overwritten.
+        """
+        kept: dict[tuple[int, bool], list[Tensor]] = {}
+        free = {key: list(buffers) for key, buffers in self._kept.items()}
+        copies: dict[tuple[Any, ...], Tensor] = {}
+        cards: set[torch.device] = set()
+
+        def copied(tensor: Tensor) -> Tensor:
+            nonlocal cards
+            if not _is_plain(tensor):
+                return tensor.to("cpu", copy=True)
+            storage = tensor.untyped_storage()
+            place = (tensor.device, storage.data_ptr(), storage.nbytes(), tensor.dtype)
+            copy = copies.get(place)
+            if copy is None:
+                size, pinned = storage.nbytes(), tensor.device.type == "cuda"
+                buffer = free[size, pinned].pop() if free.get((size, pinned)) else None
+                buffer = _empty(size, pinned) if buffer is None else buffer
+                kept.setdefault((size, pinned), []).append(buffer)
+                memory = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+                buffer.copy_(memory.set_(storage, 0, (size,), (1,)), non_blocking=pinned)
+                copy = copies[place] = buffer.view(tensor.dtype)
+                cards |= {tensor.device} if pinned else set()
+            return torch.as_strided(copy, tensor.size(), tensor.stride(), tensor.storage_offset())
+
+        def walk(item: Any) -> Any:
+            if isinstance(item, Tensor):
+                return copied(item)
+            if isinstance(item, bytearray):
+                return bytearray(item)
+            if type(item) in (list, tuple):
+                return type(item)(map(walk, item))
+            if not isinstance(item, dict):
+                return item
+            made = {key: walk(value) for key, value in item.items()}
+            if type(item) is not dict:
+                notes = vars(item) if isinstance(item, OrderedDict) else {}
+                made = type(item)(made)
+                vars(made).update(notes)
+            return made
+
+        result = walk(stored)
+        for device in cards:
+            torch.cuda.synchronize(device)  # host sync: the copies must be there, once per save
+        self._kept = kept
+        return result
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Tells whether a tensor is a view of one block of memory, as it stands."""
+    return (
+        tensor.layout == torch.strided
+        and tensor.device.type in ("cpu", "cuda")
+        and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
+        and tensor.untyped_storage().nbytes() % tensor.element_size() == 0
+        and tensor.numel() > 0
+    )
+
+
+def _empty(size: int, pinned: bool) -> Tensor:
+    """Returns memory for one storage."""
+    if pinned:
+        try:
+            return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        except RuntimeError:  # no more memory can be pinned: the copy takes a little longer
+            pass
+    return torch.empty(size, dtype=torch.uint8)

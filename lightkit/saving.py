@@ -1,0 +1,114 @@
+"""Saves a run: what must be true before, and what belongs together on the disk."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lightkit import checkpoint
+from lightkit.checkpoint.savers import in_validation
+from lightkit.errors import CheckpointError, NonFiniteError
+from lightkit.evaluation import may_break_off
+from lightkit.places import keyed
+
+if TYPE_CHECKING:
+    from lightkit.run import FitRun
+    from lightkit.trainer import Trainer
+
+
+def save(
+    trainer: Trainer,
+    run: FitRun,
+    path: str | Path,
+    *,
+    weights_only: bool = False,
+    background: bool = False,
+    then: Callable[[], None] | None = None,
+    failed: Callable[[Exception], None] | None = None,
+    exact: bool = True,
+) -> Path:
+    """Writes a checkpoint of a run as it stands.
+
+    Args:
+        trainer: The trainer of the run.
+        run: The run of a fit, at a save point.
+        path: Where to.
+        weights_only: Leave out what is only needed to go on with the run.
+        background: Copy the state and return; see `checkpoint.Writer`.
+        then: Called when the file is complete, in the background by the thread that wrote it.
+        failed: Gets the error of a background save.
+        exact: False for the last completed step where something of a later one has happened.
+
+    Raises:
+        CheckpointError: It cannot be written.
+        NonFiniteError: A loss or a parameter is not finite, so this state is not worth keeping.
+    """
+    path = Path(path)
+    broken = not exact and in_validation(sys.exc_info()[1])
+    if broken and run.validation is not None and not may_break_off(run.validation):
+        raise CheckpointError(
+            "the error came out of a validation, for which a hook may have put other weights in"
+        )
+    run.metrics.check_window()
+    if trainer.options.terminate_on_nan:
+        check_finite(run)
+    contents = checkpoint.collect(run, weights_only=weights_only)
+    header = contents["lightkit"]
+    header["folder"] = "" if trainer.run_dir is None else str(trainer.run_dir.absolute())
+    header["exact"] = exact
+    files: list[Path] = []
+    if not weights_only:
+        if broken:  # the validation that failed comes again
+            stepped = run.state.global_step > run.flow.group_step
+            within = "step" if stepped else "batch"
+            pending = "epoch" if run.cadence.unit == "epoch" else within
+            contents["loop"]["pending_validation"] = pending
+        if run.flow.accumulate != trainer.options.accumulate_grad_batches:  # a hook's own number
+            contents["flow"]["accumulate"] = run.flow.accumulate
+        contents["loggers"] = _marks(trainer, path)
+        for mark in contents["loggers"].values():
+            files += [Path(header["folder"], name) for name in mark.get("files", ())]
+    run.writer.write(contents, path, files=files, background=background, then=then, failed=failed)
+    return path
+
+
+def check_finite(run: FitRun) -> None:
+    """Raises `NonFiniteError` where a trainable parameter holds nan or inf.
+
+    A step whose loss was finite can make such weights, and no loss tells before the next one.
+    """
+    trained = [(n, p) for n, p in run.task.named_parameters() if p.requires_grad]
+    named = [(name, p.detach()) for name, p in trained if not torch.nn.parameter.is_lazy(p)]
+    # Nan and infinities never leave a sum of squares. A finite sum may overflow, so that a norm
+    # which is not finite asks for a closer look.
+    norm = torch.nn.utils.get_total_norm([value for _, value in named])
+    if bool(norm.isfinite()):  # host sync: one per save
+        return
+    bad = [name for name, value in named if not bool(value.isfinite().all())]
+    if bad:
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        raise NonFiniteError(
+            f"Parameters are nan or inf after step {run.state.global_step} (epoch "
+            f"{run.state.epoch + 1}) though the loss was finite: {', '.join(bad[:3])}{more}. This "
+            f"state is not saved. Lower the learning rate, clip gradients (gradient_clip_val=1.0), "
+            f"or look for the operation with detect_anomaly=True. Trainer(terminate_on_nan=False) "
+            f"trains on."
+        )
+
+
+def _marks(trainer: Trainer, path: Path) -> dict[str, dict[str, Any]]:
+    """Returns where the loggers' files stand, all rows handed to the operating system."""
+    marks = {}
+    for key, logger in keyed(trainer.session.loggers).items():
+        try:
+            marks[key] = logger.mark()
+        except OSError as error:
+            raise CheckpointError(
+                f"{path} was not written, for the rows of before it could not be: {key}: "
+                f"{error.strerror or error}."
+            ) from error
+    return marks
