@@ -157,7 +157,11 @@ class Callback:
         """Called when a validation begins; the model is in eval mode."""
 
     def on_validation_end(self, trainer: Trainer, task: TaskModule) -> None:
-        """Called when a validation is over; its means are known."""
+        """Called when a validation is over; its means are known.
+
+        A signal breaks a validation off without this call, unless code of yours listens to its start
+        and so waits for it.
+        """
 
     def on_validation_epoch_start(self, trainer: Trainer, task: TaskModule) -> None:
         """Called after ``on_validation_start``."""
@@ -467,4 +471,4 @@ def _trimmed(method: Callable[..., Any], offered: int) -> Callable[..., Any]:
     taken = positional_arguments(method, offered)
     if taken == offered:
         return method
-    return lambda *arguments: method(*arguments[:taken])
+    return functools.wraps(method)(lambda *arguments: method(*arguments[:taken]))

@@ -1,4 +1,4 @@
-"""The loop. Plain functions over a fully built run; the only caller of the user's steps.
+"""The loop. Plain functions over a fully built run; ``evaluation.py`` has one evaluation of it.
 
 Five frames lie between a call of ``fit`` and the user's step: ``Trainer.fit``, `fit`,
 `train_epoch`, `train_step`, ``training_step``. Whoever wants another loop imports `train_step` and
@@ -10,22 +10,21 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-import torch
 from torch import Tensor
 
-from lightkit import rng
+from lightkit import rng, signals
 from lightkit.closure import Closure
-from lightkit.data import END, BatchStream, generators, groups
+from lightkit.data import END, BatchStream, Feed, generators, groups
 from lightkit.errors import UsageError
+from lightkit.evaluation import evaluate, may_break_off, restore_modes, train_mode
 from lightkit.losses import Weighing, checked, is_zero, unpack
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from lightkit.data import Group
-    from lightkit.run import EvalRun, FitRun
+    from lightkit.run import FitRun
 
 _log = logging.getLogger("lightkit")
 _clock = time.perf_counter
@@ -43,17 +42,21 @@ def fit(run: FitRun) -> None:
         hook()
     if run.sanity_batches and run.validation is not None:
         sanity_check(run)
-    modes = _train_mode(run)
+    modes = train_mode(run.task)
     run.metrics.begin_epoch()
     try:
         for hook in hooks.on_train_start:
             hook()
-        while not done(run):
+        if flow.signal is not None:
+            _stop(run)  # nothing was trained that could be saved
+        if run.state.batch_idx and over(run):
+            _end_epoch_cut_off(run)
+        while not over(run):
             train_epoch(run)
         run.set_rng()  # a checkpoint after which nothing was left to train
     finally:
         run.metrics.close("after training")
-        _restore_modes(modes)
+        restore_modes(modes)
     for hook in hooks.on_train_end:
         hook()
     for hook in hooks.on_fit_end:
@@ -64,8 +67,8 @@ def fit(run: FitRun) -> None:
         _log.warning("training_step returned None for %d batches: skipped", flow.skipped)
 
 
-def done(run: FitRun) -> bool:
-    """Tells whether the run is over: limits, time, or a request to stop."""
+def over(run: FitRun) -> bool:
+    """Tells whether the run is over by itself: limits, time, or a request to stop."""
     flow, limits = run.flow, run.limits
     if limits.reached(run.state):
         return True
@@ -81,9 +84,14 @@ def train_epoch(run: FitRun) -> None:
     stream = _open_epoch(run)
     metrics.begin_steps()
     within = run.validation is not None and run.cadence.unit != "epoch"
+    pending, state.pending_validation = state.pending_validation, ""
     try:
-        for group in groups(stream, flow.accumulate):
-            before, steps = state.batch_idx, state.global_step
+        if pending in ("step", "batch"):
+            _finish_step(run, stream, stepped=pending == "step")
+        batches_over = pending == "epoch" or flow.ending
+        for group in () if batches_over else groups(stream, flow.accumulate):
+            flow.group_start = before = state.batch_idx
+            flow.group_step = steps = state.global_step
             train_step(run, group)
             flow.data_wait = stream.wait
             if within and state.batch_idx > before and validation_due(run, before):
@@ -93,24 +101,77 @@ def train_epoch(run: FitRun) -> None:
                 _step_plateau(run, "step", state.global_step)
             if group.last or stream.ended:
                 continue  # the end of the epoch offers the save, once its counter has moved
-            asked = flow.stop_reason is not None or flow.deadline is not None
-            if asked or state.global_step == run.limits.max_steps:
-                flow.ending = done(run)  # within the epoch: a save holds the state before its end
-                _count_time(run)
-            for hook in run.hooks.on_save_point:
-                hook()
-            if flow.ending:
-                break
+            asked = flow.stop_reason is not None or flow.signal is not None
+            if asked or flow.deadline is not None or state.global_step == run.limits.max_steps:
+                _last_save(run)  # within the epoch: a save holds the state before its end
+                if flow.ending:
+                    break
+            else:
+                for hook in run.hooks.on_save_point:
+                    hook()
     finally:
         stream.close()
-    metrics.end_steps()
-    metrics.reduce(training=True)
+    _close_epoch(run)
+
+
+def _close_epoch(run: FitRun) -> None:
+    """Does what follows the last batch of an epoch, or the last one before the run ended in it."""
+    state, flow = run.state, run.flow
+    run.metrics.end_steps()
+    run.metrics.reduce(training=True)
     if not flow.ending and run.validation and run.cadence.due_after_epoch(state.epoch):
-        validate(run)
+        validate(run, batches_over=True)
     for hook in run.hooks.on_train_epoch_end:
         hook()
     if not flow.ending:
         end_epoch(run)
+
+
+def _end_epoch_cut_off(run: FitRun) -> None:
+    """Goes on with a run that is over at a checkpoint within an epoch, and did not come to its end.
+
+    All that is missing is what followed the checkpoint: a validation that a signal broke off, the
+    epoch's means, its entry in the history.
+    """
+    state, flow = run.state, run.flow
+    if state.pending_validation or state.batch_idx == run.train_length:
+        train_epoch(run)
+        return
+    run.set_rng()
+    flow.epoch_started, flow.ending = _clock(), True
+    _close_epoch(run)
+
+
+def _finish_step(run: FitRun, stream: BatchStream, *, stepped: bool) -> None:
+    """Does what was left of a step when a signal broke its validation off."""
+    state, flow = run.state, run.flow
+    flow.group_step = state.global_step - stepped
+    if run.validation is not None:
+        validate(run)
+    run.metrics.begin_steps()
+    if stepped:
+        _step_plateau(run, "step", state.global_step)
+    if stream.length is None or state.batch_idx < stream.length:
+        _last_save(run)
+
+
+def _last_save(run: FitRun) -> None:
+    """Offers a save that may be the last of the run; ends the run where a signal asked for it."""
+    flow = run.flow
+    flow.ending = over(run) or flow.signal is not None
+    _count_time(run)
+    for hook in run.hooks.on_save_point:
+        hook()
+    if flow.ending and flow.signal is not None and not over(run):  # else it ends as usual
+        _stop(run)
+
+
+def _stop(run: FitRun) -> NoReturn:
+    """Ends the run for a signal."""
+    number = run.flow.signal
+    assert number is not None
+    _log.info("%s: stopped after step %d", signals.name(number), run.state.global_step)
+    raise signals.ended_by(number)
 
 
 def end_epoch(run: FitRun) -> None:
@@ -129,14 +190,10 @@ def end_epoch(run: FitRun) -> None:
     state.epoch += 1
     state.batch_idx = 0
     run.data.clear()
-    _count_time(run)
-    flow.epoch_ended, flow.ending = True, done(run)
-    for hook in run.hooks.on_save_point:
-        hook()
-    if not flow.ending and done(run):  # one of them asked for the end: now it is the last save
-        flow.ending = True
-        for hook in run.hooks.on_save_point:
-            hook()
+    flow.epoch_ended = True
+    _last_save(run)
+    if not flow.ending and (over(run) or flow.signal is not None):
+        _last_save(run)  # one of the listeners asked for the end, or a signal came meanwhile
     flow.epoch_ended = False
 
 
@@ -157,6 +214,7 @@ def _step_plateau(run: FitRun, interval: Literal["step", "epoch"], count: int) -
 def _open_epoch(run: FitRun) -> BatchStream:
     """Starts a pass over the training loader, where the epoch begins or where it is continued."""
     state = run.state
+    run.reopen()
     if state.batch_idx == 0:
         run.set_rng()  # the random states of the checkpoint that this fit continues
         if run.reload is not None:
@@ -175,6 +233,8 @@ def _open_epoch(run: FitRun) -> BatchStream:
         skip=state.batch_idx,
         epoch=state.epoch,
         sizes=run.counts,
+        feed=run.feed,
+        record=run.data,
         name="training loader",
     )
     run.set_rng()  # in the middle of an epoch: after its order was drawn again
@@ -351,146 +411,70 @@ def validation_due(run: FitRun, before: int) -> bool:
     return _clock() - run.flow.validated_at >= every
 
 
-def validate(run: FitRun) -> None:
-    """Runs the validation of a fit; training goes on afterwards as if nothing had been."""
+def validate(run: FitRun, *, batches_over: bool = False) -> None:
+    """Runs the validation of a fit; training goes on afterwards as if nothing had been.
+
+    A signal breaks it off, if `may_break_off` allows it: the run ends in the state of before, and
+    begins with the validation when it goes on.
+
+    Args:
+        run: The run.
+        batches_over: Whether the epoch has no more batches.
+    """
     assert run.validation is not None
-    run.flow.validating = True
+    flow, sanity = run.flow, run.flow.sanity_checking
+    watched = flow if may_break_off(run.validation) else None
+    before = None if sanity else (run.before_validation(), run.metrics.eval_state())
+    flow.validating = True
     try:
-        evaluate(run.validation, sanity=run.flow.sanity_checking)
+        complete = flow.signal is None and evaluate(run.validation, sanity=sanity, flow=watched)
     finally:
-        run.flow.validating = False
-    if not run.flow.sanity_checking:
-        run.state.validations += 1
-        run.flow.validated_step = run.state.global_step
-        run.flow.validated_at = _clock()
+        flow.validating = False
     run.metrics.begin_epoch()
+    if not complete:
+        _break_off(run, before, batches_over)
+    if not sanity:
+        run.state.validations += 1
+        flow.validated_step = run.state.global_step
+        flow.validated_at = _clock()
+
+
+def _break_off(run: FitRun, before: Any, batches_over: bool) -> NoReturn:
+    """Ends the run for a signal that came in a validation, as if that had not begun."""
+    state, flow = run.state, run.flow
+    if before is not None:  # else it is the sanity check, before which there is nothing to save
+        loaders, metrics = before
+        run.undo_validation(loaders)
+        run.metrics.set_eval_state(metrics)
+        stepped = state.global_step > flow.group_step
+        state.pending_validation = "epoch" if batches_over else "step" if stepped else "batch"
+        _last_save(run)
+    _stop(run)
 
 
 def sanity_check(run: FitRun) -> None:
     """Tries a few validation batches before training, on a copy of the random states."""
-    run.flow.sanity_checking = True
     assert run.validation is not None
-    loaders = run.validation.loaders
-    limits = [plan.limit for plan in loaders]
+    loaders, most = run.validation.loaders, run.sanity_batches
+    run.flow.sanity_checking = True
+    # With feeds of their own: persistent workers that start here would have drawn nothing.
+    run.validation.loaders = [
+        replace(
+            plan,
+            limit=most if plan.limit is None else min(most, plan.limit),
+            feed=Feed(plan.loader),
+        )
+        for plan in loaders
+    ]
     try:
         with rng.preserved(*(g for plan in loaders for g in generators(plan.loader))):
             for hook in run.hooks.on_sanity_check_start:
                 hook()
-            for plan in loaders:
-                few = run.sanity_batches
-                plan.limit = few if plan.limit is None else min(few, plan.limit)
             validate(run)
             run.metrics.close("before training")
             for hook in run.hooks.on_sanity_check_end:
                 hook()
     finally:
-        for plan, limit in zip(loaders, limits, strict=True):
-            plan.limit = limit
+        run.validation.close_feeds()
+        run.validation.loaders = loaders
         run.flow.sanity_checking = False
-
-
-def evaluate(run: EvalRun, *, sanity: bool = False) -> None:
-    """Runs one evaluation over all its loaders, in eval mode and without gradients."""
-    metrics = run.metrics
-    modes = [(module, module.training) for module in run.task.modules()]
-    run.task.eval()
-    try:
-        if run.prefix is None:
-            metrics.close("in predict")
-        else:
-            metrics.begin_eval(sanity=sanity)
-        _fire(run, "start", "epoch_start")
-        for number in range(len(run.loaders)):
-            if run.prefix is not None:
-                metrics.begin_eval(run.rename[number], loader=number, sanity=sanity)
-            _evaluate_loader(run, number)
-        if run.prefix is not None:
-            metrics.begin_eval_hooks()
-            metrics.reduce(training=False)
-        _fire(run, "epoch_end")
-        metrics.close(f"in or after on_{run.stage}_end")
-        _fire(run, "end")
-    finally:
-        _restore_modes(modes)
-
-
-def _fire(run: EvalRun, *places: str) -> None:
-    """Calls the hooks ``on_<stage>_<place>``."""
-    for place in places:
-        for hook in getattr(run.hooks, f"on_{run.stage}_{place}"):
-            hook()
-
-
-def _evaluate_loader(run: EvalRun, number: int) -> None:
-    """Runs the user's step over one loader."""
-    plan, metrics, autocast = run.loaders[number], run.metrics, run.autocast
-    starts = getattr(run.hooks, f"on_{run.stage}_batch_start")
-    ends = getattr(run.hooks, f"on_{run.stage}_batch_end")
-    no_grad = torch.no_grad()
-    name = f"{run.stage} loader" if plan.name is None else f"{run.stage} loader {plan.name!r}"
-    metrics.begin_steps()
-    for index, batch, size in _batches(plan.loader, plan.limit, name):
-        if run.transfer is not None:
-            batch = run.transfer(batch, number)
-        metrics.now.batch, metrics.now.size = batch, size
-        for hook in starts:
-            hook(batch, index, number)
-        arguments = (batch, index, number)[: run.arguments]
-        with no_grad:  # around the user's step only: no hook runs inside a context manager
-            if autocast is None:
-                outputs = run.step(*arguments)
-            else:
-                with autocast:
-                    outputs = run.step(*arguments)
-        if run.prefix is not None and outputs is not None:
-            _log_returned(run, outputs)
-        if run.outputs is not None:
-            run.outputs[number].append(outputs)
-        for hook in ends:
-            hook(outputs, batch, index, number)
-
-
-def _batches(loader: Any, limit: int | None, name: str) -> Iterator[tuple[int, Any, int | None]]:
-    """Yields (batch_idx, batch, samples in it if known) of one pass."""
-    if limit == 0:
-        return
-    stream = BatchStream(loader, limit=limit, name=name)
-    try:
-        for batch in stream:
-            yield stream.fetched - 1, batch, stream.size
-    finally:
-        stream.close()
-
-
-def _log_returned(run: EvalRun, outputs: Any) -> None:
-    """Logs the scalars that a validation or test step returned and did not log itself."""
-    assert run.prefix is not None
-    if isinstance(outputs, Mapping):
-        weight = outputs.get("weight")
-        for name, value in outputs.items():
-            if name != "weight":
-                own = weight if name == "loss" else None
-                run.metrics.add_returned(run.prefix, str(name), value, own)
-    else:  # what is no number is passed over
-        run.metrics.add_returned(run.prefix, "loss", outputs)
-
-
-def _train_mode(run: FitRun) -> list[tuple[torch.nn.Module, bool]]:
-    """Puts the task into train mode, but for what is frozen in eval mode on purpose."""
-    modes = [(module, module.training) for module in run.task.modules()]
-    kept = [
-        name
-        for name, module in run.task.named_modules()
-        if not module.training and name and run.task.training
-    ]
-    if not run.task.training:  # as a whole in eval mode, perhaps from an earlier evaluation
-        run.task.train()
-    elif kept:
-        _log.info("%d modules stay in eval mode, as they were: %s", len(kept), ", ".join(kept[:5]))
-    return modes
-
-
-def _restore_modes(modes: list[tuple[torch.nn.Module, bool]]) -> None:
-    for module, training in modes:
-        if module.training is not training:
-            module.training = training

@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lightkit import rng
-from lightkit.data import generators
+from lightkit.data import Feed, generators, seed_from
 
 if TYPE_CHECKING:
     import torch
     from torch.optim import Optimizer
 
+    from lightkit.checkpoint import Writer
     from lightkit.data import SampleCounts
     from lightkit.distributed import Strategy
     from lightkit.history import History
@@ -48,6 +49,9 @@ class Flow:
         validated_step: ``global_step`` of the last validation, -1 before the first.
         group_open: Whether gradients of a group that did not step yet are there.
         skipped: Batches that ``training_step`` skipped by returning None.
+        signal: Number of the signal that asked the run to end; only a handler sets it.
+        group_start: ``batch_idx`` when the group of batches under way, or the last one, began.
+        group_step: ``global_step`` at that moment.
     """
 
     accumulate: int = 1
@@ -64,6 +68,9 @@ class Flow:
     validated_step: int = -1
     group_open: bool = False
     skipped: int = 0
+    signal: int | None = None
+    group_start: int = 0
+    group_step: int = 0
 
 
 @dataclass(slots=True)
@@ -75,12 +82,14 @@ class LoaderPlan:
         loader: The loader.
         limit: Batches to take; None for all.
         length: Batches it will give; None where unknown.
+        feed: What begins passes over it.
     """
 
     name: str | None
     loader: Any
     limit: int | None
     length: int | None
+    feed: Feed
 
 
 @dataclass(slots=True)
@@ -109,6 +118,11 @@ class EvalRun:
     hooks: HookTable
     outputs: list[list[Any]] | None = None
 
+    def close_feeds(self) -> None:
+        """Ends what the loaders keep between passes."""
+        for plan in self.loaders:
+            plan.feed.close()
+
 
 @dataclass(slots=True)
 class FitRun:
@@ -131,7 +145,11 @@ class FitRun:
         reload: Makes the training loader anew for an epoch; None keeps it.
         validation: The evaluation within the fit; None where there is nothing to validate.
         cadence: When to validate.
-        data: What the data room needs to resume in the middle of an epoch.
+        run_id: Name of the run in its record and in its checkpoints; "" where nothing is written.
+        writer: Writes the checkpoints.
+        feed: What begins passes over the training loader.
+        data: What the order of the running epoch came from; empty between two epochs.
+        loaders_now: Where the loaders stood at the checkpoint that is continued.
         rng: Random states of the checkpoint that is continued; None once they are put back.
         generators_now: Likewise those of the loaders' own generators.
     """
@@ -161,25 +179,68 @@ class FitRun:
     optimizer_step: Callable[..., Any] | None
     keeps_batches: bool
     train_loader: Any
+    feed: Feed
     train_limit: int | None
     train_length: int | None
     counts: SampleCounts | None
     reload: Callable[[FitRun], None] | None
     validation: EvalRun | None
     sanity_batches: int
+    writer: Writer
     datamodule: Any = None
+    run_id: str = ""
     data: dict[str, Any] = field(default_factory=dict)
     rng: dict[str, Any] | None = None
     generators_now: list[torch.Tensor] = field(default_factory=list)
+    loaders_now: list[dict[str, Any]] = field(default_factory=list)
+
+    def completed(self) -> dict[str, Any]:
+        """Returns the counters of the last completed step, also in the middle of a group.
+
+        The batches of a group that has not stepped yet are none: its gradients are in no file.
+        """
+        counters = self.state.state_dict()
+        if self.flow.group_open and self.state.global_step == self.flow.group_step:
+            counters["batch_idx"] = self.flow.group_start
+        return counters
 
     def order_state(self) -> dict[str, Any]:
-        """Returns the random states that the order of an epoch is about to be drawn from."""
-        return {"rng": rng.rng_state(), "generators": self._generator_states()}
+        """Returns what the order of an epoch is about to be drawn from."""
+        state = rng.rng_state()
+        own = [generator.get_state() for generator in generators(self.train_loader)]
+        seed = seed_from(state["torch"], own, self.state.epoch)
+        return {"rng": state, "generators": self._generator_states(), **self.feed.record(seed)}
+
+    def reopen(self) -> None:
+        """Puts the loaders where they stood at the checkpoint that this fit continues, once.
+
+        Persistent workers that ran must run again before random states are put back, because the
+        start of new ones draws.
+        """
+        now, self.loaders_now = self.loaders_now, []
+        records = [self.data, *[{}] * len(now)]
+        for feed, state, record in zip(self._feeds(), now, records, strict=False):
+            if (record or state).get("open"):
+                feed.reopen()
+            feed.load(record, state, _name(feed is self.feed))
 
     def set_order_state(self, state: dict[str, Any]) -> None:
         """Puts back what `order_state` returned, so that the same order is drawn again."""
         rng.set_rng_state(state["rng"])
         self._set_generators(state.get("generators", []))
+
+    def before_validation(self) -> dict[str, Any]:
+        """Returns what a validation moves, for `undo_validation`."""
+        state = {"rng": rng.rng_state(), "generators": self._generator_states()}
+        return {**state, "loaders": [feed.now() for feed in self._feeds()[1:]]}
+
+    def undo_validation(self, state: dict[str, Any]) -> None:
+        """Puts back random states and validation loaders, as if a validation had not begun."""
+        for feed, now in zip(self._feeds()[1:], state["loaders"], strict=True):
+            if not now["open"]:
+                feed.close()
+            feed.load({}, now, _name(False))
+        self.set_order_state(state)
 
     def set_rng(self) -> None:
         """Puts back the random states of the checkpoint that this fit continues, once."""
@@ -189,13 +250,33 @@ class FitRun:
             self.rng = None
 
     def data_state(self) -> dict[str, Any]:
-        """Returns what the order of the running epoch came from, and the loaders' generators."""
-        return {**self.data, "generators_now": self._generator_states()}
+        """Returns what the order of the running epoch came from, and where the loaders stand."""
+        if self.loaders_now:  # nothing of a checkpoint was put back yet
+            own = {"generators_now": self.generators_now, "loaders_now": self.loaders_now}
+            return {**self.data, **own}
+        done, within = self.completed()["batch_idx"], bool(self.data)
+        train, *others = self._feeds()
+        now = [train.now(within=within, settled=done == self.state.batch_idx)]
+        now += [feed.now() for feed in others]
+        state = {**self.data, "generators_now": self._generator_states(), "loaders_now": now}
+        if within:
+            state["hash"] = train.mark(done)
+        return state
 
     def load_data_state(self, state: dict[str, Any]) -> None:
-        """Takes back what `data_state` returned; `set_rng` puts the generators' states back."""
+        """Takes back what `data_state` returned; `reopen` and `set_rng` put it into the loaders."""
         self.data = dict(state)
         self.generators_now = self.data.pop("generators_now", [])
+        self.loaders_now = self.data.pop("loaders_now", [])
+
+    def close_feeds(self) -> None:
+        """Ends what the loaders keep between passes."""
+        for feed in self._feeds():
+            feed.close()
+
+    def _feeds(self) -> list[Feed]:
+        plans = [] if self.validation is None else self.validation.loaders
+        return [self.feed, *(plan.feed for plan in plans)]
 
     def _generators(self) -> list[torch.Generator]:
         """Returns the generators that the loaders have of their own, each once."""
@@ -219,3 +300,7 @@ class FitRun:
             return
         for generator, state in zip(found, states, strict=True):
             generator.set_state(state.cpu())
+
+
+def _name(train: bool) -> str:
+    return "training loader" if train else "validation loader"

@@ -27,6 +27,9 @@ class TrainState:
         batches_before: Training batches of all completed epochs.
         validations: Validation rounds completed (the sanity check is none).
         seconds: Time since the first epoch began, all runs together that continue each other.
+        pending_validation: The validation that a signal broke off, to be run before anything else:
+            "step" or "batch" within an epoch (after a step, after a batch that made none), "epoch"
+            where the batches of the epoch are over; "" for none.
     """
 
     epoch: int = 0
@@ -35,12 +38,13 @@ class TrainState:
     batches_before: int = 0
     validations: int = 0
     seconds: float = 0.0
+    pending_validation: str = ""
 
-    def state_dict(self) -> dict[str, int | float]:
-        """Returns the counters as plain numbers."""
+    def state_dict(self) -> dict[str, int | float | str]:
+        """Returns the counters as plain values."""
         return asdict(self)
 
-    def load_state_dict(self, state: dict[str, int | float]) -> None:
+    def load_state_dict(self, state: dict[str, int | float | str]) -> None:
         """Takes the counters from ``state``; a name it does not hold keeps its default."""
         for name, default in asdict(TrainState()).items():
             setattr(self, name, state.get(name, default))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightkit import signals
 from lightkit.history import History
 from lightkit.readings import CallbackMetrics
 from lightkit.schedules import SchedulerEntry
@@ -99,6 +100,12 @@ class TrainerView:
     @should_stop.setter
     def should_stop(self, value: bool) -> None:
         self.session.flow.stop_reason = "trainer.should_stop was set" if value else None
+
+    @property
+    def interrupted(self) -> str | None:
+        """The signal that ended the last fit, such as "SIGINT" for Ctrl-C; None where none did."""
+        number = self.session.flow.signal
+        return None if number is None else signals.name(number)
 
     @property
     def data_wait(self) -> float:

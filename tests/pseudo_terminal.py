@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
 import pty
@@ -75,32 +74,58 @@ def run(code: str, *, columns: int = 80, keys=(), env=None, timeout: float = 60.
         preexec_fn=_make_interruptible,
     )
     os.close(theirs)
+    seen, in_time = converse(ours, lambda: process.poll() is not None, keys, timeout)
+    if not in_time:
+        process.kill()
+    status = process.wait()
+    os.close(ours)
+    assert in_time, f"still running after {timeout} s; it wrote:\n{seen}"
+    return status, seen
+
+
+def converse(ours: int, gone, keys=(), timeout: float = 60.0) -> tuple[str, bool]:
+    """Reads what a program writes to its terminal, and types.
+
+    Args:
+        ours: Our side of the terminal.
+        gone: Tells whether the program has ended.
+        keys: As in `run`.
+        timeout: Seconds to go on for.
+
+    Returns:
+        All output as text, and whether the program ended in time.
+    """
     seen, mark, waiting = "", 0, list(keys)
     end = time.monotonic() + timeout
-    try:
-        while time.monotonic() < end:
-            if not select.select([ours], [], [], 0.1)[0]:
-                if process.poll() is not None:
-                    break
-                continue
-            try:
-                data = os.read(ours, 65536)
-            except OSError:  # the other side is closed
-                break
-            if not data:
-                break
-            seen += data.decode(errors="replace").replace("\r\n", "\n")
-            if waiting and waiting[0][0] in seen[mark:]:
-                mark = len(seen)
-                os.write(ours, waiting.pop(0)[1])
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            if process.poll() is None and time.monotonic() >= end:
-                process.kill()
-        status = process.wait()
-        os.close(ours)
-    assert time.monotonic() < end, f"still running after {timeout} s; it wrote:\n{seen}"
-    return status, seen
+    while time.monotonic() < end:
+        if not select.select([ours], [], [], 0.1)[0]:
+            if gone():
+                return seen, True
+            continue
+        try:
+            data = os.read(ours, 65536)
+        except OSError:  # the other side is closed
+            return seen, True
+        if not data:
+            return seen, True
+        seen += data.decode(errors="replace").replace("\r\n", "\n")
+        if waiting and waiting[0][0] in seen[mark:]:
+            mark = len(seen)
+            os.write(ours, waiting.pop(0)[1])
+    return seen, False
+
+
+def enter(terminal: str) -> None:
+    """Moves this process, a fork that leads no group yet, onto a terminal of its own."""
+    os.setsid()
+    theirs = os.open(terminal, os.O_RDWR)
+    for target in (0, 1, 2):
+        os.dup2(theirs, target)
+    _make_interruptible()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ["TERM"] = "xterm-256color"
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True)
 
 
 def _make_interruptible() -> None:

@@ -446,3 +446,40 @@ def test_the_sanity_check_leaves_a_generator_that_loaders_share(quiet):
         quiet(max_epochs=2, num_sanity_val_steps=steps, callbacks=Watch()).fit(Net(), train, val)
         seen.append(order)
     assert seen[0] == seen[1]
+
+
+@pytest.mark.parametrize("options", [{"max_steps": 7}, {"max_steps": 10, "max_epochs": 3}])
+def test_a_run_that_was_over_but_did_not_come_to_its_end_comes_to_it(quiet, tmp_path, options):
+    """It ended within its second epoch, saved, and died before the entry in the history."""
+
+    class Dies(lk.Callback):
+        order = 30
+
+        def __init__(self, dies):
+            self.dies, self.seen = dies, []
+
+        def on_train_epoch_end(self, trainer, task):
+            self.seen.append(trainer.global_step)
+            if self.dies and trainer.global_step > 5:
+                raise OSError("no power")
+
+    def fit(watch, **more):
+        t = quiet(callbacks=watch, enable_checkpointing=True, logger=True, **options)
+        t.fit(Net(), loader(), loader(2, seed=2), **more)
+        return t
+
+    torch.manual_seed(1)
+    whole = fit(Dies(False))
+    torch.manual_seed(1)
+    with pytest.raises(OSError, match="no power"):
+        fit(Dies(True))
+    watch = Dies(False)
+    rest = fit(watch, ckpt_path="last")
+    if "max_epochs" not in options:
+        assert watch.seen == [7]
+    same = [
+        [{k: v for k, v in row.items() if k != "time"} for row in t.history] for t in (whole, rest)
+    ]
+    assert same[0] == same[1]
+    assert whole.state.batch_idx == rest.state.batch_idx
+    assert whole.state.epoch == rest.state.epoch

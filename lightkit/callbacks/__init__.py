@@ -8,6 +8,7 @@ from lightkit.callbacks.lambda_callback import LambdaCallback
 from lightkit.callbacks.lr_monitor import LearningRateMonitor
 from lightkit.callbacks.model_checkpoint import ModelCheckpoint
 from lightkit.callbacks.progress import ProgressBar
+from lightkit.callbacks.requeue import RequeueJob
 from lightkit.callbacks.summary import ModelSummary
 from lightkit.callbacks.timer import Timer
 from lightkit.hooks import Callback
@@ -24,6 +25,7 @@ __all__ = [
     "ModelCheckpoint",
     "ModelSummary",
     "ProgressBar",
+    "RequeueJob",
     "RichProgressBar",
     "TQDMProgressBar",
     "Timer",
