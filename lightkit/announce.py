@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lightkit import screen
 from lightkit.loggers import TensorBoardLogger
+from lightkit.places import newest_checkpoint
 
 if TYPE_CHECKING:
+    from lightkit.ledger import Ledger
     from lightkit.run import FitRun
+    from lightkit.session import Session
     from lightkit.trainer import Trainer
 
 _log = logging.getLogger("lightkit")
@@ -41,14 +47,52 @@ def say_start(trainer: Trainer, run: FitRun, resumed: str | None) -> None:
         _say("folder", _short(folder))
 
 
-def say_end(trainer: Trainer) -> None:
+@contextlib.contextmanager
+def the_end(trainer: Trainer, session: Session) -> Iterator[None]:
+    """Says how a fit ended, when everything of it is closed, and keeps the record of it.
+
+    After an error or an interruption that is the line that goes on with the run, and the user's
+    traceback follows. In a notebook a Ctrl-C ends here: the trainer can go on in the next cell.
+    """
+    error: BaseException | None = None
+    try:
+        yield
+    except BaseException as caught:
+        error = caught
+        if not (trainer.interrupted == "SIGINT" and screen.in_notebook()):
+            raise
+    finally:
+        if session.ledger is not None:
+            session.ledger.close(error, session.state)
+            if error is None:
+                _say_results(trainer, session)
+            else:
+                _say_resume(trainer, session.ledger)
+
+
+def _say_results(trainer: Trainer, session: Session) -> None:
     """Logs where the results are and how to look at them."""
-    folder = trainer.session.run_dir
-    if folder is None:
-        return
+    folder = session.run_dir
+    assert folder is not None
     _say("results", _short(folder))
     if any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
         _say("curves", f"tensorboard --logdir {_short(folder)}")
+
+
+def _say_resume(trainer: Trainer, ledger: Ledger) -> None:
+    """Logs one line that can be copied to go on with a run."""
+    if not ledger.record.checkpoints:
+        return
+    path = newest_checkpoint(ledger.folder, ledger.record)
+    if path is None:
+        _say("resume", "nothing to go on from: the run ended before its first checkpoint")
+        return
+    shown = _short(path)
+    if trainer.config_text is not None:
+        config = _short(ledger.folder / "config.yaml")
+        _say("resume", f"lightkit fit --config {config} --ckpt_path {shown}")
+    else:
+        _say("resume", f'trainer.fit(..., ckpt_path="{shown}")')
 
 
 def planned(trainer: Trainer) -> tuple[int | None, int | None]:

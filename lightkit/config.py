@@ -102,12 +102,14 @@ class Config:
         task: The task and its arguments.
         data: The data module and its arguments; None where the task brings its own loaders.
         ckpt_path: The checkpoint to start from.
+        seed_drawn: Whether the trainer's seed was drawn because none is given.
     """
 
     trainer: Deferred
     task: Deferred
     data: Deferred | None
     ckpt_path: str | None
+    seed_drawn: bool = False
 
     def to_yaml(self) -> str:
         """Returns the YAML that gives this configuration again, defaults and seed included."""
@@ -191,7 +193,14 @@ def build(config: Config) -> Built:
     folder.
     """
     trainer = make(config.trainer)
-    trainer.config_text = config.to_yaml()
+    if config.seed_drawn and config.ckpt_path is not None:
+        from lightkit.resuming import earlier_seed
+
+        seed = earlier_seed(trainer, config.task.target.__name__, config.ckpt_path)
+        if seed is not None:
+            config.trainer.arguments["seed"] = seed
+            trainer = make(config.trainer)
+    trainer.config_text, trainer.seed_drawn = config.to_yaml(), config.seed_drawn
     data = make(config.data)
     return Built(trainer, data, make(config.task))
 
@@ -230,7 +239,8 @@ def _resolve(sources: Sources, trainer_class: type) -> Config:
     if not isinstance(given, dict):
         raise MisfitError(("trainer",), "wrong type", "a mapping of arguments", given)
     checked = check_arguments(trainer_class, given, ("trainer",))
-    if "seed" in checked and checked["seed"] is None:
+    drawn = "seed" in checked and checked["seed"] is None
+    if drawn:
         checked["seed"] = secrets.randbelow(2**31)
     if tree.get("task") is None:
         raise MisfitError((), "task is missing", "task: {class_path: module.Class}, or --task")
@@ -240,6 +250,7 @@ def _resolve(sources: Sources, trainer_class: type) -> Config:
         convert(tree["task"], _BASES["task"], ("task",)),
         None if data is None else convert(data, _BASES["data"], ("data",)),
         convert(tree.get("ckpt_path"), str | None, ("ckpt_path",)),
+        drawn,
     )
 
 

@@ -9,18 +9,17 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim import Optimizer
 
-from lightkit import checkpoint
 from lightkit.callbacks import ModelCheckpoint, ModelSummary, ProgressBar
+from lightkit.checkpoint import Writer
 from lightkit.checks import check_loaders, check_parameters
-from lightkit.data import sample_counts
+from lightkit.data import Feed, sample_counts
 from lightkit.distributed import SingleDevice, launched, require_single_process, resolve_device
-from lightkit.errors import ConfigError
+from lightkit.errors import ConfigError, UsageError
 from lightkit.feeds import (
     cadence,
     loader_plans,
@@ -38,7 +37,7 @@ from lightkit.options import Options, listed
 from lightkit.precision import resolve_precision
 from lightkit.run import EvalRun, FitRun, LoaderPlan
 from lightkit.state import Stage
-from lightkit.task import overrides
+from lightkit.task import overrides, require_steps
 
 if TYPE_CHECKING:
     from lightkit.session import Session
@@ -50,6 +49,26 @@ _PREFIX = {"validation": "val", "test": "test", "predict": None}
 
 
 # --- what every entry point has ------------------------------------------------------------------
+
+
+def check_task(task: Any, needs: dict[str, str]) -> None:
+    """Raises unless ``task`` is an object that defines the steps that are needed."""
+    if isinstance(task, type):
+        raise UsageError(f"{task.__name__} is a class. Pass an object of it: {task.__name__}(...).")
+    require_steps(task, needs)
+
+
+def as_datamodule(loader: Any, datamodule: Any) -> tuple[Any, Any]:
+    """Takes a data module that was passed in the place of a loader."""
+    if datamodule is not None and loader is not None:
+        raise UsageError("Pass either loaders or datamodule=, not both.")
+    if isinstance(datamodule, type):
+        name = datamodule.__name__
+        raise UsageError(f"datamodule={name} is a class. Pass an object of it: {name}(...).")
+    makes = ("train_dataloader", "val_dataloader", "test_dataloader", "predict_dataloader")
+    if loader is not None and any(callable(getattr(loader, name, None)) for name in makes):
+        return as_datamodule(None, loader)
+    return loader, datamodule
 
 
 def equip(trainer: Trainer, session: Session) -> None:
@@ -181,6 +200,7 @@ def build_fit(trainer: Trainer, session: Session, train: Any, val: Any) -> FitRu
         optimizer_step=_optimizer_step(session),
         keeps_batches=overrides(task, "optimizer_step") or plan.needs_closure,
         train_loader=loader,
+        feed=Feed(loader, resumable=True),
         train_limit=limit,
         train_length=length,
         counts=sample_counts(loader),
@@ -189,6 +209,7 @@ def build_fit(trainer: Trainer, session: Session, train: Any, val: Any) -> FitRu
         # A loader that is its own iterator would miss these batches afterwards.
         sanity_batches=0 if any(_gives_once(p.loader) for p in plans) else trainer.sanity_batches,
         datamodule=session.datamodule,
+        writer=Writer(),
     )
     task._link.precision = session.precision
     task._link.manual = [
@@ -244,24 +265,6 @@ def require_automatic(plan: OptimizerPlan, accumulate: int) -> None:
             "accumulate_grad_batches works in automatic optimization only. In manual optimization "
             "call optimizer.step() and zero_grad() in training_step every so many batches."
         )
-
-
-def resume(trainer: Trainer, run: FitRun, path: Path) -> str:
-    """Restores a run from a checkpoint and returns its path."""
-    saved = checkpoint.read_checkpoint(path)
-    checkpoint.restore(run, saved)
-    run.rng = saved["rng"][0]
-    run.sanity_batches = 0
-    if run.limits.reached(run.state):
-        _log.warning(
-            "%s is at step %d of epoch %d, where this run already ends: nothing to train. Raise "
-            "max_epochs or max_steps.",
-            path,
-            run.state.global_step,
-            run.state.epoch,
-        )
-    run.flow.validated_step = run.state.global_step
-    return str(path)
 
 
 # --- the run of an evaluation --------------------------------------------------------------------

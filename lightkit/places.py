@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightkit import checkpoint
 from lightkit.errors import ConfigError, UsageError
+from lightkit.ledger import Ledger, Record, read
 
 if TYPE_CHECKING:
+    from lightkit.loggers.base import Logger
+    from lightkit.resuming import Start
+    from lightkit.run import FitRun
     from lightkit.session import Session
     from lightkit.task import TaskModule
     from lightkit.trainer import Trainer
@@ -52,32 +57,91 @@ def _versions(parent: Path) -> list[str]:
     return [p.name[8:] for p in parent.glob("version_*") if p.name[8:].isdigit()]
 
 
-def open_loggers(trainer: Trainer, session: Session) -> None:
-    """Opens the loggers and writes what is known before the first step."""
-    folder = session.run_dir
+def run_folders(trainer: Trainer, name: str) -> list[Path]:
+    """Returns the folders in which runs of a task of class ``name`` may lie."""
+    for logger in trainer.loggers:
+        chosen = logger.next_dir()
+        if chosen is not None:
+            return [chosen, *chosen.parent.glob("version_*")]
+    return list((trainer.default_root_dir / name).glob("version_*"))
+
+
+def open_run(trainer: Trainer, run: FitRun, start: Start) -> None:
+    """Opens the folder of a fit: locks it, writes its record, and lets the loggers begin.
+
+    A run that goes on in its own folder takes back the rows that its checkpoint does not know.
+    """
+    session = trainer.session
+    if start.finished:  # nothing will happen, so nothing is written
+        session.loggers.clear()
+        session.run_dir = start.folder
+        return
+    folder = start.folder or run_folder(trainer, session)
+    session.run_dir = folder
     if folder is None:
         return
+    start.record.checkpoints = [
+        _relative(callback._folder(trainer), folder) for callback in trainer.checkpoint_callbacks
+    ]
+    run.run_id = start.record.id
+    session.ledger = Ledger(folder, start.record)
+    _write_settings(trainer, folder, run.state.global_step)
+    hparams = _logged_hparams(session)
+    for key, logger in keyed(session.loggers).items():
+        if start.folder is None:
+            logger.open(folder)
+            if hparams:
+                logger.log_hyperparams(hparams)
+            logger.log_graph(session.task)
+        else:
+            logger.open(folder, purge_step=run.state.global_step + 1)
+            logger.rewind(start.marks.get(key, {}))
+
+
+def _relative(path: Path, folder: Path) -> str:
+    """Returns a path as it is best remembered: relative where it lies in the run folder."""
+    try:
+        return str(path.relative_to(folder.absolute()))
+    except ValueError:
+        return str(path)
+
+
+def _write_settings(trainer: Trainer, folder: Path, step: int) -> None:
+    """Writes the configuration and the hyperparameters; an earlier configuration is kept."""
     if trainer.config_text is not None:
-        (folder / "config.yaml").write_text(trainer.config_text, encoding="utf-8")
+        file = folder / "config.yaml"
+        if file.exists() and file.read_text(encoding="utf-8") != trainer.config_text:
+            file.replace(folder / f"config_until_step_{step}.yaml")
+        file.write_text(trainer.config_text, encoding="utf-8")
+    hparams = _logged_hparams(trainer.session)
+    if hparams:
+        text = json.dumps(hparams, indent=2, default=repr)
+        (folder / "hparams.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _logged_hparams(session: Session) -> dict[str, Any]:
     hparams: dict[str, Any] = {}
     for owner in (session.datamodule, session.task):
         if getattr(owner, "_log_hparams", True):
             hparams |= checkpoint.storable_hparams(getattr(owner, "hparams", None) or {})
-    if hparams:
-        text = json.dumps(hparams, indent=2, default=repr)
-        (folder / "hparams.json").write_text(text + "\n", encoding="utf-8")
-    for logger in session.loggers:
-        logger.open(folder)
-        if hparams:
-            logger.log_hyperparams(hparams)
-        logger.log_graph(session.task)
+    return hparams
+
+
+def keyed(loggers: Sequence[Logger]) -> dict[str, Logger]:
+    """Returns loggers by the names under which checkpoints hold their marks."""
+    found: dict[str, Logger] = {}
+    for logger in loggers:
+        name = type(logger).__name__
+        number = sum(key.partition("#")[0] == name for key in found)
+        found[f"{name}#{number}" if number else name] = logger
+    return found
 
 
 def find_checkpoint(trainer: Trainer, task: TaskModule, given: str | Path) -> Path:
     """Returns the file that ``ckpt_path`` means: a path, "last" or "best"."""
     if given == "auto":
         raise ConfigError(
-            "ckpt_path='auto' is not in this version. Allowed: a path, 'last' or 'best'."
+            "ckpt_path='auto' is for fit. Here a path, 'last' and 'best' are allowed."
         )
     if given not in ("last", "best"):
         return Path(given)
@@ -88,18 +152,35 @@ def find_checkpoint(trainer: Trainer, task: TaskModule, given: str | Path) -> Pa
             return path
     root = trainer.default_root_dir / type(task).__name__
     for number in sorted(map(int, _versions(root)), reverse=True):
-        folder = root / f"version_{number}" / "checkpoints"
-        path = _named(folder, given, folder / f"{given}.ckpt")
-        if path is not None:
-            return path
+        folder = root / f"version_{number}"
+        record = read(folder) or Record(checkpoints=["checkpoints"])
+        for place in record.folders(folder):
+            path = _named(place, given, place / f"{given}.ckpt", record.id)
+            if path is not None:
+                return path
     raise UsageError(
         f"ckpt_path={given!r}: there is no {given}.ckpt, neither of this trainer's last fit nor in "
         f"a run below {root}. Give the path of a checkpoint."
     )
 
 
-def _named(folder: Path, given: str | Path, best: str | Path) -> Path | None:
+def _named(
+    folder: Path, given: str | Path, best: str | Path, run: str | None = None
+) -> Path | None:
     """Returns the newest whole checkpoint of a folder, or ``best`` if that is what is wanted."""
     if given == "last":
-        return checkpoint.latest(folder)
+        return checkpoint.latest(folder, run=run)
     return Path(best) if Path(best).exists() else None
+
+
+def newest_checkpoint(folder: Path, record: Record) -> Path | None:
+    """Returns the newest whole checkpoint of a run, or None; ``last.ckpt`` where it is that one."""
+    found = [
+        (path.stat().st_mtime_ns, path)
+        for place in record.folders(folder)
+        if place.is_dir() and (path := checkpoint.latest(place, run=record.id)) is not None
+    ]
+    path = max(found)[1] if found else None
+    if path is not None and (last := path.with_name("last.ckpt")).exists():
+        return last if last.samefile(path) else path
+    return path

@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import operator
+import os
 import random
-import secrets
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -125,7 +125,7 @@ def preserved(*generators: torch.Generator) -> Iterator[None]:
 def _checked(seed: int | None) -> int:
     """Returns ``seed`` as an int in range, drawn if it is None."""
     if seed is None:
-        return secrets.randbits(32)
+        return int.from_bytes(os.urandom(4), "big")
     allowed = f"an integer from 0 to {MAX_SEED} (2**32 - 1), or None to draw one"
     try:
         number = operator.index(seed)

@@ -334,6 +334,11 @@ def find_display() -> Plain:
     return Plain()
 
 
+def in_notebook() -> bool:
+    """Tells whether the output goes to a notebook's cell."""
+    return isinstance(find_display(), Notebook)
+
+
 def count(done: int, total: int | None) -> str:
     """Returns "  7/120", as wide as it will ever be."""
     return f"{done:>{len(str(total))}}/{total}" if total else str(done)

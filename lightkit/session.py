@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lightkit.hooks import Callback, HookTable
+    from lightkit.ledger import Ledger
     from lightkit.loggers.base import Logger
     from lightkit.metrics import MetricLog
     from lightkit.optim import OptimizerPlan
@@ -40,6 +41,7 @@ class Session:
         named_by_user: Whether evaluation loaders came as a dict, whose names prefix metrics.
         loggers: Those that this call writes to; none in evaluations and in fast_dev_run.
         loaded_at: Epochs completed when the loaders were made.
+        ledger: The record of the fit's run folder; None where nothing is written.
     """
 
     task: TaskModule = None  # type: ignore[assignment]  # before the first call there is none
@@ -63,3 +65,4 @@ class Session:
     given_train: Any = None
     named_by_user: bool = False
     loaded_at: int = 0
+    ledger: Ledger | None = None

@@ -18,13 +18,13 @@ from lightkit.errors import NotRunningError, UsageError
 from lightkit.history import History
 from lightkit.hooks import Callback
 from lightkit.limits import make_limits
-from lightkit.loggers import JSONLLogger, Logger, TensorBoardLogger
+from lightkit.loggers.base import Logger
 from lightkit.options import Options, known_names, listed
 from lightkit.precision import resolve_precision
 from lightkit.run import EvalRun, FitRun, Flow
 from lightkit.session import Session
 from lightkit.state import Stage
-from lightkit.task import TaskModule, require_steps
+from lightkit.task import TaskModule
 from lightkit.view import TrainerView
 
 _log = logging.getLogger("lightkit")
@@ -89,6 +89,8 @@ class Trainer(TrainerView):
 
     #: The resolved configuration, where a command line made this trainer; fit saves it.
     config_text: str | None = None
+    #: Whether the seed was drawn there, so that a run may go on with another one.
+    seed_drawn: bool = False
 
     @known_names
     def __init__(
@@ -134,8 +136,12 @@ class Trainer(TrainerView):
         self.options = Options(**{k: v for k, v in locals().items() if k != "self"})
         self.limits, self.default_epochs = make_limits(self.options)
         self._callbacks = listed(callbacks, Callback, "callbacks")
-        self._loggers: list[Logger] = [TensorBoardLogger(), JSONLLogger()]
-        if logger is not True:
+        self._loggers: list[Logger]
+        if logger is True:
+            from lightkit.loggers import JSONLLogger, TensorBoardLogger
+
+            self._loggers = [TensorBoardLogger(), JSONLLogger()]
+        else:
             self._loggers = [] if logger is False else listed(logger, Logger, "logger")
         self.session = Session(precision=resolve_precision(precision, "cpu"))
         if seed is not None:
@@ -158,18 +164,22 @@ class Trainer(TrainerView):
             train_dataloaders: A DataLoader or any iterable of batches; or a data module.
             val_dataloaders: One loader, a list or a dict of loaders.
             datamodule: An object with ``train_dataloader`` and the like, instead of loaders.
-            ckpt_path: Continue from this checkpoint: a path, "last" or "best".
+            ckpt_path: Continue from a checkpoint: a path, "last", "best", or "auto" for the newest
+                run of this task (anew if there is none; a finished run is left alone).
 
         Returns:
             The history: one dict per epoch.
+
+        Raises:
+            KeyboardInterrupt: After Ctrl-C, once the state is saved; in a notebook fit returns.
+            SystemExit: Likewise after another signal, with the exit code 128 + its number.
         """
-        from lightkit import announce, loops
+        from lightkit import loops
 
         with self._open_fit(
             model, train_dataloaders, val_dataloaders, datamodule, ckpt_path
         ) as run:
             loops.fit(run)
-        announce.say_end(self)
         return self.session.history
 
     def validate(
@@ -225,11 +235,11 @@ class Trainer(TrainerView):
         Returns:
             The outputs of all batches in order; for several loaders a list of such lists.
         """
-        from lightkit import loops
+        from lightkit.evaluation import evaluate
 
         given = (model, dataloaders, datamodule, ckpt_path)
         with self._open_eval("predict", *given, keep=return_predictions) as run:
-            loops.evaluate(run)
+            evaluate(run)
         outputs = run.outputs or [[]]
         return outputs[0] if len(outputs) == 1 else outputs
 
@@ -242,18 +252,36 @@ class Trainer(TrainerView):
         if self.session.flow.stop_reason is None:
             self.session.flow.stop_reason = reason
 
-    def save_checkpoint(self, filepath: str | Path, weights_only: bool = False) -> Path:
+    def save_checkpoint(
+        self,
+        filepath: str | Path,
+        weights_only: bool = False,
+        *,
+        background: bool = False,
+        then: Callable[[], None] | None = None,
+        failed: Callable[[Exception], None] | None = None,
+        exact: bool = True,
+    ) -> Path:
         """Writes a checkpoint now; only at the end of a step, while fit runs.
 
         Args:
             filepath: The file; an existing one is replaced as a whole.
             weights_only: Leave out what is only needed to go on with the run.
+            background: Copy the state and return, while a thread writes the file. The next save,
+                whoever reads checkpoints, and the end of the fit wait for it.
+            then: Called when the file is complete; in the background by that thread.
+            failed: Gets the error of a background save, in that thread. Without it the next save or
+                the end of the fit raises it.
+            exact: False saves the last completed step also in the middle of the next one, as after
+                an exception. The file says so.
 
         Raises:
+            CheckpointError: The file cannot be written, also not after a second.
+            NonFiniteError: A loss or a parameter is nan or inf.
             UsageError: Between the batches of one optimizer step.
             NotRunningError: Outside fit.
         """
-        from lightkit import checkpoint
+        from lightkit import saving
 
         run = self._run
         if not isinstance(run, FitRun):
@@ -261,17 +289,13 @@ class Trainer(TrainerView):
                 "trainer.save_checkpoint works while fit runs. Afterwards the files of the run "
                 "are in its folder; torch.save(task.state_dict(), path) saves weights alone."
             )
-        if run.flow.group_open:
+        if run.flow.group_open and exact:
             raise UsageError(
                 "trainer.save_checkpoint was called between the batches of one optimizer step, "
                 "where a run cannot be continued. Call it in on_save_point."
             )
-        run.metrics.check_window()
-        for logger in self.loggers:
-            logger.flush()
-        path = Path(filepath)
-        checkpoint.write_checkpoint(checkpoint.collect(run, weights_only=weights_only), path)
-        return path
+        how: dict[str, Any] = {"background": background, "then": then, "failed": failed}
+        return saving.save(self, run, filepath, weights_only=weights_only, exact=exact, **how)
 
     def set_accumulation(self, batches: int) -> None:
         """Sets the batches per optimizer step from the next epoch on."""
@@ -289,21 +313,24 @@ class Trainer(TrainerView):
     def _open_fit(
         self, task: TaskModule, train: Any, val: Any, datamodule: Any, ckpt_path: Any
     ) -> Iterator[FitRun]:
-        from lightkit import announce, opening, places
+        from lightkit import announce, opening, places, resuming, signals
 
-        train, datamodule = _as_datamodule(train, datamodule)
-        _check_task(task, _FIT_NEEDS)
+        train, datamodule = opening.as_datamodule(train, datamodule)
+        opening.check_task(task, _FIT_NEEDS)
         session = Session(task=task, datamodule=datamodule, stage=Stage.FIT)
         session.flow.accumulate = self.options.accumulate_grad_batches
         session.loggers = [] if self.options.fast_dev_run else [*self._loggers]
-        path = None if ckpt_path is None else places.find_checkpoint(self, task, ckpt_path)
-        with self._opened(session):
-            run = opening.build_fit(self, session, train, val)
+        start = resuming.find(self, session, ckpt_path)
+        # Signals are watched until all is closed: an impatient second one must not break that off.
+        with (
+            announce.the_end(self, session),
+            contextlib.ExitStack() as watch,
+            self._opened(session),
+        ):
+            self._run = run = opening.build_fit(self, session, train, val)
+            resumed = resuming.restore(self, run, start)
             if not self.options.fast_dev_run:
-                session.run_dir = places.run_folder(self, session)
-                places.open_loggers(self, session)
-            self._run = run
-            resumed = None if path is None else opening.resume(self, run, path)
+                places.open_run(self, run, start)
             session.loaded_at = run.state.epoch
             run.plan.check_horizon(*announce.planned(self))
             announce.say_start(self, run, resumed)
@@ -315,7 +342,13 @@ class Trainer(TrainerView):
             if self.limits.seconds is not None:
                 run.flow.deadline = time.perf_counter() + self.limits.seconds - run.state.seconds
             try:
+                watch.enter_context(signals.watching(run.flow))
                 yield run
+            except BaseException:
+                run.writer.close(failed=True)
+                raise
+            else:
+                run.writer.close(failed=False)
             finally:
                 gc.unfreeze()
 
@@ -331,7 +364,7 @@ class Trainer(TrainerView):
     ) -> Iterator[EvalRun]:
         from lightkit import opening, places
 
-        given, datamodule = _as_datamodule(given, datamodule)
+        given, datamodule = opening.as_datamodule(given, datamodule)
         old = self.session
         if task is None and old.task is not None and ckpt_path is None:
             saver = self.checkpoint_callback  # as in the field: no task named, the best weights
@@ -342,13 +375,20 @@ class Trainer(TrainerView):
             raise UsageError(f"Pass the task: this trainer has none yet that it could {stage}.")
         needs = {"validation": "validation_step", "test": "validation_step"}.get(stage)
         own_test = stage == "test" and type(task).test_step is not TaskModule.test_step
-        _check_task(task, {needs: f"{stage} runs"} if needs and not own_test else {})
+        opening.check_task(task, {needs: f"{stage} runs"} if needs and not own_test else {})
         if datamodule is None and given is None:
             datamodule = old.datamodule
         entry = Stage("validate" if stage == "validation" else stage)
         # What the last fit left to be read stays: its counters, history, optimizers, folder.
         session = replace(
-            old, task=task, datamodule=datamodule, stage=entry, flow=Flow(), loggers=[], hooks=None
+            old,
+            task=task,
+            datamodule=datamodule,
+            stage=entry,
+            flow=Flow(signal=old.flow.signal),
+            loggers=[],
+            hooks=None,
+            ledger=None,
         )
         path = None if ckpt_path is None else places.find_checkpoint(self, task, ckpt_path)
         with self._opened(session):
@@ -401,6 +441,8 @@ class Trainer(TrainerView):
             if hasattr(datamodule, "teardown"):
                 closers.append((datamodule.teardown, stage))
             closers += [(hook, stage) for hook in session.hooks.teardown]
+        if self._run is not None:
+            closers.insert(0, (lambda run: run.close_feeds(), self._run))
         self._run, session.stage = None, None
         with contextlib.ExitStack() as stack:
             for logger in reversed(self._loggers):
@@ -414,10 +456,10 @@ class Trainer(TrainerView):
     def _evaluate(
         self, stage: str, task: Any, given: Any, datamodule: Any, ckpt_path: Any, verbose: bool
     ) -> list[dict[str, float]]:
-        from lightkit import loops
+        from lightkit.evaluation import evaluate
 
         with self._open_eval(stage, task, given, datamodule, ckpt_path) as run:
-            loops.evaluate(run)
+            evaluate(run)
         results = run.metrics.eval_results(len(run.loaders))
         for row in results if verbose else ():
             text = "  ".join(f"{name} {value:.5g}" for name, value in row.items())
@@ -443,25 +485,6 @@ class Trainer(TrainerView):
         if self.options.fast_dev_run or self.options.overfit_batches:
             return 0
         return 2 if steps is None else 2**31 if steps < 0 else steps
-
-
-def _check_task(task: Any, needs: dict[str, str]) -> None:
-    if isinstance(task, type):
-        raise UsageError(f"{task.__name__} is a class. Pass an object of it: {task.__name__}(...).")
-    require_steps(task, needs)
-
-
-def _as_datamodule(loader: Any, datamodule: Any) -> tuple[Any, Any]:
-    """Takes a data module that was passed in the place of a loader."""
-    if datamodule is not None and loader is not None:
-        raise UsageError("Pass either loaders or datamodule=, not both.")
-    if isinstance(datamodule, type):
-        name = datamodule.__name__
-        raise UsageError(f"datamodule={name} is a class. Pass an object of it: {name}(...).")
-    makes = ("train_dataloader", "val_dataloader", "test_dataloader", "predict_dataloader")
-    if loader is not None and any(callable(getattr(loader, name, None)) for name in makes):
-        return _as_datamodule(None, loader)
-    return loader, datamodule
 
 
 def _shielded(call: Callable[..., Any], *arguments: Any) -> None:

@@ -185,7 +185,7 @@ def test_what_is_in_the_folder(quiet):
     events = {name for name in found if name.startswith("events.")}
     assert len(events) == 1
     assert found - events == {
-        "config.yaml", "hparams.json", "metrics.jsonl",
+        ".lock", "config.yaml", "hparams.json", "metrics.jsonl", "run.json",
         "checkpoints/last.ckpt", "checkpoints/step_000002.ckpt",
     }  # fmt: skip
     assert (t.run_dir / "config.yaml").read_text() == "trainer: {}\n"

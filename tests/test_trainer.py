@@ -356,8 +356,8 @@ def test_what_a_fit_wrote_stays_known_after_an_evaluation(tmp_path):
     assert fresh.validate(net, loader(8), ckpt_path="last", verbose=False)
     with pytest.raises(UsageError, match="there is no best"):
         lk.Trainer(default_root_dir=tmp_path / "x").test(net, loader(), ckpt_path="best")
-    with pytest.raises(ConfigError, match="'auto' is not in this version"):
-        fresh.fit(net, loader(), ckpt_path="auto")
+    with pytest.raises(ConfigError, match="'auto' is for fit"):
+        fresh.validate(net, loader(), ckpt_path="auto")
 
 
 def test_without_a_model_the_best_weights_of_the_fit_are_tested(tmp_path):

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from lightkit.distributed.devices import resolve_device
-from lightkit.distributed.env import LaunchEnv, launched, require_single_process
+from lightkit.distributed.env import LaunchEnv, job_id, launched, require_single_process, slurm_job
 from lightkit.distributed.strategies import SingleDevice, Strategy
 
 __all__ = [
     "LaunchEnv",
     "SingleDevice",
     "Strategy",
+    "job_id",
     "launched",
     "require_single_process",
     "resolve_device",
+    "slurm_job",
 ]

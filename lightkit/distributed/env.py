@@ -39,6 +39,24 @@ def launched() -> LaunchEnv:
     )
 
 
+def job_id() -> str:
+    """Returns the job of torchrun or SLURM that started this process; "" for none.
+
+    A job that is started again after a failure keeps its name.
+    """
+    for word, name in (("torchrun", "TORCHELASTIC_RUN_ID"), ("slurm", "SLURM_JOB_ID")):
+        value = os.environ.get(name, "")
+        if value not in ("", "none"):  # torchrun's default says nothing
+            return f"{word} {value}"
+    return ""
+
+
+def slurm_job() -> str:
+    """Returns the SLURM job of this process as ``scontrol`` knows it; "" for none."""
+    array, task = (os.environ.get(f"SLURM_ARRAY_{word}_ID", "") for word in ("JOB", "TASK"))
+    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID", "")
+
+
 def _number(name: str, default: int) -> int:
     """Returns the environment variable ``name`` as a number."""
     text = os.environ.get(name, "")

@@ -30,7 +30,7 @@ EXPRESSIONS: dict[str, set[str]] = {
     r"torch\.(save|load)\(": {"checkpoint/"},
     r".*\.(item|tolist)$": {"readings.py", "checkpoint/"},  # each waits for the device
     r"torch\.load\(.*weights_only=False": set(),
-    r"signal\.signal": set(),
+    r"signal\.signal": {"signals.py", "data/"},  # data: in worker processes
     r"torch\.inference_mode": set(),
 }
 

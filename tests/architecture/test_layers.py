@@ -7,7 +7,17 @@ import graphlib
 #: From the bottom to the top. A package stands for all its modules, unless one is named itself.
 #: A module may import from its own layer and from those below it.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "state", "rng", "task_hooks", "signatures", "screen", "_share"),
+    (
+        "differences",
+        "errors",
+        "state",
+        "rng",
+        "task_hooks",
+        "signatures",
+        "screen",
+        "signals",
+        "_share",
+    ),
     ("hooks", "hparams", "limits", "console", "precision", "data", "distributed", "loggers.base"),
     (
         "columns",
@@ -21,10 +31,23 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("checkpoint", "metrics", "optim", "task"),
     ("run",),
-    ("loops", "closure"),
+    ("loops", "evaluation", "closure"),
     ("callbacks", "loggers"),
-    ("checks", "options", "session", "feeds", "places", "opening", "announce", "view", "trainer"),
-    ("config_types", "config", "cli", "__main__", ""),
+    (
+        "announce",
+        "checks",
+        "feeds",
+        "ledger",
+        "opening",
+        "options",
+        "places",
+        "resuming",
+        "saving",
+        "session",
+        "trainer",
+        "view",
+    ),
+    ("config_types", "config", "cli", "testing", "__main__", ""),
 )
 
 

@@ -1,0 +1,258 @@
+"""``run.json``: what a run is and how it ended, so that it can be found and continued.
+
+One small file in each run folder, replaced as a whole when a fit begins and when it ends. A run
+that was killed says "running" for ever; whether somebody is still at work on it tells a lock, which
+the operating system takes away with the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import platform
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from lightkit.errors import ConfigError, UsageError
+
+if TYPE_CHECKING:
+    from lightkit.limits import Limits
+    from lightkit.options import Options
+    from lightkit.state import TrainState
+
+fcntl: Any = None  # on Windows: runs are not locked there
+with contextlib.suppress(ImportError):
+    import fcntl
+
+_log = logging.getLogger("lightkit")
+
+FILE = "run.json"
+_LOCK = ".lock"
+#: The Trainer's arguments that a run's numbers depend on. How long it trains may change.
+_NUMBERS = (
+    "accumulate_grad_batches",
+    "check_val_every_n_epoch",
+    "fused",
+    "gradient_clip_algorithm",
+    "gradient_clip_val",
+    "limit_train_batches",
+    "limit_val_batches",
+    "overfit_batches",
+    "precision",
+    "seed",
+    "val_check_interval",
+)
+
+
+@dataclass
+class Record:
+    """What ``run.json`` holds.
+
+    Attributes:
+        id: Name of the run, the same in all its checkpoints.
+        status: "running", "finished", "interrupted" (Ctrl-C, a signal) or "failed".
+        settings: What the numbers of the run depend on, as plain values by name.
+        limits: How far it was to train: epochs, steps (-1: no limit) and seconds.
+        checkpoints: The folders of its checkpoints, relative to the run folder where below it.
+        job: The job of a cluster that it belongs to; "" for none.
+        seed: The Trainer's seed, also one that was drawn.
+        began: When it began, in seconds since 1970.
+        process: Who writes it: the number of the process and its machine.
+        epoch: Epochs completed when it ended.
+        global_step: Steps completed when it ended.
+    """
+
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    status: str = "running"
+    settings: dict[str, Any] = field(default_factory=dict)
+    limits: dict[str, Any] = field(default_factory=dict)
+    checkpoints: list[str] = field(default_factory=list)
+    job: str = ""
+    seed: int | None = None
+    began: float = field(default_factory=time.time)
+    process: str = ""
+    epoch: int = 0
+    global_step: int = 0
+
+    def write(self, folder: Path) -> None:
+        """Replaces the file of a run folder as a whole."""
+        part = folder / f".{FILE}.part"
+        part.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        os.replace(part, folder / FILE)
+
+    def folders(self, run_dir: Path) -> list[Path]:
+        """Returns the folders of the checkpoints."""
+        return [run_dir / name for name in self.checkpoints]
+
+
+def read(folder: Path) -> Record | None:
+    """Returns what is known about the run of a folder; None where there is nothing readable."""
+    try:
+        values = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        return Record(**{k: v for k, v in values.items() if k in Record.__dataclass_fields__})
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
+
+
+def this_process() -> str:
+    """Returns what tells this process from others on all machines."""
+    return f"{os.getpid()} on {platform.node()}"
+
+
+def limits_of(limits: Limits) -> dict[str, Any]:
+    """Returns how far a fit trains."""
+    return {
+        "max_epochs": limits.max_epochs,
+        "max_steps": limits.max_steps,
+        "seconds": limits.seconds,
+    }
+
+
+def raised(now: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
+    """Tells whether one of the limits allows more than it did."""
+
+    def open_end(value: Any) -> float:
+        return float("inf") if value is None or value < 0 else value
+
+    return any(open_end(now[name]) > open_end(before.get(name)) for name in now)
+
+
+def settings_of(task: Any, datamodule: Any, options: Options, *, drawn: bool) -> dict[str, Any]:
+    """Returns what the numbers of a run depend on, as far as arguments tell.
+
+    Args:
+        task: The task; its class and its constructor arguments count.
+        datamodule: The data module or None.
+        options: The Trainer's arguments; those that change the numbers count.
+        drawn: Whether the seed was drawn and not given, so that it may be another one.
+    """
+    found: dict[str, Any] = {"task": type(task).__name__}
+    for word, owner in (("task", task), ("data", datamodule)):
+        for name, value in (getattr(owner, "hparams", None) or {}).items():
+            found[f"{word}.{name}"] = _plain(value)
+    for name in _NUMBERS:
+        value = None if name == "seed" and drawn else getattr(options, name)
+        found[f"trainer.{name}"] = _plain(value)
+    return found
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Returns a line for each setting that is another one now."""
+    lines = []
+    for name in sorted(before.keys() | now.keys()):
+        old, new = (json.dumps(s[name]) if name in s else "not there" for s in (before, now))
+        if old != new and not (name == "trainer.seed" and "null" in (old, new)):
+            lines.append(f"{name}: {old} in the run, {new} now")
+    return lines
+
+
+def _plain(value: Any) -> Any:
+    """Returns what JSON can hold and two processes agree on: of other objects only the class."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    kind = value if isinstance(value, type) else type(value)
+    return f"<{kind.__module__}.{kind.__qualname__}>"
+
+
+class Ledger:
+    """The record of a run that is under way in this process.
+
+    Raises:
+        UsageError: Another process is at work in the folder.
+        ConfigError: The folder cannot be written.
+    """
+
+    def __init__(self, folder: Path, record: Record) -> None:
+        self.folder, self.record = folder, record
+        self._lock = Lock(folder)
+        record.status, record.process = "running", this_process()
+        try:
+            record.write(folder)
+        except OSError as error:
+            self._lock.release()
+            raise ConfigError(
+                f"The run folder {folder} cannot be written: {error.strerror}. Give another one "
+                f"with Trainer(default_root_dir=...)."
+            ) from None
+
+    def close(self, error: BaseException | None, state: TrainState) -> None:
+        """Writes how the run ended, and lets other processes go on with it."""
+        stopped = isinstance(error, (KeyboardInterrupt, SystemExit))
+        self.record.status = "interrupted" if stopped else "failed" if error else "finished"
+        self.record.epoch, self.record.global_step = state.epoch, state.global_step
+        try:
+            self.record.write(self.folder)
+        except OSError as problem:  # a full disk; the checkpoints tell all that is needed
+            _log.warning("%s could not be written: %s", self.folder / FILE, problem.strerror)
+        finally:
+            self._lock.release()
+
+
+# --- the lock ------------------------------------------------------------------------------------
+
+#: Folders that this process has locked. (To look at a lock of one's own would release it.)
+_held: set[Path] = set()
+
+
+class Lock:
+    """Keeps other processes from writing to the same run folder.
+
+    A record lock: worker processes do not inherit it, and it ends with the process that holds it,
+    however that ends.
+
+    Raises:
+        UsageError: Another process is at work in the folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder.absolute()
+        self._file: IO[bytes] | None = None
+        if fcntl is None:
+            return
+        if self._folder in _held:
+            raise UsageError(f"{folder} is in use by another fit of this process.")
+        with contextlib.suppress(OSError):  # a file system without locks, or one that is full
+            self._file = open(folder / _LOCK, "wb")  # noqa: SIM115  # held until release
+        if self._file is None:
+            return
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            self._file.close()
+            record = read(folder)
+            who = f" (process {record.process})" if record is not None and record.process else ""
+            raise UsageError(
+                f"{folder} is in use by another process{who}. Wait until it has ended, or begin a "
+                f"new run without ckpt_path."
+            ) from None
+        except OSError:  # no locks on this file system
+            return
+        _held.add(self._folder)
+
+    def release(self) -> None:
+        """Lets others in again."""
+        if self._file is not None:
+            _held.discard(self._folder)
+            self._file.close()
+            self._file = None
+
+
+def in_use(folder: Path) -> bool:
+    """Tells whether a fit of this or of another process is at work in a run folder."""
+    try:
+        Lock(folder).release()
+    except UsageError:
+        return True
+    return False
