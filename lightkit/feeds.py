@@ -76,7 +76,10 @@ def reloader(
     every = trainer.options.reload_dataloaders_every_n_epochs
 
     def reload(run: FitRun) -> None:
-        if run.state.epoch == session.loaded_at or run.state.epoch % every:
+        """Makes the loaders anew where an epoch begins that needs new ones, or goes on."""
+        if run.state.epoch == session.loaded_at or (
+            run.state.epoch % every and not run.state.batch_idx
+        ):
             return
         run.train_loader = _single(make())
         run.feed.close()

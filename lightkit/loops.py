@@ -47,6 +47,7 @@ def fit(run: FitRun) -> None:
     try:
         for hook in hooks.on_train_start:
             hook()
+        run.settle_switches()
         if flow.signal is not None:
             _stop(run)  # nothing was trained that could be saved
         if run.state.batch_idx and over(run):

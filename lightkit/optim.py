@@ -231,6 +231,7 @@ class OptimizerPlan:
         Raises:
             CheckpointError: When the checkpoint has other optimizers, groups or schedules.
         """
+        self.refresh()  # groups may have come since; what has taken steps is not changed any more
         saved, plans = state["optimizers"], state["schedulers"]
         _same_count("optimizers", len(saved), len(self.optimizers))
         _same_count("schedules", len(plans), len(self.schedulers))

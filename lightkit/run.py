@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightkit import rng
 from lightkit.data import Feed, generators, seed_from
+from lightkit.freezing import set_switches, switches
 
 if TYPE_CHECKING:
     import torch
@@ -145,6 +146,8 @@ class FitRun:
         reload: Makes the training loader anew for an epoch; None keeps it.
         validation: The evaluation within the fit; None where there is nothing to validate.
         cadence: When to validate.
+        switches: What was frozen when the loop began.
+        switched: What was frozen at the checkpoint that is continued, where hooks had changed it.
         run_id: Name of the run in its record and in its checkpoints; "" where nothing is written.
         writer: Writes the checkpoints.
         feed: What begins passes over the training loader.
@@ -189,10 +192,29 @@ class FitRun:
     writer: Writer
     datamodule: Any = None
     run_id: str = ""
+    switches: dict[str, list[str]] = field(default_factory=dict)
+    switched: dict[str, list[str]] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     rng: dict[str, Any] | None = None
     generators_now: list[torch.Tensor] = field(default_factory=list)
     loaders_now: list[dict[str, Any]] = field(default_factory=list)
+
+    def settle_switches(self) -> None:
+        """Notes what is frozen when the loop begins, after the hooks of the start.
+
+        What hooks of the run that is continued had changed by its checkpoint is put back: they
+        are called once, at an epoch that may be long over.
+        """
+        self.switches = switches(self.task)
+        if self.switched:
+            set_switches(self.task, self.switched)
+
+    def switched_now(self) -> dict[str, list[str]]:
+        """Returns what is frozen now, if it is not what it was when the loop began; else {}."""
+        if not self.switches:
+            return self.switched
+        now = switches(self.task)
+        return {} if now == self.switches else now
 
     def completed(self) -> dict[str, Any]:
         """Returns the counters of the last completed step, also in the middle of a group.

@@ -40,7 +40,8 @@ class Session:
         given_train: The training data as the user gave it.
         named_by_user: Whether evaluation loaders came as a dict, whose names prefix metrics.
         loggers: Those that this call writes to; none in evaluations and in fast_dev_run.
-        loaded_at: Epochs completed when the loaders were made.
+        loaded_at: Epochs completed when the loaders were made; -1 for those of a run that is
+            continued, which were made before the epoch was known.
         ledger: The record of the fit's run folder; None where nothing is written.
     """
 
@@ -64,5 +65,5 @@ class Session:
     lengths: dict[str, list[int | None]] = field(default_factory=dict)
     given_train: Any = None
     named_by_user: bool = False
-    loaded_at: int = 0
+    loaded_at: int = -1
     ledger: Ledger | None = None

@@ -331,7 +331,10 @@ class Trainer(TrainerView):
             resumed = resuming.restore(self, run, start)
             if not self.options.fast_dev_run:
                 places.open_run(self, run, start)
-            session.loaded_at = run.state.epoch
+            if resumed is None:
+                session.loaded_at = run.state.epoch
+            elif run.reload is not None and run.state.batch_idx:
+                run.reload(run)  # those that were made before know nothing of the epoch
             run.plan.check_horizon(*announce.planned(self))
             announce.say_start(self, run, resumed)
             # A full collection costs a tenth of a second with all that is imported; what is there

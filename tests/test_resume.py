@@ -283,3 +283,80 @@ def test_the_time_of_earlier_parts_counts(tmp_path):
     torch.save(saved, tmp_path / "long.ckpt")
     _, t = run(tmp_path, max_time="1 hour", ckpt_path=tmp_path / "long.ckpt")
     assert t.global_step == 10
+
+
+class Unfreezes(Net):
+    """Trains its last layer alone, and all of it from the second epoch on."""
+
+    def on_fit_start(self):
+        self.net[0].requires_grad_(False)
+        self.net[1].eval()
+
+    def on_train_epoch_start(self):
+        if self.current_epoch == 1:
+            self.net[0].requires_grad_(True)
+            self.net[1].train()
+
+
+def test_what_hooks_have_unfrozen_stays_so(tmp_path, quiet):
+    def fit(**options):
+        lk.seed_everything(options.pop("seed", 3), verbose=False)
+        net = Unfreezes()
+        t = quiet(max_epochs=4, callbacks=options.pop("callbacks", None))
+        t.fit(net, *loaders(), **options)
+        return net, t
+
+    whole = fit(callbacks=Save(tmp_path))
+    assert whole[0].net[0].weight.requires_grad
+    for step in (5, 13, 20, 25, 33):
+        rest = fit(seed=99, ckpt_path=tmp_path / f"{step:02d}.ckpt")
+        same(whole, rest)
+        assert rest[0].net[0].weight.requires_grad
+
+
+def test_groups_that_come_while_a_checkpoint_is_loaded_are_fused_too(tmp_path, quiet):
+    class Grows(Net):
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.net[3].parameters(), lr=0.05)
+
+        def on_train_epoch_start(self):
+            if self.current_epoch == 1:
+                self.grow()
+
+        def on_load_checkpoint(self, checkpoint):
+            if checkpoint["loop"]["epoch"]:
+                self.grow()
+
+        def grow(self):
+            self.trainer.optimizers[0].add_param_group({"params": self.net[0].parameters()})
+
+    def fit(**options):
+        lk.seed_everything(options.pop("seed", 3), verbose=False)
+        net, t = Grows(), quiet(max_epochs=3, callbacks=options.pop("callbacks", None))
+        t.fit(net, *loaders(), **options)
+        return net, t
+
+    whole = fit(callbacks=Save(tmp_path))
+    for path in (tmp_path / "14.ckpt", tmp_path / "20.ckpt"):
+        same(whole, fit(seed=99, ckpt_path=path))
+
+
+def test_loaders_made_for_each_epoch_know_the_epoch_that_goes_on(tmp_path, quiet):
+    class Data(lk.DataModule):
+        def train_dataloader(self):
+            return DataLoader(loaders()[0].dataset, 3 + self.trainer.current_epoch, shuffle=True)
+
+    class Plain(Net):
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.parameters(), lr=0.05)
+
+    def fit(**options):
+        lk.seed_everything(options.pop("seed", 3), verbose=False)
+        net, callbacks = Plain(), options.pop("callbacks", None)
+        t = quiet(max_epochs=3, reload_dataloaders_every_n_epochs=1, callbacks=callbacks)
+        t.fit(net, datamodule=Data(), **options)
+        return net, t
+
+    whole = fit(callbacks=Save(tmp_path))
+    for path in sorted(tmp_path.glob("*.ckpt"))[5::6]:
+        same(whole, fit(seed=99, ckpt_path=path))

@@ -256,7 +256,9 @@ class ModelCheckpoint(Callback):
             self._files.adopt(folder, same=same)
             if same and run and run == self._loaded_run and trainer.is_global_zero:
                 # What the run was about to do when it was killed.
-                point_all(self._files, folder, self._best_name, last=self.save_last)
+                newest = self._files.written.get(self._files.newest) == trainer.global_step
+                last = self.save_last and newest  # else another one wrote the file that is resumed
+                point_all(self._files, folder, self._best_name, last=last)
                 self._files.garbage = collect_garbage(self._files, self._siblings)
                 self._files.garbage += orphans(folder, run, trainer.global_step)
         self.dirpath = str(folder)

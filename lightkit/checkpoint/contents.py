@@ -68,6 +68,7 @@ def collect(run: FitRun, *, weights_only: bool = False) -> dict[str, Any]:
         # A listener of this very save point may have asked too late for it to be followed here.
         followed = run.flow.ending or run.flow.epoch_ended
         checkpoint["flow"] = {"stop_reason": run.flow.stop_reason if followed else None}
+        checkpoint["flow"]["switched"] = run.switched_now()
         # Those of the checkpoint that is continued, as long as they are not put back.
         checkpoint["rng"] = [rng.rng_state() if run.rng is None else run.rng]
         checkpoint["data"] = run.data_state()
@@ -110,6 +111,7 @@ def restore(run: FitRun, checkpoint: dict[str, Any]) -> None:
     run.state.load_state_dict(checkpoint["loop"])
     # Saved only where a hook changed it; else the Trainer's own number holds, also a new one.
     run.flow.accumulate = checkpoint.get("flow", {}).get("accumulate", run.flow.accumulate)
+    run.switched = checkpoint.get("flow", {}).get("switched", {})
     run.load_data_state(checkpoint["data"])
     if "datamodule" in checkpoint and hasattr(run.datamodule, "load_state_dict"):
         run.datamodule.load_state_dict(checkpoint["datamodule"])

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Subset
 
 from lightkit.errors import ConfigError, DataError
 
@@ -171,12 +171,15 @@ _LIMIT = "Give a number of batches as an int, or a fraction as a float from 0.0 
 def parts(loader: Any) -> dict[str, Any]:
     """Returns a loader and what it is made of, by name."""
     batch_sampler = getattr(loader, "batch_sampler", None)
+    dataset = getattr(loader, "dataset", None)
+    while type(dataset) is Subset:
+        dataset = dataset.dataset
     return {
         "loader": loader,
         "sampler": getattr(loader, "sampler", None),
         "batch_sampler": batch_sampler,
         "batch_sampler.sampler": getattr(batch_sampler, "sampler", None),
-        "dataset": getattr(loader, "dataset", None),
+        "dataset": dataset,
     }
 
 

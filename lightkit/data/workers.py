@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import multiprocessing
+import os
 import random
 import signal
 import sys
@@ -90,6 +92,10 @@ class WorkerStart:
             _handle("SIGTERM", _end_soon)
         if self.own is not None:
             self.own(worker_id)
+        parent = multiprocessing.parent_process()
+        if parent is not None and not parent.is_alive():
+            # Killed meanwhile. torch would take whoever adopted the worker for its parent.
+            os._exit(1)
 
 
 def _handle(name: str, handler: Any) -> None:

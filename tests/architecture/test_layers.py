@@ -21,6 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("hooks", "hparams", "limits", "console", "precision", "data", "distributed", "loggers.base"),
     (
         "columns",
+        "freezing",
         "fused",
         "history",
         "losses",
