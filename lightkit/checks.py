@@ -16,6 +16,7 @@ from torch.utils.data import (
 )
 
 from lightkit.errors import OptimizerError
+from lightkit.optim import nothing_to_train
 
 if TYPE_CHECKING:
     from lightkit.optim import OptimizerPlan
@@ -94,12 +95,7 @@ def check_parameters(task: nn.Module, plan: OptimizerPlan) -> list[str]:
     names = {id(p): name for name, p in task.named_parameters()}
     trainable = {id(p): name for name, p in task.named_parameters() if p.requires_grad}
     if plan.optimizers and plan.automatic and not trainable:
-        why = "all of them are frozen" if names else "there is none"
-        raise OptimizerError(
-            f"No parameter of {type(task).__name__} can be trained: {why}. Store the layers as "
-            f"attributes (lists of layers in a ModuleList) and set requires_grad_(True) on what "
-            f"shall learn, or return None from configure_optimizers."
-        )
+        raise OptimizerError(nothing_to_train(task))
     seen: dict[int, int] = {}
     for optimizer in plan.optimizers:
         for key in {id(p) for group in optimizer.param_groups for p in group["params"]}:

@@ -100,7 +100,9 @@ def reloader(
 
 def _single(given: Any) -> Any:
     loaders = named_loaders(given, "training")
-    if len(loaders) != 1:
+    if not loaders:
+        raise DataError("The training loader is empty: there is no loader and no batch in it.")
+    if len(loaders) > 1:
         raise DataError(
             f"Training takes one loader, got {len(loaders)}. Combine the data sets into one "
             f"loader, for example with torch.utils.data.ConcatDataset or StackDataset."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,17 +22,36 @@ def unpack(outputs: Any) -> tuple[Tensor | None, Any, Mapping[str, Any] | None]:
     if outputs is None:
         return None, None, None
     if isinstance(outputs, Mapping):
+        weight = outputs.get("weight")
+        if weight is not None:
+            _check_weight(weight)
         if isinstance(outputs.get("loss"), Tensor):
-            return outputs["loss"], outputs.get("weight"), outputs
+            return outputs["loss"], weight, outputs
+        there = ", ".join(map(str, outputs)) or "nothing"
+        what = f"'loss' is {type(outputs['loss']).__name__}" if "loss" in outputs else there
         raise UsageError(
-            f"training_step returned a mapping without a tensor under 'loss' (it has: "
-            f"{', '.join(map(str, outputs)) or 'nothing'}). Return {{'loss': loss}}, optionally "
-            f"with 'weight' and with values to log."
+            f"training_step returned a mapping without a tensor under 'loss' (it has: {what}). "
+            f"Return {{'loss': loss}}, optionally with 'weight' and with values to log, or None to "
+            f"skip the batch."
         )
     raise UsageError(
         f"training_step returned {type(outputs).__name__}. Return the loss as a tensor, a mapping "
         f"with 'loss' (and perhaps 'weight'), or None to skip the batch."
     )
+
+
+def _check_weight(weight: Any) -> None:
+    if isinstance(weight, Tensor):
+        if weight.numel() != 1:
+            raise UsageError(
+                f"training_step returned a 'weight' of shape {tuple(weight.shape)}, but one number "
+                f"is needed: of how many samples or tokens the loss is the mean."
+            )
+    elif not isinstance(weight, Real) or not float(weight) >= 0:
+        raise UsageError(
+            f"training_step returned 'weight': {weight!r}. It is the number of samples or tokens "
+            f"of which the loss is the mean: 0 or more, or a tensor with one element."
+        )
 
 
 def checked(loss: Tensor) -> Tensor:

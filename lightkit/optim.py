@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
@@ -97,7 +97,14 @@ class OptimizerPlan:
         Raises:
             OptimizerError: For anything that cannot be used, with what to write instead.
         """
-        optimizers, raw = _read(task.configure_optimizers())
+        try:
+            optimizers, raw = _read(task.configure_optimizers())
+        except ValueError as error:
+            if "empty parameter list" not in str(error):
+                raise
+            raise OptimizerError(
+                f"configure_optimizers: {error}. {nothing_to_train(task)}"
+            ) from error
         _check_optimizers(optimizers, automatic=task.automatic_optimization)
         entries = [_entry(config, owner, optimizers, monitor) for config, owner, monitor in raw]
         for entry in entries if task.automatic_optimization else ():
@@ -393,6 +400,22 @@ def _entry(
             f"return, so the rates of the returned one would stay. Return the one it was made with."
         )
     return SchedulerEntry(optimizer=moved, **values)
+
+
+def nothing_to_train(task: nn.Module) -> str:
+    """Returns the text for an optimizer that has nothing to train."""
+    trainable = sum(1 for p in task.parameters() if p.requires_grad)
+    if trainable:
+        return (
+            f"{type(task).__name__} has {trainable} parameters that can be trained, but none of "
+            f"them was given to it: look at how they are chosen."
+        )
+    why = "all of them are frozen" if any(True for _ in task.parameters()) else "there is none"
+    return (
+        f"No parameter of {type(task).__name__} can be trained: {why}. Store the layers as "
+        f"attributes (lists of layers in a ModuleList) and set requires_grad_(True) on what "
+        f"shall learn, or return None from configure_optimizers."
+    )
 
 
 def _needs_closure(optimizer: Optimizer) -> bool:

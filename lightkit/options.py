@@ -129,6 +129,11 @@ class Options:
         for name in ("train", "val", "test", "predict"):
             limited(_MANY, getattr(self, f"limit_{name}_batches"), f"limit_{name}_batches")
         resolve_precision(self.precision, "cpu")
+        if not isinstance(self.default_root_dir, (str, Path, type(None))):
+            raise ConfigError(
+                f"default_root_dir={self.default_root_dir!r}: allowed is the path of a folder, or "
+                f"None for 'runs'."
+            )
         trial = self.fast_dev_run
         if not isinstance(trial, int) or trial < 0:
             raise ConfigError(

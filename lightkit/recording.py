@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 _log = logging.getLogger("lightkit")
 
 
+#: Names that rows and the history have anyway, and what they are.
+_TAKEN = {"step": "optimizer steps", "epoch": "the epoch's number", "time": "seconds of the epoch"}
+
+
 class Now:
     """The batch that the loop is at.
 
@@ -135,6 +139,11 @@ class Recorder:
         assert self._columns is not None
         if not isinstance(name, str) or not name:
             raise LoggingError(f"self.log: the name must be a text, got {name!r}.")
+        if name in _TAKEN:
+            raise LoggingError(
+                f"self.log({name!r}): every row has a {name!r} of its own ({_TAKEN[name]}), which "
+                f"this one would replace. Give it another name."
+            )
         training = self._columns is self.train
         step_wise = self.in_step and training
         metric = value if metric_objects.is_metric(value) else None
@@ -152,7 +161,24 @@ class Recorder:
             metric=metric,
         )
         column.aliases = type(value) is Tensor and self._aliases(value)
+        self._check_clash(column)
         return column
+
+    def _check_clash(self, column: Column) -> None:
+        """Raises where two names would be written as one, as "a" in both ways and "a_step"."""
+        assert self._columns is not None
+        pairs = [(column, name) for name in {column.step_name, column.epoch_name} - {column.name}]
+        for end in ("_step", "_epoch"):
+            other = self._columns.get(column.name.removesuffix(end))
+            if other is not None and column.name in (other.step_name, other.epoch_name):
+                pairs.append((other, column.name))
+        for both, name in pairs:
+            if name in self._columns and both.name != name:
+                raise LoggingError(
+                    f"self.log({name!r}) and self.log({both.name!r}, on_step=True, on_epoch=True), "
+                    f"which is written as {both.step_name!r} and {both.epoch_name!r}, would be one "
+                    f"curve. Give one of them another name."
+                )
 
     def _aliases(self, value: Tensor) -> bool:
         """Tells whether a value is the memory of a parameter or buffer, which steps overwrite.

@@ -220,9 +220,8 @@ def restore(trainer: Trainer, run: FitRun, start: Start) -> str | None:
     run.rng = start.saved["rng"][0]
     run.sanity_batches = 0
     run.flow.validated_step = run.state.global_step
-    unfinished = start.folder is not None and not start.finished
-    if unfinished and start.record.status != "finished":
-        # It was about to end, and was cut off before it had.
+    cut_off = start.folder is not None and start.record.status != "finished"
+    if start.finished or cut_off:  # one that was cut off was perhaps about to end
         run.flow.stop_reason = start.saved.get("flow", {}).get("stop_reason")
     if start.finished and start.folder is None:
         _log.warning(

@@ -315,6 +315,7 @@ class Trainer(TrainerView):
     ) -> Iterator[FitRun]:
         from lightkit import announce, opening, places, resuming, signals
 
+        console.install(rank_zero=True)
         train, datamodule = opening.as_datamodule(train, datamodule)
         opening.check_task(task, _FIT_NEEDS)
         session = Session(task=task, datamodule=datamodule, stage=Stage.FIT)

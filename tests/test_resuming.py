@@ -413,3 +413,21 @@ def test_two_fits_cannot_go_on_in_one_folder(tmp_path):
     seen: list[str] = []
     fit(tmp_path, ckpt_path=None, callbacks=[Nested()])
     assert seen == ["version_1"]
+
+
+class Stops(lk.Callback):
+    def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx):
+        if trainer.global_step == 7:
+            trainer.stop("enough")
+
+
+def test_a_run_that_was_stopped_is_finished_too(tmp_path):
+    net, one = fit(tmp_path, callbacks=[Stops()])
+    before = contents(tmp_path)
+    again, two = fit(tmp_path)  # without what stopped it
+    assert two.global_step == 7
+    assert untimed(two.history) == untimed(one.history)
+    assert equal(net, again)
+    assert contents(tmp_path) == before
+    _, three = fit(tmp_path, max_epochs=4)  # a raised limit goes on
+    assert three.global_step == 20

@@ -68,7 +68,8 @@ def collect(run: FitRun, *, weights_only: bool = False) -> dict[str, Any]:
         # A listener of this very save point may have asked too late for it to be followed here.
         followed = run.flow.ending or run.flow.epoch_ended
         checkpoint["flow"] = {"stop_reason": run.flow.stop_reason if followed else None}
-        checkpoint["flow"]["switched"] = run.switched_now()
+        if switched := run.switched_now():
+            checkpoint["flow"]["switched"] = switched
         # Those of the checkpoint that is continued, as long as they are not put back.
         checkpoint["rng"] = [rng.rng_state() if run.rng is None else run.rng]
         checkpoint["data"] = run.data_state()

@@ -82,6 +82,9 @@ class Run:
     def completed(self):
         return self.state.state_dict()
 
+    def switched_now(self):
+        return {}
+
     def data_state(self):
         return self.data
 
