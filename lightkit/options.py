@@ -13,6 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from lightkit.data import limited
 from lightkit.errors import ConfigError, did_you_mean
+from lightkit.hooks import Callback
 from lightkit.limits import make_cadence
 from lightkit.precision import resolve_precision
 
@@ -197,6 +198,7 @@ _WHOLE = {
     "reload_dataloaders_every_n_epochs": 0,
     "seed": 0,
 }
+_NO_STATE = Callback.state_dict
 _MANY = 10**12  # batches of which every fraction that can be meant leaves some
 _NEEDED = ("accumulate_grad_batches", "log_every_n_steps", "reload_dataloaders_every_n_epochs")
 
@@ -211,7 +213,34 @@ def listed(given: Any, kind: type, what: str) -> list[Any]:
                 f"{what}: {item!r} is no {kind.__name__} of lightkit.{hint} Give one "
                 f"{kind.__name__}, a list of them, or nothing."
             )
+    _check_twice(items, what)
     return items
+
+
+def _check_twice(items: list[Any], what: str) -> None:
+    """Raises for what can be there once only."""
+    if len(items) < 2:
+        return
+    from lightkit.callbacks import ModelSummary, ProgressBar
+
+    kinds = (ModelSummary, ProgressBar)
+    for i, item in enumerate(items):
+        name = type(item).__name__
+        for other in items[:i]:
+            if other is item:
+                raise ConfigError(f"{what}: the same {name} object is there twice. Remove one.")
+            if any(isinstance(item, kind) and isinstance(other, kind) for kind in kinds):
+                raise ConfigError(
+                    f"{what}: {type(other).__name__} and {name} would show the same twice. "
+                    f"Remove one."
+                )
+            stateful = isinstance(item, Callback) and type(item).state_dict is not _NO_STATE
+            if stateful and type(other) is type(item) and other.state_key == item.state_key:
+                raise ConfigError(
+                    f"{what}: two {name} store their state in checkpoints under the key "
+                    f"{item.state_key!r}. Give them different arguments, override state_key in "
+                    f"their class, or remove one."
+                )
 
 
 def _is_whole(value: Any) -> bool:

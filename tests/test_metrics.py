@@ -221,7 +221,7 @@ def test_reductions(trainer, reduce, wanted, rows):
 def test_suffixes_only_where_both_curves_are_asked_for(trainer):
     def log(task, batch):
         task.log("both", batch.mean(), on_step=True, on_epoch=True)
-        task.log("step", batch.mean(), on_step=True)
+        task.log("window", batch.mean(), on_step=True)
         task.log("whole", batch.mean(), on_step=False, on_epoch=True)
         task.log("default", batch.mean())
         task.log("neither", batch.mean(), logger=False, prog_bar=True)
@@ -232,11 +232,11 @@ def test_suffixes_only_where_both_curves_are_asked_for(trainer):
     windows, whole = [(2, 3.5), (3, 8.5)], [(3, 4.5)]
     assert rows.of("both_step") == approx_rows(windows)
     assert rows.of("both_epoch") == approx_rows(whole)
-    assert rows.of("step") == rows.of("default") == approx_rows(windows)
+    assert rows.of("window") == rows.of("default") == approx_rows(windows)
     assert rows.of("whole") == approx_rows(whole)
-    for name in ("neither", "both", "step_step", "step_epoch", "neither_step", "whole_epoch"):
+    for name in ("neither", "both", "window_step", "window_epoch", "neither_step", "whole_epoch"):
         assert rows.of(name) == []
-    for name in ("both", "step", "whole", "default", "neither"):
+    for name in ("both", "window", "whole", "default", "neither"):
         assert history[0][name] == pytest.approx(4.5)
     metrics = run.callback_metrics
     assert float(metrics["both_epoch"]) == float(metrics["both"]) == pytest.approx(4.5)

@@ -10,6 +10,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -36,10 +37,12 @@ class Nursery:
     """
 
     def __init__(self, hash_seed: int):
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115  # closed with it
         self.process = subprocess.Popen(
             [sys.executable, "-W", "error", "-m", "tests.faults.nursery"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=self.errors,
             env=environment(PYTHONHASHSEED=str(hash_seed)),
             cwd=REPOSITORY,
             bufsize=0,
@@ -67,12 +70,14 @@ class Nursery:
         if not select.select([self.process.stdout], [], [], timeout)[0]:
             raise TimeoutError(f"nothing came from the nursery within {timeout} s")
         line = self.process.stdout.readline()
-        assert line, "the nursery has died; its own errors are on stderr"
+        if not line:
+            self.errors.seek(0)
+            raise AssertionError(f"the nursery has died: {self.errors.read()[-2000:].decode()}")
         return int(line)
 
     def close(self) -> None:
         """Ends it."""
-        with self.process:
+        with self.process, self.errors:
             assert self.process.stdin is not None
             self.process.stdin.close()
             self.process.wait(10)
@@ -245,7 +250,7 @@ def compare(one: Any, two: Any, name: str, found: list[str]) -> None:
         for i, (a, b) in enumerate(zip(one, two, strict=False)):
             compare(a, b, f"{name}[{i}]", found)
     elif type(one) is not type(two) or (one != two and not (one != one and two != two)):
-        found.append(f"{name}: {one!r} and {two!r}")
+        found.append(f"{name}: {one!r:.200} and {two!r:.200}")
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
