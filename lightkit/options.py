@@ -15,6 +15,7 @@ from lightkit.data import limited
 from lightkit.errors import ConfigError, did_you_mean
 from lightkit.hooks import Callback
 from lightkit.limits import make_cadence
+from lightkit.loggers.base import Logger
 from lightkit.precision import resolve_precision
 
 P = ParamSpec("P")
@@ -233,6 +234,11 @@ def _check_twice(items: list[Any], what: str) -> None:
                 raise ConfigError(
                     f"{what}: {type(other).__name__} and {name} would show the same twice. "
                     f"Remove one."
+                )
+            target = item._target if isinstance(item, Logger) else None
+            if target is not None and isinstance(other, Logger) and other._target == target:
+                raise ConfigError(
+                    f"{what}: two {name} would write to one file, {target}. Remove one."
                 )
             stateful = isinstance(item, Callback) and type(item).state_dict is not _NO_STATE
             if stateful and type(other) is type(item) and other.state_key == item.state_key:

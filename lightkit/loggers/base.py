@@ -46,6 +46,8 @@ class Logger:
     _run_dir: Path | None = None
     _next_dir: Path | None = None
     _said_unopened: bool = False
+    #: What it writes below the run folder; two loggers of one run must not write the same.
+    _target: str | None = None
 
     def __init__(
         self,

@@ -30,7 +30,7 @@ class CSVLogger(Logger):
         version: A number N for ``version_N``, or the folder's name; None: the next free number.
     """
 
-    FILE = "metrics.csv"
+    FILE = _target = "metrics.csv"
     _file: IO[str] | None = None
     _columns: list[str]
     _rows = 0

@@ -29,7 +29,7 @@ class JSONLLogger(Logger):
         version: See `Logger`.
     """
 
-    FILE = "metrics.jsonl"
+    FILE = _target = "metrics.jsonl"
     _file: IO[bytes] | None = None
     _flushed: float = 0.0
 

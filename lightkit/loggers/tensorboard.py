@@ -64,6 +64,7 @@ class TensorBoardLogger(Logger):
         self._sub_dir = sub_dir
         # What our files' names end in: others may write their own beside them.
         self._suffix = ".lightkit" + (re.sub(r"\W", "_", f"_{prefix}") if prefix else "")
+        self._target = os.path.join(sub_dir or "", f"events.out.tfevents.*{self._suffix}")
         self._root = self._folder = Path()
         self._folders: set[Path] = set()
         self._writer: Any = None
