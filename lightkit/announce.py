@@ -59,7 +59,8 @@ def the_end(trainer: Trainer, session: Session) -> Iterator[None]:
         yield
     except BaseException as caught:
         error = caught
-        if not (trainer.interrupted == "SIGINT" and screen.in_notebook()):
+        asked = isinstance(caught, KeyboardInterrupt) and session.flow.signal is not None
+        if not (asked and screen.in_notebook()):
             raise
     finally:
         if session.ledger is not None:
@@ -67,7 +68,10 @@ def the_end(trainer: Trainer, session: Session) -> Iterator[None]:
             if error is None:
                 _say_results(trainer, session)
             else:
-                _say_resume(trainer, session.ledger)
+                try:
+                    _say_resume(trainer, session.ledger)
+                except Exception as problem:  # noqa: BLE001  must not hide the error itself
+                    _log.error("and in looking for the last checkpoint: %s", problem)
 
 
 def _say_results(trainer: Trainer, session: Session) -> None:

@@ -60,6 +60,7 @@ class Record:
         settings: What the numbers of the run depend on, as plain values by name.
         limits: How far it was to train: epochs, steps (-1: no limit) and seconds.
         checkpoints: The folders of its checkpoints, relative to the run folder where below it.
+        marks: Where the loggers' files stood when it began, by their names.
         job: The job of a cluster that it belongs to; "" for none.
         seed: The Trainer's seed, also one that was drawn.
         began: When it began, in seconds since 1970.
@@ -73,6 +74,7 @@ class Record:
     settings: dict[str, Any] = field(default_factory=dict)
     limits: dict[str, Any] = field(default_factory=dict)
     checkpoints: list[str] = field(default_factory=list)
+    marks: dict[str, Any] = field(default_factory=dict)
     job: str = ""
     seed: int | None = None
     began: float = field(default_factory=time.time)
@@ -146,7 +148,9 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Returns a line for each setting that is another one now."""
     lines = []
     for name in sorted(before.keys() | now.keys()):
-        old, new = (json.dumps(s[name]) if name in s else "not there" for s in (before, now))
+        old, new = (
+            json.dumps(s[name], sort_keys=True) if name in s else "not there" for s in (before, now)
+        )
         if old != new and not (name == "trainer.seed" and "null" in (old, new)):
             lines.append(f"{name}: {old} in the run, {new} now")
     return lines
@@ -169,14 +173,19 @@ def _plain(value: Any) -> Any:
 class Ledger:
     """The record of a run that is under way in this process.
 
+    Args:
+        folder: The run folder.
+        record: What is known of the run.
+        lock: The lock of the folder where it is held already; taken here else.
+
     Raises:
         UsageError: Another process is at work in the folder.
         ConfigError: The folder cannot be written.
     """
 
-    def __init__(self, folder: Path, record: Record) -> None:
+    def __init__(self, folder: Path, record: Record, lock: Lock | None = None) -> None:
         self.folder, self.record = folder, record
-        self._lock = Lock(folder)
+        self._lock = Lock(folder) if lock is None else lock
         record.status, record.process = "running", this_process()
         try:
             record.write(folder)
@@ -202,7 +211,7 @@ class Ledger:
 
 # --- the lock ------------------------------------------------------------------------------------
 
-#: Folders that this process has locked. (To look at a lock of one's own would release it.)
+#: Folders that this process has locked. (To ask for a lock of one's own would release it.)
 _held: set[Path] = set()
 
 
@@ -217,20 +226,22 @@ class Lock:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder.absolute()
+        self._folder = folder.resolve()
         self._file: IO[bytes] | None = None
-        if fcntl is None:
-            return
         if self._folder in _held:
             raise UsageError(f"{folder} is in use by another fit of this process.")
-        with contextlib.suppress(OSError):  # a file system without locks, or one that is full
-            self._file = open(folder / _LOCK, "wb")  # noqa: SIM115  # held until release
-        if self._file is None:
-            return
+        if fcntl is not None:
+            with contextlib.suppress(OSError):  # a file system without locks, or one that is full
+                self._file = open(folder / _LOCK, "wb")  # noqa: SIM115  # held until release
+        if self._file is not None:
+            self._take(self._file, folder)
+        _held.add(self._folder)
+
+    def _take(self, file: IO[bytes], folder: Path) -> None:
         try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            self._file.close()
+            file.close()
             record = read(folder)
             who = f" (process {record.process})" if record is not None and record.process else ""
             raise UsageError(
@@ -238,21 +249,11 @@ class Lock:
                 f"new run without ckpt_path."
             ) from None
         except OSError:  # no locks on this file system
-            return
-        _held.add(self._folder)
+            pass
 
     def release(self) -> None:
-        """Lets others in again."""
-        if self._file is not None:
-            _held.discard(self._folder)
-            self._file.close()
-            self._file = None
-
-
-def in_use(folder: Path) -> bool:
-    """Tells whether a fit of this or of another process is at work in a run folder."""
-    try:
-        Lock(folder).release()
-    except UsageError:
-        return True
-    return False
+        """Lets others in again; does nothing the second time."""
+        _held.discard(self._folder)
+        file, self._file, self._folder = self._file, None, Path()
+        if file is not None:
+            file.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ def run_folder(trainer: Trainer, session: Session) -> Path | None:
     parent = trainer.default_root_dir / type(session.task).__name__
     try:
         if chosen is None:
-            return _next_version(parent)
+            return _next_version(parent.absolute())  # whatever becomes the current folder
         chosen.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         where = "logger=...(save_dir=...)" if chosen else "default_root_dir=..."
@@ -36,7 +37,7 @@ def run_folder(trainer: Trainer, session: Session) -> Path | None:
             f"The run folder {chosen or parent} cannot be made: {error.strerror}. Give another "
             f"one with Trainer({where})."
         ) from None
-    return chosen
+    return chosen.absolute()
 
 
 def _next_version(parent: Path) -> Path:
@@ -62,8 +63,8 @@ def run_folders(trainer: Trainer, name: str) -> list[Path]:
     for logger in trainer.loggers:
         chosen = logger.next_dir()
         if chosen is not None:
-            return [chosen, *chosen.parent.glob("version_*")]
-    return list((trainer.default_root_dir / name).glob("version_*"))
+            return [chosen.absolute(), *chosen.parent.absolute().glob("version_*")]
+    return list((trainer.default_root_dir.absolute() / name).glob("version_*"))
 
 
 def open_run(trainer: Trainer, run: FitRun, start: Start) -> None:
@@ -84,18 +85,28 @@ def open_run(trainer: Trainer, run: FitRun, start: Start) -> None:
         _relative(callback._folder(trainer), folder) for callback in trainer.checkpoint_callbacks
     ]
     run.run_id = start.record.id
-    session.ledger = Ledger(folder, start.record)
+    session.ledger = Ledger(folder, start.record, start.lock)
     _write_settings(trainer, folder, run.state.global_step)
-    hparams = _logged_hparams(session)
     for key, logger in keyed(session.loggers).items():
         if start.folder is None:
             logger.open(folder)
-            if hparams:
-                logger.log_hyperparams(hparams)
-            logger.log_graph(session.task)
         else:
             logger.open(folder, purge_step=run.state.global_step + 1)
             logger.rewind(start.marks.get(key, {}))
+    if start.path is None or start.folder is None:
+        _begin_rows(session, session.ledger)
+
+
+def _begin_rows(session: Session, ledger: Ledger) -> None:
+    """Notes where the files of the loggers begin, and writes what comes before the first row."""
+    hparams = _logged_hparams(session)
+    for key, logger in keyed(session.loggers).items():
+        with contextlib.suppress(TypeError):  # a mark of the user's that JSON cannot hold
+            ledger.record.marks[key] = json.loads(json.dumps(logger.mark()))
+        if hparams:
+            logger.log_hyperparams(hparams)
+        logger.log_graph(session.task)
+    ledger.record.write(ledger.folder)
 
 
 def _relative(path: Path, folder: Path) -> str:
@@ -145,23 +156,30 @@ def find_checkpoint(trainer: Trainer, task: TaskModule, given: str | Path) -> Pa
         )
     if given not in ("last", "best"):
         return Path(given)
+    own = trainer.session.ledger
     for callback in trainer.checkpoint_callbacks:
         known = callback.last_model_path if given == "last" else callback.best_model_path
-        path = _named(Path(known).parent, given, known) if known else None
+        run = None if own is None else own.record.id
+        path = _named(Path(known).parent, given, known, run) if known else None
         if path is not None:
             return path
-    root = trainer.default_root_dir / type(task).__name__
-    for number in sorted(map(int, _versions(root)), reverse=True):
-        folder = root / f"version_{number}"
-        record = read(folder) or Record(checkpoints=["checkpoints"])
-        for place in record.folders(folder):
+    name = type(task).__name__
+    for folder in sorted(run_folders(trainer, name), key=_age, reverse=True):
+        record = read(folder) or Record(checkpoints=["checkpoints"], settings={"task": name})
+        for place in record.folders(folder) if record.settings.get("task") in (None, name) else ():
             path = _named(place, given, place / f"{given}.ckpt", record.id)
             if path is not None:
                 return path
     raise UsageError(
         f"ckpt_path={given!r}: there is no {given}.ckpt, neither of this trainer's last fit nor in "
-        f"a run below {root}. Give the path of a checkpoint."
+        f"a run below {trainer.default_root_dir / name}. Give the path of a checkpoint."
     )
+
+
+def _age(folder: Path) -> tuple[float, int]:
+    """Returns what sorts run folders by age: when they began, else their number."""
+    record, number = read(folder), folder.name.removeprefix("version_")
+    return (0.0 if record is None else record.began, int(number) if number.isdigit() else -1)
 
 
 def _named(

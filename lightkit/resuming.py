@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightkit import checkpoint, ledger
+from lightkit.checkpoint.files import peek
 from lightkit.distributed import job_id
-from lightkit.errors import CheckpointError, ConfigError
+from lightkit.errors import CheckpointError, ConfigError, UsageError
 from lightkit.places import find_checkpoint, newest_checkpoint, run_folders
 from lightkit.state import TrainState
 
@@ -31,6 +32,7 @@ class Start:
         folder: The run folder in which it goes on; None makes a new one.
         record: What ``run.json`` of that folder says.
         finished: Whether nothing is left to train, so that nothing shall be written either.
+        lock: The lock of the folder in which it goes on.
     """
 
     path: Path | None = None
@@ -38,6 +40,12 @@ class Start:
     folder: Path | None = None
     record: ledger.Record = field(default_factory=ledger.Record)
     finished: bool = False
+    lock: ledger.Lock | None = None
+
+    def close(self) -> None:
+        """Lets other processes into the folder again."""
+        if self.lock is not None:
+            self.lock.release()
 
     @property
     def marks(self) -> dict[str, Any]:
@@ -47,7 +55,9 @@ class Start:
 
 
 def find(trainer: Trainer, session: Session, given: str | Path | None) -> Start:
-    """Returns what ``ckpt_path`` means. Reads files and changes none.
+    """Returns what ``ckpt_path`` means, and locks the folder in which a run goes on.
+
+    From the lock on nobody else writes there, so what is read stays true. Call its ``close``.
 
     Args:
         trainer: The trainer.
@@ -95,31 +105,29 @@ def _choose_folder(start: Start) -> None:
     old = None if folder is None else ledger.read(folder)
     if folder is None or old is None:
         return
-    newest = newest_checkpoint(folder, old)
-    why = None
+    newest, why = newest_checkpoint(folder, old), None
     if newest is None or not (
-        newest.samefile(start.path) or _steps(newest) <= header["global_step"]
+        newest.samefile(start.path)
+        or peek(newest)["lightkit"]["global_step"] <= header["global_step"]
     ):
         why = "there are later checkpoints of it"
     elif changed := ledger.differences(old.settings, start.record.settings):
         why = f"settings changed ({'; '.join(changed)})"
-    elif ledger.in_use(folder):
-        why = "another process is at work on it"
+    else:
+        try:
+            start.lock = ledger.Lock(folder)
+        except UsageError:
+            why = "another fit is at work on it"
     if why is not None:
         _log.info("%s stays as it is and a new run begins: %s", folder, why)
         return
-    start.folder, start.record = folder, _continued(old, start.record)
+    start.folder, start.record = folder, _continued(ledger.read(folder) or old, start.record)
 
 
 def _continued(old: ledger.Record, now: ledger.Record) -> ledger.Record:
     """Returns the record of a run that goes on: itself, with what may have changed."""
     old.limits, old.job = now.limits, now.job
     return old
-
-
-def _steps(path: Path) -> int:
-    header = checkpoint.read_checkpoint(path)["lightkit"]
-    return int(header["global_step"])
 
 
 def _run_of(path: Path, saved: dict[str, Any]) -> Path | None:
@@ -144,33 +152,52 @@ def _automatic(trainer: Trainer, session: Session, now: ledger.Record) -> Start:
             "ckpt_path='auto' continues from checkpoints, but enable_checkpointing=False writes "
             "none. Remove one of the two."
         )
-    found = pick(run_folders(trainer, type(session.task).__name__), now.job)
-    if found is None:
-        _log.info("ckpt_path='auto': there is no run to continue, so a new one begins")
-        return Start(record=now)
-    folder, old = found
-    if changed := ledger.differences(old.settings, now.settings):
+    name = type(session.task).__name__
+    for folder, record in candidates(run_folders(trainer, name), name, now.job):
+        if record.status == "finished" and not ledger.raised(now.limits, record.limits):
+            return _judge(trainer, folder, record, now, None)
+        try:
+            lock = ledger.Lock(folder)
+        except UsageError:
+            _log.info("%s is passed over: another fit is at work on it", folder)
+            continue
+        try:  # what the record says by now: from here on nobody else writes
+            start = _judge(trainer, folder, ledger.read(folder) or record, now, lock)
+        except BaseException:
+            lock.release()
+            raise
+        if start.lock is None:
+            lock.release()
+        return start
+    _log.info("ckpt_path='auto': there is no run to continue, so a new one begins")
+    return Start(record=now)
+
+
+def _judge(
+    trainer: Trainer, folder: Path, old: ledger.Record, now: ledger.Record, lock: ledger.Lock | None
+) -> Start:
+    """Returns how a fit goes on with a run, or that there is nothing to go on with."""
+    path, done = newest_checkpoint(folder, old), old.status == "finished"
+    changed = ledger.differences(old.settings, now.settings)
+    if path is None and not done:
+        _log.info("%s ended before its first checkpoint, so it begins anew", folder)
+        if changed:
+            return Start(record=now)
+        return Start(folder=folder, saved={"loggers": old.marks}, record=old, lock=lock)
+    if changed:
         listed = "\n  ".join(changed)
         raise ConfigError(
             f"ckpt_path='auto' would continue {folder}, but its settings were others:\n  {listed}\n"
             f"Put them back, or begin a new run without ckpt_path, or continue all the same from "
             f"a checkpoint that you name (ckpt_path='last')."
         )
-    path = newest_checkpoint(folder, old)
-    done = old.status == "finished"
     if path is None:
-        if done:
-            raise CheckpointError(
-                f"ckpt_path='auto': {folder} is finished, but its checkpoints are gone. Begin a "
-                f"new run without ckpt_path."
-            )
-        _log.info("%s ended before its first checkpoint, so a new run begins", folder)
-        return Start(record=now)
-    start = Start(path, checkpoint.read_checkpoint(path), folder)
-    start.finished = done and (
-        not ledger.raised(now.limits, old.limits) or _reached(trainer, start.saved)
-    )
-    if start.finished:
+        raise CheckpointError(
+            f"ckpt_path='auto': {folder} is finished, but its checkpoints are gone. Begin a new "
+            f"run without ckpt_path."
+        )
+    saved = checkpoint.read_checkpoint(path)
+    if done and (not ledger.raised(now.limits, old.limits) or _reached(trainer, saved)):
         _log.info(
             "%s is finished (%d epochs, %d steps): nothing is left to train. To train longer raise "
             "max_epochs or max_steps; to begin anew leave out ckpt_path.",
@@ -178,23 +205,21 @@ def _automatic(trainer: Trainer, session: Session, now: ledger.Record) -> Start:
             old.epoch,
             old.global_step,
         )
-    start.record = old if start.finished else _continued(old, now)
-    return start
+        return Start(path, saved, folder, old, finished=True)
+    return Start(path, saved, folder, _continued(old, now), lock=lock)
 
 
-def pick(folders: list[Path], job: str) -> tuple[Path, ledger.Record] | None:
-    """Returns the run that "auto" means: the newest of this job, else the newest of all.
+def candidates(folders: list[Path], name: str, job: str) -> list[tuple[Path, ledger.Record]]:
+    """Returns the runs that "auto" may mean: those of this job, newest first, then all others.
 
-    Runs that another process is at work on are passed over, unless they are of this very job.
+    Args:
+        folders: Where to look.
+        name: The class of the task.
+        job: The job of a cluster that this process belongs to; "" for none.
     """
-    runs = [(record, folder) for folder in folders if (record := ledger.read(folder)) is not None]
-    runs.sort(key=lambda run: run[0].began, reverse=True)
-    own = [run for run in runs if job and run[0].job == job]
-    for record, folder in own or runs:
-        if own or not ledger.in_use(folder):
-            return folder, record
-        _log.info("%s is passed over: another process is at work on it", folder)
-    return None
+    runs = [(folder, record) for folder in folders if (record := ledger.read(folder)) is not None]
+    runs = [run for run in runs if run[1].settings.get("task") in (None, name)]
+    return sorted(runs, key=lambda run: (bool(job) and run[1].job == job, run[1].began))[::-1]
 
 
 def earlier_seed(trainer: Trainer, name: str, given: str) -> int | None:
@@ -203,8 +228,8 @@ def earlier_seed(trainer: Trainer, name: str, given: str) -> int | None:
     Data that is split or made at random must be the same again, so who draws a seed asks here.
     """
     if given in ("auto", "last", "best"):
-        found = pick(run_folders(trainer, name), job_id())
-        return None if found is None else found[1].seed
+        found = candidates(run_folders(trainer, name), name, job_id())
+        return found[0][1].seed if found else None
     records = (ledger.read(folder) for folder in Path(given).absolute().parents[:3])
     return next((record.seed for record in records if record is not None), None)
 

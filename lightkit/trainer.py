@@ -324,6 +324,7 @@ class Trainer(TrainerView):
         start = resuming.find(self, session, ckpt_path)
         # Signals are watched until all is closed: an impatient second one must not break that off.
         with (
+            contextlib.closing(start),
             announce.the_end(self, session),
             contextlib.ExitStack() as watch,
             self._opened(session),
@@ -392,7 +393,6 @@ class Trainer(TrainerView):
             flow=Flow(signal=old.flow.signal),
             loggers=[],
             hooks=None,
-            ledger=None,
         )
         path = None if ckpt_path is None else places.find_checkpoint(self, task, ckpt_path)
         with self._opened(session):
@@ -450,7 +450,9 @@ class Trainer(TrainerView):
         self._run, session.stage = None, None
         with contextlib.ExitStack() as stack:
             for logger in reversed(self._loggers):
-                stack.callback(_shielded, logger.close) if failed else stack.callback(logger.close)
+                # In an evaluation it may be open for the fit of another trainer that shares it.
+                end = logger.close if stage == Stage.FIT.value else logger.flush
+                stack.callback(_shielded, end) if failed else stack.callback(end)
             for close, argument in reversed(closers):
                 if failed:
                     stack.callback(_shielded, close, argument)

@@ -11,7 +11,7 @@ import pytest
 
 from lightkit import ledger
 from lightkit.errors import ConfigError, UsageError
-from lightkit.ledger import Ledger, Lock, Record, in_use
+from lightkit.ledger import Ledger, Lock, Record
 from lightkit.limits import Limits
 from lightkit.options import Options
 from lightkit.state import TrainState
@@ -83,6 +83,7 @@ def test_differences_name_what_was_and_what_is():
         "task.old: 1 in the run, not there now",
     ]
     assert ledger.differences(before, before) == []
+    assert ledger.differences({"task.a": {"x": 1, "y": 2}}, {"task.a": {"y": 2, "x": 1}}) == []
     assert ledger.differences({"trainer.seed": 1}, {"trainer.seed": 2})
 
 
@@ -108,12 +109,24 @@ def test_limits_that_allow_more(before, now, expected):
 
 def test_a_folder_is_locked_once_and_free_again(tmp_path):
     lock = Lock(tmp_path)
-    assert in_use(tmp_path)
-    with pytest.raises(UsageError, match="in use by another fit of this process"):
+    (tmp_path / "link").symlink_to(tmp_path)
+    for same in (tmp_path, tmp_path / "link"):
+        with pytest.raises(UsageError, match="in use by another fit of this process"):
+            Lock(same)
+    lock.release()
+    lock.release()
+    Lock(tmp_path).release()
+
+
+def test_where_there_are_no_locks_two_fits_of_a_process_still_cannot_share_a_folder(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(ledger, "fcntl", None)
+    lock = Lock(tmp_path)
+    with pytest.raises(UsageError, match="in use"):
         Lock(tmp_path)
     lock.release()
-    lock.release()
-    assert not in_use(tmp_path)
+    Lock(tmp_path).release()
 
 
 HOLDS = """
@@ -132,14 +145,13 @@ def test_the_lock_of_another_process_ends_with_it(tmp_path):
     )
     try:
         assert other.stdout.readline() == "locked\n"
-        assert in_use(tmp_path)
         with pytest.raises(UsageError, match=rf"another process \(process {other.pid} on "):
             Ledger(tmp_path, Record())
     finally:
         other.kill()
         other.communicate()
-    assert not in_use(tmp_path)
     assert ledger.read(tmp_path).status == "running"  # nobody could say how it ended
+    Lock(tmp_path).release()
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):

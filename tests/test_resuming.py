@@ -14,7 +14,7 @@ import lightkit as lk
 from lightkit import cli, ledger, screen
 from lightkit.callbacks import ModelCheckpoint
 from lightkit.errors import CheckpointError, ConfigError, UsageError
-from lightkit.loggers import CSVLogger
+from lightkit.loggers import CSVLogger, JSONLLogger
 from tests.small import Net, loader
 
 
@@ -141,10 +141,21 @@ def test_other_settings_are_an_error_that_lists_them(tmp_path):
 
 def test_a_run_without_a_checkpoint_begins_anew(tmp_path, caplog):
     caplog.set_level("INFO")
-    crash(tmp_path, at=2)
-    _, t = fit(tmp_path)
+    whole, one = fit(tmp_path / "a")
+    crash(tmp_path / "b", at=2)
+    net, two = fit(tmp_path / "b")
+    assert two.run_dir.name == "version_0"
+    assert equal(whole, net)
+    assert rows(one) == rows(two)
+    assert "version_0 ended before its first checkpoint, so it begins anew" in caplog.text
+    crash(tmp_path / "c", at=2)
+    before = contents(tmp_path / "c")
+    _, t = fit(tmp_path / "c", gradient_clip_val=1.0)  # mended by another setting
     assert t.run_dir.name == "version_1"
-    assert "version_0 ended before its first checkpoint" in caplog.text
+    assert (
+        contents(tmp_path / "c/Net/version_0").items()
+        <= {k.removeprefix("Net/version_0/"): v for k, v in before.items()}.items()
+    )
 
 
 def test_a_finished_run_whose_checkpoints_are_gone(tmp_path):
@@ -188,7 +199,7 @@ def test_auto_passes_over_a_run_that_somebody_works_on(tmp_path, caplog, monkeyp
     try:
         _, t = fit(tmp_path)
         assert t.run_dir.name == "version_1"
-        assert "version_0 is passed over: another process is at work on it" in caplog.text
+        assert "version_0 is passed over: another fit is at work on it" in caplog.text
     finally:
         lock.release()
 
@@ -431,3 +442,99 @@ def test_a_run_that_was_stopped_is_finished_too(tmp_path):
     assert contents(tmp_path) == before
     _, three = fit(tmp_path, max_epochs=4)  # a raised limit goes on
     assert three.global_step == 20
+
+
+def test_last_means_the_newest_of_this_very_run(tmp_path):
+    shared = tmp_path / "shared"
+    torch.manual_seed(3)
+    t = lk.Trainer(
+        max_epochs=3, default_root_dir=tmp_path, enable_progress_bar=False,
+        callbacks=[every(3, dirpath=shared)],
+    )  # fmt: skip
+    net = Net()
+    t.fit(net, loader(), loader(8))
+    t._callbacks.append(Crash(7))
+    with pytest.raises(RuntimeError, match="a defect"):
+        t.fit(Net(), loader(), loader(8))
+    t._callbacks.pop()
+    t.validate(net, loader(8), verbose=False)
+    t.fit(Net(), loader(), loader(8), ckpt_path="last")
+    assert t.run_dir.name == "version_1"
+    assert t.global_step == 15
+
+
+def test_last_and_auto_look_where_the_logger_writes_and_for_this_task(tmp_path):
+    class Other(Net):
+        pass
+
+    logger = CSVLogger(tmp_path / "logs")
+    with pytest.raises(RuntimeError, match="a defect"):
+        fit(tmp_path, logger=logger, callbacks=[Crash(8), every(3)])
+    t = lk.Trainer(
+        max_epochs=1, default_root_dir=tmp_path, logger=CSVLogger(tmp_path / "logs"),
+        enable_progress_bar=False,
+    )  # fmt: skip
+    t.fit(Other(), loader(), loader(8), ckpt_path="auto")
+    assert t.run_dir.name == "version_1"
+    for given in ("last", "auto"):
+        _, t = fit(tmp_path, logger=CSVLogger(tmp_path / "logs"), ckpt_path=given)
+        assert t.run_dir == tmp_path / "logs/version_0"
+
+
+def test_what_another_process_did_meanwhile_counts(tmp_path, monkeypatch):
+    """The record is read again under the lock: by then the run may have been finished."""
+    crash(tmp_path)
+    folder = tmp_path / "Net/version_0"
+    true, calls = ledger.Lock, []
+
+    def slow(place):
+        if place == folder and not calls:
+            calls.append(place)
+            fit(tmp_path, callbacks=[every(3)])
+        return true(place)
+
+    monkeypatch.setattr(ledger, "Lock", slow)
+    _, t = fit(tmp_path, callbacks=[every(3)])
+    assert calls
+    assert t.global_step == 15
+    assert ledger.read(folder).status == "finished"
+    assert [json.loads(line)["step"] for line in rows(t).splitlines()].count(15) <= 3
+
+
+def test_an_error_after_ctrl_c_is_seen_in_a_notebook_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(screen, "in_notebook", lambda: True)
+
+    class Both(CtrlC):
+        def on_train_batch_end(self, trainer, *rest):
+            super().on_train_batch_end(trainer, *rest)
+            if trainer.global_step == 4:
+                raise ValueError("my own defect")
+
+    with pytest.raises(ValueError, match="my own defect"):
+        fit(tmp_path, callbacks=[Both()])
+
+
+def test_the_current_folder_may_change(tmp_path, monkeypatch):
+    class Leaves(lk.Callback):
+        def on_train_start(self, trainer, task):
+            (tmp_path / "elsewhere").mkdir()
+            os.chdir(tmp_path / "elsewhere")
+
+    monkeypatch.chdir(tmp_path)
+    _, t = fit(Path("runs"), callbacks=[Leaves()], logger=[CSVLogger(), JSONLLogger()])
+    assert ledger.read(tmp_path / "runs/Net/version_0").status == "finished"
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+    assert t.run_dir == tmp_path / "runs/Net/version_0"
+
+
+def test_an_evaluation_leaves_the_logger_of_a_fit_open(tmp_path):
+    class Tests(lk.Callback):
+        def on_train_epoch_end(self, trainer, task):
+            lk.Trainer(logger=trainer.logger, enable_progress_bar=False).test(
+                Net(), loader(8), verbose=False
+            )
+
+    _, one = fit(tmp_path / "a", logger=JSONLLogger())
+    _, two = fit(tmp_path / "b", logger=JSONLLogger(), callbacks=[Tests()])
+    steps = [[json.loads(line)["step"] for line in rows(t).splitlines()] for t in (one, two)]
+    assert steps[0] == steps[1]
