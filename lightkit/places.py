@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightkit import checkpoint
-from lightkit.errors import ConfigError, UsageError
+from lightkit.errors import CheckpointError, ConfigError, UsageError, did_you_mean
 from lightkit.ledger import Ledger, Record, read
 
 if TYPE_CHECKING:
@@ -154,7 +155,15 @@ def find_checkpoint(trainer: Trainer, task: TaskModule, given: str | Path) -> Pa
         raise ConfigError(
             "ckpt_path='auto' is for fit. Here a path, 'last' and 'best' are allowed."
         )
+    if not isinstance(given, (str, os.PathLike)):
+        raise ConfigError(
+            f"ckpt_path={given!r} is no path; allowed are a path, 'last', 'best' "
+            f"and, in fit, 'auto'."
+        )
     if given not in ("last", "best"):
+        hint = did_you_mean(str(given), ("last", "best", "auto"))
+        if hint and not Path(given).exists():
+            raise CheckpointError(f"ckpt_path={given!r}: there is no such file.{hint}")
         return Path(given)
     own = trainer.session.ledger
     for callback in trainer.checkpoint_callbacks:

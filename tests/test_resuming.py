@@ -538,3 +538,17 @@ def test_an_evaluation_leaves_the_logger_of_a_fit_open(tmp_path):
     _, two = fit(tmp_path / "b", logger=JSONLLogger(), callbacks=[Tests()])
     steps = [[json.loads(line)["step"] for line in rows(t).splitlines()] for t in (one, two)]
     assert steps[0] == steps[1]
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "text"),
+    [
+        (3, ConfigError, "ckpt_path=3 is no path; allowed are a path, 'last', 'best'"),
+        ("lasst", CheckpointError, "no such file. Did you mean 'last'?"),
+        ("Auto", CheckpointError, "no such file. Did you mean 'auto'?"),
+    ],
+)
+def test_what_ckpt_path_may_be(tmp_path, given, error, text):
+    with pytest.raises(error) as caught:
+        fit(tmp_path, ckpt_path=given)
+    assert text in str(caught.value)

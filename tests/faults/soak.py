@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightkit as lk
 from lightkit.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightkit.checkpoint import settle
 from lightkit.loggers import CSVLogger, JSONLLogger, TensorBoardLogger
 
 
@@ -58,6 +59,7 @@ class Measure(lk.Callback):
 
     def on_save_point(self, trainer, task):
         if trainer.global_step % self.every == 1:  # not where anything else falls due
+            settle()  # a file that is being written in the background is open for a moment
             gc.collect()
             with open("/proc/self/statm") as file:
                 resident = int(file.read().split()[1]) * resource.getpagesize()
