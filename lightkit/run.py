@@ -276,12 +276,11 @@ class FitRun:
         if self.loaders_now:  # nothing of a checkpoint was put back yet
             own = {"generators_now": self.generators_now, "loaders_now": self.loaders_now}
             return {**self.data, **own}
-        done, within = self.completed()["batch_idx"], bool(self.data)
+        done = self.completed()["batch_idx"] if self.data else None
         train, *others = self._feeds()
-        now = [train.now(within=within, settled=done == self.state.batch_idx)]
-        now += [feed.now() for feed in others]
+        now = [train.now(done), *(feed.now() for feed in others)]
         state = {**self.data, "generators_now": self._generator_states(), "loaders_now": now}
-        if within:
+        if done is not None:
             state["hash"] = train.mark(done)
         return state
 

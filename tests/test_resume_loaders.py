@@ -24,6 +24,7 @@ from torch.utils.data import (
 )
 
 import lightkit as lk
+from lightkit.data import planning
 from lightkit.errors import DataError
 
 
@@ -290,6 +291,67 @@ def test_by_groups(tmp_path, kind, options):
 @pytest.mark.parametrize("kind", ["python", "pcg", "mersenne", "philox", "torch"])
 def test_random_states_of_a_samplers_own(tmp_path, kind):
     check(tmp_path, lambda: (DataLoader(OwnNoise(), 4, sampler=Owns(kind)),), 4)
+
+
+@pytest.mark.parametrize("kind", ["a sampler that draws per index", "a batch sampler with a state"])
+@pytest.mark.parametrize("long", [False, True])
+def test_samplers_that_are_not_drawn_whole(tmp_path, monkeypatch, kind, long):
+    def make():
+        (train,) = LOADERS[kind]()
+        if long:
+            return (train,)
+        sampler = {"batch_sampler": train.batch_sampler}  # asked for more than the pass gives
+        return (DataLoader(Noisy(), **sampler, num_workers=1, persistent_workers=True),)
+
+    if long:
+        monkeypatch.setattr(planning, "_LONG", 3)
+        monkeypatch.setattr(planning, "_PIECE", 2)
+    check(tmp_path, make, 1 + 2 * (not long), limit_train_batches=None if long else 4)
+
+
+class Fails(lk.Callback):
+    """Raises once: in a step, or in the loader in the middle of a batch."""
+
+    def __init__(self, where, step):
+        self.where, self.step = where, step
+
+    def on_save_point(self, trainer, task):
+        if self.where == "loader" and trainer.global_step == self.step:
+            stream = trainer.train_dataloader.dataset
+            stream.fails = stream.at + 2
+
+    def on_before_backward(self, trainer, task, loss):
+        if self.where == "step" and trainer.global_step == self.step:
+            raise ValueError("once")
+
+
+class FailingStream(StatefulStream):
+    fails = -1
+
+    def __iter__(self):
+        for sample in super().__iter__():
+            if self.at == self.fails:
+                raise ValueError("once")
+            yield sample
+
+
+@pytest.mark.parametrize("loader", ["DataLoader", "StatefulDataLoader"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(("where", "step"), [("step", 2), ("step", 5), ("loader", 1)])
+def test_after_an_error_no_batch_is_lost(tmp_path, loader, accumulate, where, step):
+    def make():
+        if loader == "DataLoader":
+            return DataLoader(FailingStream(), 4)
+        module = pytest.importorskip("torchdata.stateful_dataloader")
+        return module.StatefulDataLoader(FailingStream(), 4)
+
+    options = {"accumulate_grad_batches": accumulate, "max_epochs": 2}
+    net, _ = fit(tmp_path, make(), **options)
+    with pytest.raises(ValueError, match="once"):
+        fit(tmp_path, make(), callbacks=Fails(where, step), enable_checkpointing=True, **options)
+    (path,) = tmp_path.rglob("last.ckpt")
+    rest, _ = fit(tmp_path, make(), ckpt_path=path, **options)
+    assert rest.seen == net.seen[step * accumulate :]
 
 
 class Doubling(DataLoader):

@@ -6,7 +6,7 @@ import copy
 import inspect
 import logging
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset
@@ -16,6 +16,9 @@ from lightkit.data.loaders import generators, loader_length, own_randoms, parts
 from lightkit.data.planning import Plan, fingerprint, seed_from
 from lightkit.data.workers import WorkerStart, watch
 from lightkit.errors import DataError
+
+if TYPE_CHECKING:
+    from lightkit.data.stream import BatchStream
 
 _log = logging.getLogger("lightkit")
 
@@ -45,6 +48,7 @@ class Feed:
 
     Attributes:
         view: What the passes are over.
+        stream: The pass that was begun last.
     """
 
     def __init__(self, loader: Any, *, resumable: bool = False, salt: int = 0) -> None:
@@ -52,6 +56,7 @@ class Feed:
         self._salt = salt
         self._plan: Plan | None = None
         self._fetcher: Any = None
+        self.stream: BatchStream | None = None
         self._walks = self._persistent = self._iterable = self._placed = self._over = False
         self._data = fingerprint(getattr(loader, "dataset", None))
         if not isinstance(loader, DataLoader):
@@ -119,13 +124,15 @@ class Feed:
             },
         }
 
-    def now(self, *, within: bool = False, settled: bool = True) -> dict[str, Any]:
+    def now(self, done: int | None = None) -> dict[str, Any]:
         """Returns where the loader stands.
 
         Args:
-            within: A pass is under way.
-            settled: All batches that it gave are to be kept, and none given again.
+            done: How many batches of the pass under way are completed; None between two passes.
         """
+        within = done is not None
+        # Else batches that were fetched must come again: those of a step that failed.
+        settled = self.stream is not None and self.stream.fetched == done
         keepers = self._keepers(within=within)
         if within and not settled:
             keepers.pop(self._placer() or "", None)
@@ -136,7 +143,7 @@ class Feed:
         ends = [*_ends(states.get("loader"))] or [getattr(self._fetcher, "ended", False)]
         if any(ends):  # a worker that ended would begin again
             states.pop("loader", None)
-        over = within and (self._over or all(ends))
+        over = within and settled and (self._over or all(ends))
         return {"open": self.open, "states": states, "over": over, "data": self._data}
 
     def load(self, record: Mapping[str, Any], now: Mapping[str, Any], name: str) -> None:
@@ -171,13 +178,14 @@ class Feed:
                 part.load_state_dict(states[name])
 
     def iterate(
-        self, record: Mapping[str, Any] | None = None, skip: int = 0
+        self, record: Mapping[str, Any] | None = None, skip: int = 0, limit: int | None = None
     ) -> tuple[Iterator[Any], int]:
         """Begins a pass.
 
         Args:
             record: What `record` returned at its beginning. None: it is not to be continued.
             skip: How many batches of it are done.
+            limit: Where it is to end; None for the loader's own end.
 
         Returns:
             The iterator, and how many batches of it the caller has to read and drop.
@@ -196,7 +204,7 @@ class Feed:
         if seed is None:
             own = (generator.get_state() for generator in generators(self.loader))
             seed = seed_from(torch.get_rng_state(), own, self._salt)
-        plan.begin(seed, skip if self._walks else 0)
+        plan.begin(seed, skip if self._walks else 0, limit)
         iterator = iter(self.view)
         watch(iterator)
         return iterator, 0 if plan.walked() else left

@@ -14,14 +14,14 @@ _log = logging.getLogger("lightkit")
 
 
 class Group:
-    """The batches of one optimizer step. Iterate over it once; it is reused for the next group.
+    """The batches of one optimizer step. It is reused for the next group.
 
     Attributes:
         size: How many batches the group has; each loss is divided by it before backward.
         last: Whether it is known to be the last group of the pass. Where a loader has no
             ``len()``, the last group may be a full one, which nothing tells apart.
         fetch: Returns the next batch, to be called ``size`` times; `END` where the loader ended
-            before its ``len()``. Iterating does the same with more ado.
+            before its ``len()``, to be told with `say_torn`.
     """
 
     __slots__ = ("fetch", "last", "size")
@@ -30,14 +30,6 @@ class Group:
         self.fetch: Callable[[], Any] = stream.fetch
         self.size = 0
         self.last = False
-
-    def __iter__(self) -> Iterator[Any]:
-        for given in range(self.size):
-            batch = self.fetch()
-            if batch is END:
-                self.say_torn(given)
-                return
-            yield batch
 
     def say_torn(self, given: int) -> None:
         """Warns that a loader ended within the group, after ``given`` of its batches."""
@@ -54,10 +46,10 @@ def groups(stream: BatchStream, accumulate: int, start: int | None = None) -> It
     """Cuts one pass into groups of ``accumulate`` batches, the ragged tail included.
 
     Where ``stream.length`` is known, the sizes are planned from it and each batch is fetched just
-    before its turn, while the group is iterated over. Where it is not, the batches of a group are
-    fetched when the group is asked for, and none beyond them; the same is done with batches that
-    come after the ``len()`` of a loader. When a loader ends before its ``len()``, the group in
-    which it ends gives fewer batches than ``size``, possibly none, and is the last to come.
+    before its turn. Where it is not, the batches of a group are fetched when the group is asked
+    for, and none beyond them; the same is done with batches that come after the ``len()`` of a
+    loader. When a loader ends before its ``len()``, the group in which it ends gives fewer batches
+    than ``size``, possibly none, and is the last to come.
 
     Args:
         stream: The pass.

@@ -96,27 +96,22 @@ def _why_empty(loader: Any) -> str:
     """Names the reason why a DataLoader has no batches, where it can be known."""
     if not isinstance(loader, DataLoader):
         return ""
-    samples = _len(loader.sampler)
+    samples = loader_length(loader.sampler)
     if samples and loader.drop_last:
         return (
             f" Its {samples} samples do not fill one batch of {loader.batch_size} and "
             f"drop_last=True drops what is left: use a smaller batch_size or drop_last=False."
         )
-    return " Its dataset has no samples." if _len(loader.dataset) == 0 else ""
-
-
-def _len(sized: Any) -> int | None:
-    """``len(sized)``, or None where it has none."""
-    try:
-        return len(sized)
-    except (TypeError, NotImplementedError):
-        # What an IterableDataset or a sampler without __len__ raises from inside len().
-        return None
+    return " Its dataset has no samples." if loader_length(loader.dataset) == 0 else ""
 
 
 def loader_length(loader: Any) -> int | None:
-    """Returns the number of batches that ``len(loader)`` announces, None where it has no length."""
-    return _len(loader)
+    """Returns ``len(loader)``, None where it has no length; likewise for its parts."""
+    try:
+        return len(loader)
+    except (TypeError, NotImplementedError):
+        # What an IterableDataset or a sampler without __len__ raises from inside len().
+        return None
 
 
 def limited(length: int | None, limit: float | None, argument: str) -> int | None:
@@ -278,7 +273,7 @@ def sample_counts(loader: Any) -> SampleCounts | None:
     sampler = loader.batch_sampler
     if type(sampler) is not BatchSampler or isinstance(loader.dataset, IterableDataset):
         return None
-    samples = _len(sampler.sampler)
+    samples = loader_length(sampler.sampler)
     if samples is None:
         return None
     size = sampler.batch_size

@@ -28,6 +28,9 @@ from lightkit import rng
 from lightkit.data.loaders import loader_length
 from lightkit.data.workers import mix, seed_process, seeded
 
+_LONG = 1_000_000  # samples: more take too long, and too much memory, before the first batch
+_PIECE = 100  # indices or batches: less often, as changing random states takes 0.1 ms
+
 #: Samplers that draw from the global random state at their first ``next`` only, or never.
 _DRAW_AT_START = (
     SequentialSampler,
@@ -62,11 +65,13 @@ class Plan(Sampler[Any]):
         inner: The user's.
         workers: Whether the indices go to workers, and so carry a seed each.
         replay: Whether a pass is begun in the middle: then a sampler that may draw at any time is
-            drawn whole at the first ``next``, and what was given is hashed.
+            drawn up to the end of the pass at the first ``next`` (a very long one from random
+            states of its own, in pieces), and what was given is hashed.
 
     Attributes:
         seed: What the seeds of the next pass are made of.
         skip: Indices that the next pass only walks over.
+        limit: Where the next pass ends; None for the sampler's own end.
         silent: Gives nothing and leaves the inner sampler alone.
         walk: The pass under way.
         marks: The hash of all indices up to each one given.
@@ -75,12 +80,14 @@ class Plan(Sampler[Any]):
     def __init__(self, inner: Any, *, workers: bool, replay: bool) -> None:
         self.inner, self.workers, self.replay = inner, workers, replay
         self.seed, self.skip, self.silent = 0, 0, False
+        self.limit: int | None = None
         self.walk: Iterator[Any] | None = None
         self.marks = array("I")
 
-    def begin(self, seed: int, skip: int) -> None:
+    def begin(self, seed: int, skip: int, limit: int | None = None) -> None:
         """Gets ready for a pass that a loader is about to begin."""
-        self.seed, self.skip, self.walk, self.marks = seed, skip, None, array("I")
+        self.seed, self.skip, self.limit = seed, skip, limit
+        self.walk, self.marks = None, array("I")
 
     def walked(self) -> bool:
         """Walks to where the pass goes on, before random states are put back.
@@ -134,11 +141,14 @@ class Plan(Sampler[Any]):
             return source
         length = loader_length(self.inner)
         if length is None:
-            return self._in_own_state(source)
-        return chain(list(islice(source, length)), source)
+            return self._in_own_state(source, 1)
+        # By the sampler alone: another limit must not make another order.
+        if length * (getattr(self.inner, "batch_size", None) or 1) > _LONG:
+            return self._in_own_state(source, _PIECE)
+        return chain(list(islice(source, self.limit or length)), source)
 
-    def _in_own_state(self, source: Iterator[Any]) -> Iterator[Any]:
-        """Lets a sampler of unknown length draw from random states of its own."""
+    def _in_own_state(self, source: Iterator[Any], size: int) -> Iterator[Any]:
+        """Lets a sampler draw from random states of its own, so many indices at a time."""
         own: dict[str, Any] | None = None
         while True:
             with rng.preserved():
@@ -146,12 +156,11 @@ class Plan(Sampler[Any]):
                     seed_process(mix(self.seed, -1))
                 else:
                     rng.set_rng_state(own)
-                try:
-                    index = next(source)
-                except StopIteration:
-                    return
+                piece = list(islice(source, size))
                 own = rng.rng_state()
-            yield index
+            if not piece:
+                return
+            yield from piece
 
 
 def _draws_at_start(sampler: Any) -> bool:

@@ -51,14 +51,15 @@ class BatchStream:
         epoch: What ``set_epoch`` is called with, on the loader, its samplers and its dataset,
             where they have it. None: it is not called.
         sizes: What `sample_counts` says about the loader. Default: it is asked here.
-        feed: What begins passes over the loader. Default: ``iter(loader)``, and skipping reads.
+        feed: What begins passes over the loader, and is told of this one. Default:
+            ``iter(loader)``, and skipping reads.
         record: What ``feed.record`` returned where the pass that is continued began.
         name: What to call the loader in messages.
 
     Attributes:
         length: Batches this pass gives, the skipped ones included and the limit applied; None
             where the loader has no ``len()``.
-        fetched: Batches of the pass fetched so far, the skipped ones included.
+        fetched: Batches of the pass fetched so far, the skipped ones included, and one that failed.
         size: Samples in the batch fetched last; None where only the batch itself can tell.
         wait: Seconds spent waiting for the loader, its start included. May be set.
         ended: Whether the pass is over.
@@ -70,6 +71,7 @@ class BatchStream:
         "_loader",
         "_name",
         "_next",
+        "_said",
         "_sizes",
         "_stop",
         "ended",
@@ -103,8 +105,16 @@ class BatchStream:
         self._sizes = sizes if sizes is not None else sample_counts(loader)
         if epoch is not None:
             _set_epoch(epoch, loader, None if feed is None else feed.view)
+        self.fetched = -1  # until the pass has begun
+        self._said: tuple[int, int] | None = None  # of a wrong length, in passes before
         start = _clock()
-        iterator, left = (iter(loader), skip) if feed is None else feed.iterate(record, skip)
+        if feed is None:
+            iterator, left = iter(loader), skip
+        else:
+            if feed.stream is not None:
+                self._said = feed.stream._said
+            feed.stream = self
+            iterator, left = feed.iterate(record, skip, self._stop)
         self._iterator: Iterator[Any] | None = iterator
         self._next = iterator.__next__
         self.wait = _clock() - start
@@ -131,14 +141,15 @@ class BatchStream:
         start = _clock()
         try:
             batch = self._next()
+            self.wait += _clock() - start
+            self.fetched = index + 1
         except StopIteration as error:
             self.wait += _clock() - start
             return self._end(error)
-        except Exception:
+        except BaseException:
+            self.fetched = index + 1  # samples of it may be out of the dataset
             self.close()
             raise
-        self.wait += _clock() - start
-        self.fetched = index + 1
         sizes = self._sizes
         if sizes is not None:
             self.size = sizes.of(index)
@@ -173,15 +184,17 @@ class BatchStream:
         """Closes a pass that the loader ended, and says what is wrong with its end."""
         self.close()
         if _from_inside(error.__traceback__):
+            self.fetched += 1
             raise DataError(
                 f"The dataset or collate_fn of the {self._name} raised StopIteration at batch "
-                f"{self.fetched}. A plain loop would take that for the end of the epoch. See the "
+                f"{self.fetched - 1}. A plain loop would take that for the end of the epoch. See the "
                 f"traceback above for the place."
             ) from error
         given, announced = self.fetched, self._announced
         if given == 0:
             raise DataError(self._nothing())
-        if announced is not None and given != announced:
+        if announced is not None and announced != given and self._said != (given, announced):
+            self._said = given, announced
             _log.warning(
                 "The %s gave %d batches although its len() says %d. Correct its __len__, or "
                 "remove it.",

@@ -9,8 +9,10 @@ import os
 import random
 import signal
 import sys
+import traceback
 import weakref
 from collections.abc import Callable
+from multiprocessing import queues
 from typing import Any
 
 import torch
@@ -86,6 +88,7 @@ class WorkerStart:
 
     def __call__(self, worker_id: int) -> None:
         """Is called in each worker when it starts."""
+        queues.Queue._on_queue_feeder_error = staticmethod(_cannot_send)  # type: ignore[attr-defined]
         for name in ("SIGINT", "SIGHUP", "SIGUSR1"):
             _handle(name, signal.SIG_IGN)
         if hasattr(signal, "alarm"):
@@ -96,6 +99,19 @@ class WorkerStart:
         if parent is not None and not parent.is_alive():
             # Killed meanwhile. torch would take whoever adopted the worker for its parent.
             os._exit(1)
+
+
+def _cannot_send(error: Exception, item: Any) -> None:
+    """Ends a worker that cannot send what it has, where Python goes on and nobody ever hears of it.
+
+    An exception of a class that no other process can import, for example. The main process then
+    says that the worker has ended; what is printed here says why.
+    """
+    result = item[1] if isinstance(item, tuple) and len(item) > 1 else None
+    told = getattr(result, "exc_msg", None) or "".join(traceback.format_exception(error))
+    sys.stderr.write(f"A worker process cannot send this to the main process: {told}\n")
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _handle(name: str, handler: Any) -> None:

@@ -87,11 +87,66 @@ def test_the_states_of_the_parts() -> None:
     sampler.at = 1
     record = feed.record(3)
     sampler.at = 2
-    now = feed.now(within=True)
+    now = feed.now(0)
     feed.load({}, now, "loader")
     assert sampler.at == 2
     feed.load(record, now, "loader")
     assert sampler.at == 1
+
+
+class Counting(IterableDataset[int]):
+    """Knows where it is."""
+
+    at, fails = 0, -1
+
+    def __iter__(self) -> Any:
+        while self.at < 6:
+            self.at += 1
+            if self.at == self.fails:
+                self.fails = -1
+                raise ValueError("once")
+            yield self.at
+        self.at = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.at = state["at"]
+
+
+def test_a_place_counts_only_if_all_that_was_fetched_is_completed() -> None:
+    feed = Feed(DataLoader(Counting(), 2), resumable=True)
+    assert feed.now(0)["states"] == {}  # nothing has begun
+    stream = BatchStream(feed.loader, feed=feed)
+    stream.fetch()
+    assert feed.now(1)["states"] == {"dataset": {"at": 2}}
+    assert feed.now(0)["states"] == {}
+    stream.fetch()
+    stream.fetch()
+    stream.close()
+    assert feed.now(3)["states"] == {"dataset": {"at": 6}}
+    feed.loader.dataset.fails = 2
+    feed.loader.dataset.at = 0
+    stream = BatchStream(feed.loader, feed=feed)
+    with pytest.raises(ValueError, match="once"):
+        stream.fetch()
+    assert feed.now(0)["states"] == {}  # a part of a batch is out
+
+
+def test_a_pass_is_not_over_whose_last_batch_failed() -> None:
+    feed = Feed(DataLoader(Counting(), 4), resumable=True)
+    record = feed.record(3)
+    stream = BatchStream(feed.loader, feed=feed, record=record)
+    stream.fetch()
+    assert stream.fetch().tolist() == [5, 6]  # a short one: the dataset has ended
+    assert feed.now(2)["over"]
+    now = feed.now(1)
+    assert not now["over"]
+    again = Feed(DataLoader(Counting(), 4), resumable=True)
+    again.load(record, now, "loader")
+    stream = BatchStream(again.loader, feed=again, record=record, skip=1)
+    assert [batch.tolist() for batch in stream] == [[5, 6]]
 
 
 def test_a_state_that_asks_for_more_is_none() -> None:
@@ -106,4 +161,4 @@ def test_a_state_that_asks_for_more_is_none() -> None:
             raise AssertionError
 
     feed = Feed(DataLoader(Asks(), 2), resumable=True)
-    assert feed.now(within=True)["states"] == {}
+    assert feed.now(0)["states"] == {}

@@ -16,6 +16,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from lightkit.data import planning
 from lightkit.data.planning import Plan, fingerprint, seed_from
 
 
@@ -114,6 +115,42 @@ def test_one_without_a_length_draws_from_a_state_of_its_own() -> None:
     assert len(set(got)) > 1
     assert list(plan(PerIndex(None))) == got
     assert list(plan(PerIndex(None), seed=8)) != got
+
+
+def test_it_is_drawn_as_far_as_the_pass_goes_only() -> None:
+    found = plan(PerIndex())
+    found.begin(7, 0, 2)
+    indices = iter(found)
+    torch.manual_seed(1)
+    got = [next(indices)]
+    assert found.inner.asked == 2
+    torch.manual_seed(2)
+    got.append(next(indices))
+    torch.manual_seed(1)
+    assert got == list(PerIndex())[:2]
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_long_one_is_drawn_in_pieces_from_a_state_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, batched: bool
+) -> None:
+    monkeypatch.setattr(planning, "_LONG", 4)
+    monkeypatch.setattr(planning, "_PIECE", 2 - batched)
+    found = plan(BatchSampler(PerIndex(), 2, False) if batched else PerIndex())  # type: ignore[arg-type]
+    torch.manual_seed(1)
+    indices = iter(found)
+    got = [next(indices)]
+    sampler = found.inner.sampler if batched else found.inner
+    assert sampler.asked == 2
+    assert torch.equal(torch.rand(1), torch.rand(1, generator=torch.Generator().manual_seed(1)))
+    got += indices
+    assert sampler.asked == 5
+    found.begin(7, 0)
+    assert list(found) == got
+    found.begin(7, 1)
+    rest = iter(found)
+    assert found.walked()
+    assert list(rest) == got[1:]
 
 
 def test_a_silent_one_leaves_the_sampler_alone() -> None:
