@@ -73,6 +73,7 @@ class TensorBoardLogger(Logger):
         self._summary: Any = None
         self._rows: list[tuple[float, int, Mapping[str, float]]] = []
         self._written = 0.0
+        self._told = False
 
     @property
     def experiment(self) -> Any:
@@ -80,11 +81,11 @@ class TensorBoardLogger(Logger):
 
         After `close` a further use begins another event file in the same folder.
         """
-        if self._writer is None:
-            if self._run_dir is None:
-                return super().experiment
-            self._writer = self._make_writer()
+        if self._writer is None and self._run_dir is None:
+            return super().experiment
         self._write_rows()  # what comes before stays before
+        if self._writer is None:
+            self._writer = self._make_writer()
         return self._writer
 
     def open(self, run_dir: str | Path, purge_step: int | None = None) -> None:
@@ -94,7 +95,7 @@ class TensorBoardLogger(Logger):
         # From the root: files are opened again by their names, also after a change of directory.
         self._root = Path(os.path.abspath(run_dir))
         self._folder = Path(os.path.abspath(self._root / (self._sub_dir or "")))
-        self._folders, self._purge_step = {self._folder}, None
+        self._folders, self._purge_step, self._told = {self._folder}, None, False
         _import_tensorboard()  # a missing package is said before the run, not in the middle of it
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
@@ -111,18 +112,46 @@ class TensorBoardLogger(Logger):
             self._write_rows()
 
     def _write_rows(self) -> None:
-        rows, self._rows = self._rows, []
-        if not rows:
+        """Writes the rows that are kept; where that fails, they are kept for a new file."""
+        try:
+            self._add_rows()
+        except OSError as error:
+            self._drop_writer(error)
+
+    def _add_rows(self) -> None:
+        if not self._rows:
             return
         if self._writer is None:
             self._writer = self._make_writer()
-        events = self._writer._get_file_writer().event_writer
-        for wall_time, step, metrics in rows:
-            summary = self._summary()
-            for name, value in metrics.items():
-                summary.value.add(tag=self._prefix + name, simple_value=value)
-            events.add_event(self._event(step=step, wall_time=wall_time, summary=summary))
+        events, done = self._writer._get_file_writer().event_writer, 0
+        try:
+            for wall_time, step, metrics in self._rows:
+                summary = self._summary()
+                for name, value in metrics.items():
+                    summary.value.add(tag=self._prefix + name, simple_value=value)
+                events.add_event(self._event(step=step, wall_time=wall_time, summary=summary))
+                done += 1
+        finally:
+            del self._rows[:done]
         self._written = time.time()
+
+    def _drop_writer(self, error: OSError) -> None:
+        """Gives up a writer: its thread has ended at the first error and never writes again."""
+        writer, self._writer = self._writer, None
+        parts = {} if writer is None else writer.all_writers or {}
+        self._folders.update(map(Path, parts))
+        for part in parts.values():
+            with contextlib.suppress(OSError):
+                part.close()
+        self._written = time.time() + _FLUSH_SECS  # until the next try, unless asked to flush
+        if not self._told:
+            self._told = True
+            _log.warning(
+                "TensorBoard rows may be missing, for they could not be written (%s). Those to "
+                "come go into a new event file in %s",
+                error,
+                self._folder,
+            )
 
     def log_hyperparams(
         self, params: Mapping[str, Any], metrics: Mapping[str, float] | None = None
@@ -167,8 +196,15 @@ class TensorBoardLogger(Logger):
             )
 
     def flush(self) -> None:
-        """Writes what is queued."""
-        self._write_rows()
+        """Writes what is queued; what an error keeps out of a file goes into a new one."""
+        try:
+            self._flush()
+        except OSError as error:
+            self._drop_writer(error)
+            self._flush()
+
+    def _flush(self) -> None:
+        self._add_rows()
         if self._writer is not None:
             self._writer.flush()
 
@@ -214,15 +250,13 @@ class TensorBoardLogger(Logger):
     def close(self) -> None:
         """Writes what is queued and closes the event file."""
         try:
-            self._write_rows()
-        finally:
-            writer, self._writer = self._writer, None
-        if writer is None:
-            return
-        try:
-            writer.close()
+            self.flush()
+            if self._writer is not None:
+                self._writer.close()
         except OSError as error:  # must not hide the error that ended the run
             _log.warning("the last TensorBoard rows could not be written: %s", error)
+        finally:
+            self._writer, self._rows = None, []
 
     def _make_writer(self) -> Any:
         """Begins an event file whose name comes after those that are there: readers go by that."""
@@ -230,7 +264,7 @@ class TensorBoardLogger(Logger):
         before = {path.name for path in self._folder.glob(_FILES)}
         # A page takes rows back where a session starts, but not at the first start that it sees:
         # so the first file of a folder has one.
-        purge, self._purge_step = self._purge_step if before else 0, None
+        purge = self._purge_step if before else 0
         tries = 0
         while True:
             writer: Any = make(
@@ -244,6 +278,7 @@ class TensorBoardLogger(Logger):
             made = {path for path in self._folder.glob(_FILES) if path.name not in before}
             tries += 1
             if not before or tries > 40 or any(path.name > max(before) for path in made):
+                self._purge_step = None
                 return writer
             # Within a second names are in the order of processes and counters, as text.
             writer.close()

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import re
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -393,6 +396,9 @@ def test_a_missing_package_is_said_when_the_run_begins(tmp_path, monkeypatch):
 
 def test_a_writer_that_fails_at_close_does_not_hide_the_first_error(tmp_path, caplog):
     class Broken:
+        def flush(self):
+            pass
+
         def close(self):
             raise OSError("No space left on device")
 
@@ -400,6 +406,69 @@ def test_a_writer_that_fails_at_close_does_not_hide_the_first_error(tmp_path, ca
     logger._writer = Broken()
     logger.close()
     assert "No space left on device" in caplog.text
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    """A disk that is full while ``disk.full`` is set; the writer's thread dies of it quietly."""
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    def write(self, data, *, write=RecordWriter.write):
+        if disk.full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(self, data)
+
+    disk = SimpleNamespace(full=False)
+    monkeypatch.setattr(RecordWriter, "write", write)
+    monkeypatch.setattr(threading, "excepthook", lambda args: None)
+    return disk
+
+
+def test_a_moment_of_a_full_disk_costs_rows_and_one_warning(tmp_path, disk, caplog):
+    logger = opened(tmp_path)
+    logger.log_metrics({"loss": 1.0}, 1)
+    logger.mark()
+    for step in (2, 4):
+        disk.full = True
+        logger.experiment.add_scalar("own", 0.5, step)
+        with contextlib.suppress(OSError):  # the thread is dead
+            logger.experiment.flush()
+        disk.full = False
+        logger.log_metrics({"loss": 2.0}, step + 1)
+        mark = logger.mark()
+    logger.log_metrics({"loss": 3.0}, 6)
+    assert len(mark["files"]) == 3
+    logger.close()
+    assert [step for step, _ in rows(tmp_path)] == [1, 3, 5, 6]
+    assert caplog.text.count("rows may be missing") == len(caplog.records) == 1
+
+    logger = rewound(tmp_path, mark)
+    logger.log_metrics({"loss": 4.0}, 6)
+    logger.close()
+    assert [row["loss"] for _, row in rows(tmp_path)] == [1.0, 2.0, 2.0, 4.0]
+
+
+def test_while_the_disk_is_full_training_goes_on_and_a_mark_says_it(tmp_path, disk, caplog):
+    logger = opened(tmp_path)
+    disk.full = True
+    for step in (1, 2):
+        logger._written = 0.0  # so that it is not put off
+        logger.log_metrics({"loss": 1.0}, step)
+    with pytest.raises(OSError, match="No space left"):
+        logger.mark()
+    disk.full = False
+    logger.mark()
+    assert [step for step, _ in rows(tmp_path)] == [1, 2]  # those that no file took are kept
+    disk.full = True
+    logger.log_metrics({"loss": 1.0}, 3)
+    logger.flush()  # row 3 is lost
+    logger.log_metrics({"loss": 1.0}, 4)
+    logger.close()
+    assert "the last TensorBoard rows could not be written" in caplog.text
+    disk.full = False
+    logger.open(tmp_path / "next")
+    logger.close()
+    assert not (tmp_path / "next").exists()
 
 
 def test_importing_the_loggers_does_not_import_tensorboard_and_using_it_warns_nobody(tmp_path):
