@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lightkit import checkpoint
-from lightkit.checkpoint.savers import in_validation
+from lightkit.checkpoint import writer
+from lightkit.checkpoint.savers import at_an_end, in_validation
 from lightkit.errors import CheckpointError, NonFiniteError
 from lightkit.evaluation import may_break_off
 from lightkit.places import keyed
@@ -18,6 +21,8 @@ from lightkit.places import keyed
 if TYPE_CHECKING:
     from lightkit.run import FitRun
     from lightkit.trainer import Trainer
+
+_log = logging.getLogger("lightkit")
 
 
 def save(
@@ -48,7 +53,13 @@ def save(
         NonFiniteError: A loss or a parameter is not finite, so this state is not worth keeping.
     """
     path = Path(path)
-    broken = not exact and in_validation(sys.exc_info()[1])
+    error = None if exact else sys.exc_info()[1]
+    if at_an_end(error):
+        raise CheckpointError(
+            "the error came out of a hook at the end of a validation or an epoch, which would count "
+            "twice if it came again. The last save remains the one to go on from."
+        )
+    broken = in_validation(error)
     if broken and run.validation is not None and not may_break_off(run.validation):
         raise CheckpointError(
             "the error came out of a validation, for which a hook may have put other weights in"
@@ -69,7 +80,7 @@ def save(
             contents["loop"]["pending_validation"] = pending
         if run.flow.accumulate != trainer.options.accumulate_grad_batches:  # a hook's own number
             contents["flow"]["accumulate"] = run.flow.accumulate
-        contents["loggers"] = _marks(trainer, path)
+        contents["loggers"] = _marks(trainer)
         for mark in contents["loggers"].values():
             files += [Path(header["folder"], name) for name in mark.get("files", ())]
     run.writer.write(contents, path, files=files, background=background, then=then, failed=failed)
@@ -100,15 +111,25 @@ def check_finite(run: FitRun) -> None:
         )
 
 
-def _marks(trainer: Trainer, path: Path) -> dict[str, dict[str, Any]]:
-    """Returns where the loggers' files stand, all rows handed to the operating system."""
+def _marks(trainer: Trainer) -> dict[str, dict[str, Any]]:
+    """Returns where the loggers' files stand, all rows handed to the operating system.
+
+    A logger that cannot write, also not after a while, costs its mark and not the checkpoint.
+    """
     marks = {}
     for key, logger in keyed(trainer.session.loggers).items():
         try:
-            marks[key] = logger.mark()
+            try:
+                marks[key] = logger.mark()
+            except OSError:
+                time.sleep(writer.RETRY_SECONDS)
+                marks[key] = logger.mark()
         except OSError as error:
-            raise CheckpointError(
-                f"{path} was not written, for the rows of before it could not be: {key}: "
-                f"{error.strerror or error}."
-            ) from error
+            _log.warning(
+                "%s could not write its rows (%s). The checkpoint of step %d is saved without its "
+                "mark: in a run that goes on from it, rows may be missing or there twice.",
+                key,
+                error.strerror or error,
+                trainer.global_step,
+            )
     return marks

@@ -15,7 +15,7 @@ from torch import nn
 import lightkit as lk
 from lightkit import saving
 from lightkit.callbacks import LambdaCallback, ModelCheckpoint
-from lightkit.checkpoint import files, latest, read_checkpoint
+from lightkit.checkpoint import files, latest, read_checkpoint, writer
 from lightkit.errors import CheckpointError, NonFiniteError
 from lightkit.loggers import JSONLLogger, Logger
 from tests.small import Net, loader
@@ -104,13 +104,28 @@ def test_rows_are_on_the_disk_before_the_file_counts(tmp_path, monkeypatch, back
         assert max(s for n, s in before if n == "metrics.jsonl") >= size["metrics.jsonl"] > 0
 
 
-def test_a_logger_that_cannot_write_forbids_the_save(tmp_path):
-    class Full(Rows):
-        def mark(self):
-            raise OSError(28, "No space left on device")
+@pytest.mark.parametrize("times", [1, 1000])
+def test_a_logger_that_cannot_write_costs_its_mark_and_not_the_save(
+    tmp_path, monkeypatch, caplog, times
+):
+    monkeypatch.setattr(writer, "RETRY_SECONDS", 0.001)
 
-    with pytest.raises(CheckpointError, match=r"step_000005.*rows of before.*Full: No space left"):
-        trainer(tmp_path, logger=Full()).fit(Net(), loader())
+    class Full(Rows):
+        calls = -1  # the first one is before the first row
+
+        def mark(self):
+            self.calls += 1
+            if 0 < self.calls <= times:
+                raise OSError(28, "No space left on device")
+            return super().mark()
+
+    t = trainer(tmp_path, ModelCheckpoint(), logger=[Full(), Rows()])
+    t.fit(Net(), loader())
+    assert last(t)["loop"]["global_step"] == 5
+    assert list(last(t)["loggers"]) == (["Full", "Rows"] if times == 1 else ["Rows"])
+    told = [r.message for r in caplog.records if r.levelno == logging.WARNING]
+    assert len(told) == (times > 1)
+    assert all("Full could not write its rows (No space left on device)" in text for text in told)
 
 
 def test_a_mark_that_cannot_be_stored_is_named(tmp_path):
@@ -278,6 +293,24 @@ def test_its_error_comes_out_at_the_end_of_the_fit(tmp_path, monkeypatch):
     t = trainer(tmp_path, LambdaCallback(on_save_point=save), enable_checkpointing=False)
     with pytest.raises(CheckpointError, match=r"x\.ckpt could not be written"):
         t.fit(Net(), loader())
+
+
+@pytest.mark.parametrize("on_error", ["raise", "warn"])
+def test_its_error_is_none_of_the_callbacks(tmp_path, monkeypatch, caplog, on_error):
+    monkeypatch.setattr(writer, "RETRY_SECONDS", 0.001)
+    (tmp_path / "file").write_text("")
+
+    def save(t, _):
+        if t.global_step == 2:
+            t.save_checkpoint(tmp_path / "file" / "x.ckpt", background=True)
+
+    saver = ModelCheckpoint(every_n_train_steps=3, on_error=on_error)
+    t = trainer(tmp_path, saver, LambdaCallback(on_save_point=save))
+    with pytest.raises(CheckpointError, match=r"x\.ckpt could not be written"):
+        t.fit(Net(), loader())
+    assert t.global_step == 5
+    assert last(t)["loop"]["global_step"] == 5
+    assert "Training goes on without a checkpoint" not in caplog.text
 
 
 # ---- a full disk

@@ -75,7 +75,12 @@ class EarlyStopping(Callback):
             raise ConfigError(
                 f"EarlyStopping(patience={patience!r}): it is a number of checks, 0 or more."
             )
-        if min_delta < 0:
+        if not isinstance(monitor, str) or not monitor:
+            raise ConfigError(
+                f"EarlyStopping(monitor={monitor!r}): it is the name of a metric, such as "
+                f"'val_loss'."
+            )
+        if not isinstance(min_delta, (int, float)) or not min_delta >= 0:
             raise ConfigError(f"EarlyStopping(min_delta={min_delta!r}): it is 0 or more.")
         self.monitor = monitor
         self.min_delta = min_delta

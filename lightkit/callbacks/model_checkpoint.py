@@ -146,10 +146,9 @@ class ModelCheckpoint(Callback):
         self.every_n_train_steps = every_n_train_steps or 0
         self.train_time_interval = parse_duration(train_time_interval, "train_time_interval")
         self.save_last, self.save_weights_only = bool(save_last), save_weights_only
-        self.restore_best, self.verbose = restore_best, verbose
+        self.restore_best, self.verbose, self.async_save = restore_best, verbose, async_save
         self.auto_insert_metric_name = auto_insert_metric_name
-        self.async_save, self.on_error = async_save, on_error
-        self.save_on_exception = save_on_exception
+        self.on_error, self.save_on_exception = on_error, save_on_exception
         self._optional, self._loaded_run = False, ""
         check_settings(self)
         self._reset()
@@ -208,30 +207,36 @@ class ModelCheckpoint(Callback):
     @property
     def best_model_path(self) -> str:
         """The best file; the newest where nothing is monitored. "" before the first."""
-        unjudged = self._files.newest if self._optional else ""
-        return self._files.best_path or unjudged
+        unjudged = self._complete_files.newest if self._optional else ""
+        return self._complete_files.best_path or unjudged
 
     @property
     def best_model_score(self) -> Tensor | None:
         """The monitored value of the best file."""
-        return self._files.best_score
+        return self._complete_files.best_score
 
     @property
     def best_k_models(self) -> dict[str, Tensor]:
         """The files kept as best, with their values."""
-        return dict(self._files.best)
+        return dict(self._complete_files.best)
 
     @property
     def kth_best_model_path(self) -> str:
         """The worst of the files kept as best; "" if there is none."""
-        return self._files.worst_path
+        return self._complete_files.worst_path
 
     @property
     def last_model_path(self) -> str:
         """The second name of the newest file, once there is one; without it the newest file."""
-        if not self._files.newest or self.dirpath is None or not self.save_last:
-            return self._files.newest
+        newest = self._complete_files.newest
+        if not newest or self.dirpath is None or not self.save_last:
+            return newest
         return str(Path(self.dirpath) / f"last{SUFFIX}")
+
+    @property
+    def _complete_files(self) -> Retention:
+        """The files as they are on the disk, also while the next one is being written."""
+        return self._undo or self._files
 
     def teardown(self, trainer: Trainer, task: TaskModule, stage: str) -> None:
         """Leaves what is known of the files to be read until the next fit."""
@@ -247,20 +252,21 @@ class ModelCheckpoint(Callback):
         if trainer.run_dir is None or not (self.save_last or self.save_top_k):
             return  # a run that leaves nothing behind
         folder, ledger = self._folder(trainer), trainer.session.ledger
-        run = "" if ledger is None else ledger.record.id
         self._find_siblings(trainer, folder)
         if trainer.is_global_zero:
             prepare_folder(folder)
         if self._loaded_dirpath is not None:
             same = self._loaded_dirpath == str(folder)
-            self._files.adopt(folder, same=same)
-            if same and run and run == self._loaded_run and trainer.is_global_zero:
+            # Without a ledger nothing is left to train, so that nothing is written or removed.
+            own = ledger is None or ledger.record.id == self._loaded_run
+            self._files.adopt(folder, same=same, own=own)
+            if same and own and ledger is not None and trainer.is_global_zero:
                 # What the run was about to do when it was killed.
                 newest = self._files.written.get(self._files.newest) == trainer.global_step
                 last = self.save_last and newest  # else another one wrote the file that is resumed
                 point_all(self._files, folder, self._best_name, last=last)
                 self._files.garbage = collect_garbage(self._files, self._siblings)
-                self._files.garbage += orphans(folder, run, trainer.global_step)
+                self._files.garbage += orphans(folder, self._loaded_run, trainer.global_step)
         self.dirpath = str(folder)
         self._flow, self._state = trainer.session.flow, trainer.state
         self._validations = self._state.validations
@@ -315,10 +321,9 @@ class ModelCheckpoint(Callback):
         except Exception as error:  # noqa: BLE001  # the exception under way stays the one seen
             _log.warning("%s", error)
         wanted = self.save_on_exception and (self.save_last or self.monitor is None)
-        step, savers = trainer.global_step, (self, *self._siblings)
-        if not (self._active and wanted and leaves_a_state(exception)):
-            return
-        if step in (self._began, *(saver._saved_step for saver in savers)):
+        step = trainer.global_step
+        saved = (self._began, *(saver._saved_step for saver in (self, *self._siblings)))
+        if step in saved or not (self._active and wanted and leaves_a_state(exception)):
             return
         try:
             self._save(trainer, exact=False)
@@ -429,14 +434,13 @@ class ModelCheckpoint(Callback):
         now = dataclasses.replace(self._files, keep_newest=last)
         self._files = now.accept(path, step, score, enters)
         self._saved_step = step
-        background = self.async_save and exact and not self._flow.ending
         try:
             trainer.save_checkpoint(
                 path,
                 self.save_weights_only,
-                background=background,
+                background=self.async_save and exact and not self._flow.ending,
                 then=lambda: self._complete(trainer, path, score),
-                failed=self._note if background else None,
+                failed=self._note,
                 exact=exact,
             )
         except BaseException as error:

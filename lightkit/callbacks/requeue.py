@@ -10,6 +10,7 @@ from lightkit import signals
 from lightkit.distributed import slurm_job
 from lightkit.errors import ConfigError, did_you_mean
 from lightkit.hooks import Callback
+from lightkit.state import Stage
 
 if TYPE_CHECKING:
     from lightkit.task import TaskModule
@@ -44,6 +45,8 @@ class RequeueJob(Callback):
 
     def on_exception(self, trainer: Trainer, task: TaskModule, exception: BaseException) -> None:
         """Requeues the job if it was the signal that ended the fit."""
+        if trainer.stage is not Stage.FIT:
+            return  # the signal ended an earlier fit
         if trainer.interrupted != self.signal or not trainer.is_global_zero:
             return
         if not isinstance(exception, (KeyboardInterrupt, SystemExit)):

@@ -6,6 +6,7 @@ The only place that calls ``torch.save`` and ``torch.load``. Files are loaded on
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import logging
@@ -41,8 +42,9 @@ _ADVICE = "Choose another one with default_root_dir= of the Trainer or dirpath= 
 _TEMPORARY = ".lightkit-tmp"
 #: A temporary file of another machine that was not touched for so long has no writer any more.
 _LEFTOVER_SECONDS = 3600.0
-#: The threads that write a file at the moment. Whoever reads files waits for them first.
-in_flight: set[threading.Thread] = set()
+#: The threads that write a file at the moment, each with what it sets when it is done. Whoever
+#: reads files waits for them first.
+in_flight: dict[threading.Thread, threading.Event] = {}
 
 
 def write_checkpoint(obj: dict[str, Any], path: str | Path) -> None:
@@ -106,9 +108,16 @@ def write_stored(obj: Any, path: Path, files: Iterable[Path] = ()) -> None:
 
 def settle() -> None:
     """Waits until no file is being written in the background of this process."""
-    for thread in list(in_flight):
+    for thread, done in list(in_flight.items()):
         if thread is not threading.current_thread():
+            done.wait()  # a join that Ctrl-C interrupts takes the thread for ended ever after
             thread.join()
+
+
+# Python waits for threads itself before this, but a Ctrl-C breaks that off.
+atexit.register(settle)
+if hasattr(os, "register_at_fork"):  # the threads of a process are not in its children
+    os.register_at_fork(after_in_child=in_flight.clear)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -121,9 +130,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     settle()
     path = Path(path)
     _check_exists(path)
-    if not zipfile.is_zipfile(path):
+    if not _is_zip(path):
         raise CheckpointError(
-            f"{path} is no whole checkpoint ({_size(path.stat().st_size)}): it is truncated or "
+            f"{path} is no whole checkpoint ({_size_of(path)}): it is truncated or "
             f"was not written by torch.save. Choose another one{_others(path)}"
         )
     checkpoint = _load(path)
@@ -174,7 +183,15 @@ def is_valid(path: str | Path) -> bool:
         with zipfile.ZipFile(path) as file:
             index = [name for name in file.namelist() if name.endswith("/data.pkl")]
             return len(index) == 1 and bool(file.read(index[0]))
-    except (OSError, EOFError, RuntimeError, zipfile.BadZipFile):
+    except Exception:  # noqa: BLE001  zipfile raises nearly anything for an index with a wrong bit
+        return False
+
+
+def _is_zip(path: Path) -> bool:
+    """Tells whether a file has the end of a zip file."""
+    try:
+        return zipfile.is_zipfile(path)
+    except Exception:  # noqa: BLE001  likewise
         return False
 
 
@@ -357,7 +374,7 @@ def _damaged(path: Path, error: Exception) -> str:
     """Returns what to say about a file that torch cannot read."""
     first = (str(error).splitlines() or [""])[0]
     return (
-        f"{path} ({_size(path.stat().st_size)}) cannot be read: it is damaged or no torch file "
+        f"{path} ({_size_of(path)}) cannot be read: it is damaged or no torch file "
         f"({type(error).__name__}: {first[:120]}). Choose another one{_others(path)}"
     )
 
@@ -379,7 +396,7 @@ def _others(path: Path) -> str:
     others = [p for p in path.parent.glob(f"*{SUFFIX}") if p != path and p.is_file()]
     if not others:
         return f" (there is no other {SUFFIX} file in {path.parent})."
-    others.sort(key=lambda p: p.stat().st_mtime, reverse=True)
+    others.sort(key=_written_at, reverse=True)
     more = f" and {len(others) - 8} more" if len(others) > 8 else ""
     return f": {', '.join(p.name for p in others[:8])}{more}."
 
@@ -398,8 +415,11 @@ def _check_format(header: Any, path: Path) -> None:
 
 def check_bytes(path: Path) -> None:
     """Raises when bytes of a file changed after it was written; torch itself does not look."""
-    with zipfile.ZipFile(path) as file:
-        bad = file.testzip()
+    try:
+        with zipfile.ZipFile(path) as file:
+            bad = file.testzip()
+    except Exception as error:  # likewise
+        raise CheckpointError(_damaged(path, error)) from error
     if bad is not None:
         raise CheckpointError(
             f"{path} is damaged: the checksum of {bad} is wrong. Choose another one{_others(path)}"
@@ -412,6 +432,20 @@ def _contents(obj: Any) -> str:
         return f"it holds a {type(obj).__name__}"
     names = ", ".join(map(str, list(obj)[:6]))
     return f"it holds a dict with the keys {names}{', ...' if len(obj) > 6 else ''}"
+
+
+def _written_at(path: Path) -> float:
+    """Returns when a file was written last; 0 for one that another process has just removed."""
+    with contextlib.suppress(OSError):
+        return path.stat().st_mtime
+    return 0.0
+
+
+def _size_of(path: Path) -> str:
+    """Returns the size of a file as people read it."""
+    with contextlib.suppress(OSError):
+        return _size(path.stat().st_size)
+    return "it is gone"
 
 
 def _size(count: int) -> str:

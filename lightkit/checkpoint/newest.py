@@ -17,7 +17,8 @@ def latest(directory: str | Path, run: str | None = None) -> Path | None:
 
     The newest is the one with the most steps, then the one written last; of two states of one step
     an exact one goes before one that was saved after an exception. Damaged and foreign files are
-    skipped with a warning that names them; files that hold weights only are passed over.
+    skipped with a warning that names them; files that hold weights only, and those that another
+    process removes at this moment, are passed over.
 
     Args:
         directory: The folder.
@@ -34,19 +35,23 @@ def latest(directory: str | Path, run: str | None = None) -> Path | None:
     for path in files.values():
         try:
             position = _position(path, run)
-        except CheckpointError as error:
-            _log.warning("Skipped a file among the checkpoints: %s", error)
-            continue
-        if position is not None:
-            found.append((position, path.stat().st_mtime_ns, path))
+            if position is not None:
+                found.append((position, path.stat().st_mtime_ns, path))
+        except (CheckpointError, OSError) as error:
+            _say_skipped(path, error)
     for _, _, path in sorted(found, reverse=True):
         try:
             check_bytes(path)
+            return path
         except CheckpointError as error:
-            _log.warning("Skipped a file among the checkpoints: %s", error)
-            continue
-        return path
+            _say_skipped(path, error)
     return None
+
+
+def _say_skipped(path: Path, error: Exception) -> None:
+    """Names a file that cannot be used, unless it was only removed in the meantime."""
+    if path.exists():
+        _log.warning("Skipped a file among the checkpoints: %s", error)
 
 
 def _position(path: Path, run: str | None) -> tuple[int, int, bool] | None:
@@ -69,7 +74,7 @@ def orphans(folder: Path, run: str, step: int) -> list[str]:
     """
     found = []
     for path in folder.glob(f"step_*{SUFFIX}"):
-        with contextlib.suppress(CheckpointError):
+        with contextlib.suppress(CheckpointError, OSError):
             header = peek(path)["lightkit"]
             at = header.get("global_step", 0)
             if header.get("run") == run and at > step and path.stem == f"step_{at:06d}":

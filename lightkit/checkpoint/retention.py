@@ -73,6 +73,9 @@ class Retention:
         best.pop(path, None)  # a file of this name is replaced
         after = replace(self, best=best, newest=path, written={**self.written, path: step})
         after.garbage = [old for old in self.garbage if old != path]
+        if best_path == path and self.judged:  # what was the best is replaced
+            best_path = min(best, key=self._rank, default="")
+            best_score = best.get(best_path)
         if not self.judged:
             best_path = path
         elif enters and score is not None and _finite(score):
@@ -99,17 +102,21 @@ class Retention:
         for name in _FILES:
             setattr(self, name, state[name])
 
-    def adopt(self, folder: Path, same: bool) -> None:
+    def adopt(self, folder: Path, *, same: bool, own: bool) -> None:
         """Compares a loaded state with the folder of this run.
 
-        Files that are gone are forgotten. If the folder is another one (moved, or a new run that
-        continues an old one), files of the same names in it are taken as the ones meant, and the
-        files of the old folder are never touched.
+        Files that are gone are forgotten. If the folder is another one (it was moved), files of the
+        same names in it are taken as the ones meant, and those of the old one are never touched.
+        A new run that continues another one's state owns none of its files, also where both write
+        to one folder: they only tell how good the best was.
 
         Args:
             folder: The folder of this run.
             same: Whether it is the one in which the state was saved.
+            own: Whether the state was saved by this run.
         """
+        if not own:
+            self.best, self.written, self.garbage, self.newest = {}, {}, [], ""
 
         def here(path: str) -> str:
             moved = path if same else str(folder / Path(path).name)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger("lightkit")
 #: Functions of the loop in which weights, counters and schedules are moved, one after the other.
 _UPDATES = {"step_optimizer", "step_schedulers", "step_plateau"}
+#: What the loop calls at the end of an epoch besides the hooks of it.
+_NO_HOOKS = {"end_steps", "reduce", "due_after_epoch", "validate", "end_epoch"}
 
 
 def check_settings(given: ModelCheckpoint) -> None:
@@ -116,6 +118,21 @@ def leaves_a_state(exception: BaseException) -> bool:
 def in_validation(exception: BaseException | None) -> bool:
     """Tells whether an exception came out of a validation within a fit."""
     return any(_is_ours(frame, {"validate"}) for frame in _frames(exception))
+
+
+def at_an_end(exception: BaseException | None) -> bool:
+    """Tells whether an exception came out of a hook of the end of a validation or of an epoch.
+
+    Those before it have counted the validation or the epoch already.
+    """
+    frames = list(_frames(exception))
+    for number, frame in enumerate(frames):
+        if _is_ours(frame, {"_fire"}) and frame.f_locals["places"][0].endswith("end"):
+            return True
+        called = frames[number + 1 : number + 2]
+        if _is_ours(frame, {"_close_epoch"}) and not any(_is_ours(f, _NO_HOOKS) for f in called):
+            return True
+    return False
 
 
 def _frames(exception: BaseException | None) -> Iterator[FrameType]:

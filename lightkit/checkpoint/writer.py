@@ -30,7 +30,6 @@ class Writer:
     """
 
     def __init__(self) -> None:
-        self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._buffers = Buffers()
 
@@ -52,13 +51,16 @@ class Writer:
             files: Files that must be on the disk before this one counts.
             background: Copy the tensors and return; a thread does the rest.
             then: Called when the file is complete, in the background by that thread.
-            failed: Gets the error of a background save. Without it `write`, `wait` or `close`
-                raises the error, whichever comes first.
+            failed: Gets the error of a background save. Without it the next `write` that names
+                nobody either, `wait` or `close` raises the error, whichever comes first.
 
         Raises:
             CheckpointError: Something cannot be stored, or a file could not be written.
         """
-        self.wait()
+        if failed is None:
+            self.wait()
+        else:  # what went wrong with the file of another one is not theirs
+            settle()
         stored = storable(contents, "checkpoint")
 
         def work() -> None:
@@ -66,29 +68,38 @@ class Writer:
             if then is not None:
                 then()
 
-        if not background:
+        if background:
+            stored = self._buffers.copy(stored)
+            self._start(work, failed or self._keep)
+        else:
             work()
-            return
-        stored = self._buffers.copy(stored)
+
+    def _keep(self, error: Exception) -> None:
+        """Keeps an error that nobody takes until it can be raised, and says it now."""
+        self._error = error
+        _log.warning("%s", error)
+
+    def _start(self, work: Callable[[], None], failed: Callable[[Exception], None]) -> None:
+        """Lets a thread do the work."""
+        done = threading.Event()
 
         def behind() -> None:
             try:
                 work()
             except Exception as error:  # noqa: BLE001  # it surfaces in the thread of the loop
-                if failed is None:
-                    self._error = error
-                else:
-                    failed(error)
+                failed(error)
             finally:
-                in_flight.discard(threading.current_thread())
+                in_flight.pop(thread, None)
+                done.set()
 
         # Not a daemon: a program that ends right now still writes its last file.
-        self._thread = threading.Thread(target=behind, name="lightkit-writer")
-        in_flight.add(self._thread)
+        thread = threading.Thread(target=behind, name="lightkit-writer")
+        in_flight[thread] = done
         try:
-            self._thread.start()
+            thread.start()
         except BaseException:
-            in_flight.discard(self._thread)
+            if thread.ident is None:  # else a Ctrl-C came when it was at work already
+                in_flight.pop(thread, None)
             raise
 
     def wait(self) -> None:
@@ -98,7 +109,6 @@ class Writer:
             CheckpointError: It could not be written, and nobody took the error.
         """
         settle()
-        self._thread = None
         error, self._error = self._error, None
         if error is not None:
             raise error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import threading
@@ -14,9 +15,10 @@ import torch
 from torch import nn
 
 import lightkit as lk
-from lightkit.callbacks import LambdaCallback, ModelCheckpoint
+from lightkit.callbacks import EarlyStopping, LambdaCallback, ModelCheckpoint
 from lightkit.checkpoint import files, latest, read_checkpoint, writer
 from lightkit.errors import CheckpointError, ConfigError
+from lightkit.loggers import JSONLLogger
 from tests.small import Net, loader
 
 REAL = os.replace
@@ -207,6 +209,35 @@ def test_second_names_and_removals_wait_for_the_file(tmp_path, gate):
         ["last.ckpt", "step_000004.ckpt"],
     ]
     assert names(t) == ["last.ckpt", "step_000010.ckpt"]
+
+
+def test_paths_name_complete_files_while_the_next_one_is_written(tmp_path, gate):
+    class Better(Net):
+        def validation_step(self, batch, batch_idx):
+            self.log("score", 1.0 / (1 + self.trainer.global_step))
+
+    saver, seen = ModelCheckpoint(monitor="score", every_n_train_steps=5, async_save=True), []
+
+    def paths() -> list[str]:
+        found = (saver.best_model_path, saver.kth_best_model_path, *saver.best_k_models)
+        assert all(map(os.path.exists, filter(None, (*found, saver.last_model_path))))
+        assert (saver.best_model_score is None) == (not saver.best_model_path)
+        return [os.path.basename(path) for path in found]
+
+    def look(t, *_):
+        if t.global_step in (6, 11):
+            seen.append(paths())
+            gate.set()
+            files.settle()
+            seen.append(paths())
+            gate.clear()
+        elif t.global_step == 15:
+            gate.set()
+
+    t = trainer(tmp_path, saver, LambdaCallback(on_train_batch_end=look), max_epochs=3)
+    t.fit(Better(), loader(), loader())
+    five, ten = ["step_000005.ckpt"] * 3, ["step_000010.ckpt"] * 3
+    assert seen == [["", ""], five, five, ten]
 
 
 def test_a_file_holds_the_state_of_its_step_and_the_end_waits_for_it(tmp_path):
@@ -405,6 +436,43 @@ def test_weights_that_a_hook_changed_for_a_validation_are_not_saved(tmp_path, ca
     assert names(t) == ["last.ckpt", "step_000007.ckpt"]
 
 
+ENDS = ["on_validation_epoch_end", "on_validation_end", "on_train_epoch_end"]
+
+
+@pytest.mark.parametrize("place", ENDS)
+def test_a_validation_that_was_counted_is_not_counted_again(tmp_path, place, caplog):
+    class Fails(FailsIn):
+        def validation_step(self, batch, batch_idx):
+            self.log("val_loss", torch.tensor(1.0))
+
+        def on_validation_epoch_end(self):
+            self._maybe("on_validation_epoch_end")
+
+        def on_validation_end(self):
+            self._maybe("on_validation_end")
+
+        def on_train_epoch_end(self):
+            self._maybe("on_train_epoch_end")
+
+    def callbacks():
+        return EarlyStopping("val_loss", patience=3), ModelCheckpoint(every_n_epochs=1)
+
+    options = {"max_epochs": 8, "logger": JSONLLogger()}
+    first = fit_that_fails(tmp_path, Fails(place, 10), *callbacks(), **options)
+    assert names(first) == ["last.ckpt", "step_000005.ckpt"]
+    (told,) = (text for text in warnings(caplog) if "was not saved" in text)
+    assert "Step 10, the last before the error" in told
+    assert "The last save remains" in told
+    t = trainer(tmp_path, *callbacks(), **(options | {"logger": JSONLLogger()}))
+    task = Fails(place, 10)
+    task.at = -1  # not again
+    t.fit(task, loader(), loader(), ckpt_path="auto")
+    assert t.run_dir == first.run_dir
+    assert (t.state.validations, t.global_step) == (4, 20)
+    rows = [json.loads(line) for line in (t.run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "val_loss" in row] == [5, 10, 15, 20]
+
+
 def test_in_the_middle_of_a_group_the_step_before_it(tmp_path):
     class InGroup(Net):
         def training_step(self, batch, batch_idx):
@@ -540,3 +608,40 @@ def test_the_end_by_a_signal_saves_the_newest_state_in_any_case(tmp_path, argume
     again.fit(Net(), loader(), loader(), ckpt_path=newest)
     assert again.run_dir == t.run_dir
     assert "step_000007.ckpt" not in names(again)
+
+
+# ---- one folder for several runs
+
+
+def test_a_run_that_goes_on_from_another_one_in_one_folder_removes_nothing_of_it(tmp_path):
+    class Scores(Net):
+        scores: tuple[float, ...] = ()
+
+        def validation_step(self, batch, batch_idx):
+            if not self.trainer.sanity_checking:
+                self.log("val_loss", torch.tensor(self.scores[self.trainer.current_epoch]))
+
+    def fit(*scores: float, path=None, **options):
+        saver = ModelCheckpoint(tmp_path / "all", monitor="val_loss")
+        t = trainer(tmp_path, saver, max_epochs=len(scores), **options)
+        task = Scores()
+        task.scores = scores
+        t.fit(task, loader(), loader(), ckpt_path=path)
+        return t, saver
+
+    folder = tmp_path / "all"
+    first, _ = fit(1.0, 2.0, 3.0, 4.0)
+    kept = {p: p.read_bytes() for p in folder.glob("step_*")}
+    assert sorted(p.stem for p in kept) == ["step_000005", "step_000020"]
+    path = folder / "step_000005.ckpt"
+    worse, saver = fit(1.0, 1.5, 1.6, path=path, gradient_clip_val=1.0)
+    assert worse.run_dir != first.run_dir
+    assert saver.best_model_path == str(path)  # still the best there is
+    better, saver = fit(1.0, 0.5, 0.4, path=path, gradient_clip_val=1.0)
+    assert saver.best_model_path == str(folder / "step_000015.ckpt")
+    assert {p: p.read_bytes() for p in kept} == kept
+    # Its own it removes, also when it is continued; what it wrote over is its own.
+    path = folder / "step_000015.ckpt"
+    again, saver = fit(1.0, 0.5, 0.4, 0.3, 0.2, path=path, gradient_clip_val=1.0)
+    assert again.run_dir == better.run_dir
+    assert sorted(p.stem for p in folder.glob("step_*")) == ["step_000005", "step_000025"]

@@ -73,6 +73,20 @@ def test_other_endings_leave_the_queue_alone(quiet, scontrol):
     assert not told.exists()
 
 
+def test_an_evaluation_after_the_fit_that_a_signal_ended_leaves_it_alone_too(quiet, scontrol):
+    class Ends(Net):
+        def validation_step(self, batch, batch_idx):
+            raise KeyboardInterrupt
+
+    told = scontrol()
+    trainer = quiet(callbacks=[RequeueJob(), Send(signal.SIGUSR1)])
+    with pytest.raises(SystemExit):
+        trainer.fit(Net(), loader())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.validate(Ends(), loader())
+    assert told.read_text().count("requeue") == 1
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [

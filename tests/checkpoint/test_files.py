@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import pathlib
@@ -300,6 +301,26 @@ def test_a_byte_that_changed_in_the_data_is_noticed(tmp_path):
     torch.load(path, weights_only=True)  # torch does not notice
     with pytest.raises(CheckpointError, match="damaged: the checksum"):
         read_checkpoint(path)
+
+
+def test_any_wrong_bit_of_the_index_is_a_checkpoint_error_or_harmless(tmp_path):
+    path = tmp_path / "a.ckpt"
+    write_checkpoint(a_checkpoint(), path)
+    content = path.read_bytes()
+    for place in range(content.index(b"PK\x01\x02"), len(content), 3):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        is_valid(path)
+        for read in (read_checkpoint, files.check_bytes):
+            with contextlib.suppress(CheckpointError):
+                read(path)
+
+
+def test_a_file_that_goes_away_while_it_is_read(tmp_path):
+    path = tmp_path / "a.ckpt"
+    with pytest.raises(CheckpointError, match="it is gone"):
+        files.check_bytes(path)
 
 
 def test_a_zip_file_from_elsewhere_and_a_torch_file_from_elsewhere(tmp_path):

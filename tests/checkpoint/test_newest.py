@@ -56,6 +56,39 @@ def test_the_newest_skips_damaged_files_with_a_warning_that_names_them(tmp_path,
     assert len(caplog.records) == 3
 
 
+@pytest.mark.parametrize("offset", [8, 10, 46])  # of the flags, the method and the first name
+def test_one_wrong_bit_in_the_index_of_a_file_blocks_nothing(tmp_path, caplog, offset):
+    good = write(tmp_path / "step_000001.ckpt", 1)
+    bad = write(tmp_path / "step_000002.ckpt", 2)
+    content = bytearray(bad.read_bytes())
+    content[content.index(b"PK\x01\x02") + offset] ^= 0x80 if offset == 46 else 0x41
+    bad.write_bytes(content)
+    with caplog.at_level(logging.WARNING, logger="lightkit"):
+        assert latest(tmp_path) == good
+        assert orphans(tmp_path, "a", 0) == []
+    assert "step_000002.ckpt" in caplog.text
+
+
+@pytest.mark.parametrize("before", ["peek", "stat", "check_bytes"])
+def test_files_that_are_removed_in_the_meantime_are_passed_over(
+    tmp_path, caplog, monkeypatch, before
+):
+    good, *others = (write(tmp_path / f"{step}.ckpt", step) for step in (1, 2, 3))
+    name = "_position" if before == "stat" else before
+    real = getattr(newest, name)
+
+    def late(path, *more):
+        found = real(path, *more) if before == "stat" else None
+        if path in others:
+            path.unlink()
+        return found if before == "stat" else real(path, *more)
+
+    monkeypatch.setattr(newest, name, late)
+    with caplog.at_level(logging.WARNING, logger="lightkit"):
+        assert latest(tmp_path) == good
+    assert not caplog.records
+
+
 def test_the_newest_is_never_one_with_weights_only_and_goes_by_its_own_name(tmp_path, caplog):
     weights_only = a_checkpoint(9)
     del weights_only["loop"]
@@ -104,11 +137,12 @@ def test_it_waits_for_a_file_that_is_being_written(tmp_path):
     def work():
         go.wait(5)
         write(tmp_path / "new.ckpt", 2)
-        in_flight.discard(thread)
+        in_flight.pop(thread)
+        done.set()
 
     write(tmp_path / "old.ckpt", 1)
-    thread = threading.Thread(target=work)
-    in_flight.add(thread)
+    thread, done = threading.Thread(target=work), threading.Event()
+    in_flight[thread] = done
     thread.start()
     threading.Timer(0.05, go.set).start()
     assert latest(tmp_path) == tmp_path / "new.ckpt"

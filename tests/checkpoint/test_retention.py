@@ -81,7 +81,7 @@ def test_a_loaded_state_in_the_same_folder_forgets_files_that_are_gone(tmp_path)
     for step, path in enumerate(paths):
         state = state.accept(path, step, torch.tensor(float(step)), True)
     loaded.load_state_dict(state.state_dict())
-    loaded.adopt(tmp_path, same=True)
+    loaded.adopt(tmp_path, same=True, own=True)
     assert list(loaded.written) == list(loaded.best) == paths[1:]
     assert loaded.best_path == paths[1]
     assert loaded.best_score == torch.tensor(1.0)
@@ -96,7 +96,7 @@ def test_a_loaded_state_in_another_folder_never_touches_the_old_one(tmp_path):
     state.garbage = [str(old / "x")]
     branched = Retention("min", 1, True, True)
     branched.load_state_dict(state.state_dict())
-    branched.adopt(new, same=False)
+    branched.adopt(new, same=False, own=False)
     assert (branched.written, branched.best, branched.garbage) == ({}, {}, [])
     assert branched.best_path == str(old / "a")  # still the best there is
     worse = branched.accept(str(new / "b"), 2, torch.tensor(5.0), True)
@@ -105,6 +105,27 @@ def test_a_loaded_state_in_another_folder_never_touches_the_old_one(tmp_path):
     (old / "a").rename(new / "a")  # the folder was moved
     moved = Retention("min", 1, True, True)
     moved.load_state_dict(state.state_dict())
-    moved.adopt(new, same=False)
+    moved.adopt(new, same=False, own=True)
     assert moved.best_path == str(new / "a")
     assert list(moved.written) == [str(new / "a")]
+
+
+def test_another_run_in_the_same_folder_owns_nothing_but_judges_by_its_best(tmp_path):
+    paths = [str(tmp_path / name) for name in "ab"]
+    state = Retention("min", 1, True, True)
+    for step, path in enumerate(paths):
+        open(path, "w").close()
+        state = state.accept(path, step, torch.tensor(float(step)), step == 0)
+    state.garbage = [paths[1]]
+    other = Retention("min", 1, True, True)
+    other.load_state_dict(state.state_dict())
+    other.adopt(tmp_path, same=True, own=False)
+    assert (other.written, other.best, other.garbage, other.newest) == ({}, {}, [], "")
+    assert (other.best_path, other.best_score) == (paths[0], torch.tensor(0.0))
+    after = other.accept(str(tmp_path / "c"), 2, torch.tensor(3.0), True)
+    assert (after.garbage, after.best_path) == ([], paths[0])
+    # A file of the name of the best one is another file.
+    over = other.accept(paths[0], 2, torch.tensor(3.0), True)
+    assert (over.best_path, over.best_score) == (paths[0], torch.tensor(3.0))
+    over = other.accept(paths[0], 2, None, False)
+    assert (over.best_path, over.best_score) == ("", None)

@@ -186,6 +186,70 @@ Writer().write(contents, Path(sys.argv[1]), background=True)
     assert step_of(tmp_path / "a.ckpt") == 1
 
 
+IMPATIENT = """
+import os, signal, sys, threading, time, torch
+from pathlib import Path
+from lightkit.checkpoint import Writer, settle, writer
+real = writer.write_stored
+def slow(*arguments): time.sleep(1.0); real(*arguments)
+writer.write_stored = slow
+header = {"format": 1, "version": "0"}
+contents = {"lightkit": header, "model": {"w": torch.ones(4)}}
+path, times = Path(sys.argv[1]), int(sys.argv[2])
+w = Writer()
+w.write(contents, path, background=True)
+def send():
+    for _ in range(times): time.sleep(0.2); os.kill(os.getpid(), signal.SIGINT)
+threading.Thread(target=send, daemon=True).start()
+try: w.wait()
+except KeyboardInterrupt: print("interrupted")
+if times == 1: settle(); print(path.exists())
+"""
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_wait_that_ctrl_c_broke_off_is_taken_up_again(tmp_path, times):
+    path = tmp_path / "a.ckpt"
+    command = [sys.executable, "-c", IMPATIENT, str(path), str(times)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["interrupted", "True"][: 3 - times]
+    assert step_of(path) == 1  # also where the second one came while Python itself waited
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_child_does_not_wait_for_the_threads_of_its_parent(tmp_path, gate):
+    w = Writer()
+    w.write(a_checkpoint(1), tmp_path / "a.ckpt", background=True)
+    child = os.fork()
+    if not child:
+        files.settle()
+        os._exit(0)
+    until = time.monotonic() + 10
+    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < until:
+        time.sleep(0.01)
+    if ended == (0, 0):
+        os.kill(child, 9)
+    gate.set()
+    w.close(failed=False)
+    assert ended == (child, 0)
+
+
+def test_an_error_of_another_is_left_to_who_it_belongs_to(tmp_path, broken, caplog):
+    broken(2)
+    w, errors = Writer(), []
+    w.write(a_checkpoint(1), tmp_path / "a.ckpt", background=True)
+    for background in (False, True):
+        w.write(a_checkpoint(2), tmp_path / "b.ckpt", background=background, failed=errors.append)
+    assert step_of(tmp_path / "b.ckpt") == 2
+    assert (
+        caplog.text.count("a.ckpt could not be written") == 2
+    )  # at once, the second time for good
+    with pytest.raises(CheckpointError, match=r"a\.ckpt could not be written"):
+        w.close(failed=False)
+    assert not errors
+
+
 # ---- once more
 
 
