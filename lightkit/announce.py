@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -89,12 +90,13 @@ def _say_resume(trainer: Trainer, ledger: Ledger) -> None:
         return
     path = newest_checkpoint(ledger.folder, ledger.record)
     if path is None:
-        _say("resume", "nothing to go on from: the run ended before its first checkpoint")
+        _say("resume", "nothing to go on from: no checkpoint was written")
         return
     shown = _short(path)
     if trainer.config_text is not None:
-        config = _short(ledger.folder / "config.yaml")
-        _say("resume", f"lightkit fit --config {config} --ckpt_path {shown}")
+        config = shlex.quote(str(_short(ledger.folder / "config.yaml")))
+        ckpt_path = shlex.quote(str(shown))
+        _say("resume", f"lightkit fit --config {config} --ckpt_path {ckpt_path}")
     else:
         _say("resume", f'trainer.fit(..., ckpt_path="{shown}")')
 

@@ -200,7 +200,9 @@ def build(config: Config) -> Built:
         if seed is not None:
             config.trainer.arguments["seed"] = seed
             trainer = make(config.trainer)
-    trainer.config_text, trainer.seed_drawn = config.to_yaml(), config.seed_drawn
+    # Without the checkpoint: what repeats the run begins where it began.
+    trainer.config_text = dataclasses.replace(config, ckpt_path=None).to_yaml()
+    trainer.seed_drawn = config.seed_drawn
     data = make(config.data)
     return Built(trainer, data, make(config.task))
 

@@ -125,7 +125,9 @@ def raised(now: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
     return any(open_end(now[name]) > open_end(before.get(name)) for name in now)
 
 
-def settings_of(task: Any, datamodule: Any, options: Options, *, drawn: bool) -> dict[str, Any]:
+def settings_of(
+    task: Any, datamodule: Any, options: Options, *, drawn: bool, loader: Any = None
+) -> dict[str, Any]:
     """Returns what the numbers of a run depend on, as far as arguments tell.
 
     Args:
@@ -133,6 +135,7 @@ def settings_of(task: Any, datamodule: Any, options: Options, *, drawn: bool) ->
         datamodule: The data module or None.
         options: The Trainer's arguments; those that change the numbers count.
         drawn: Whether the seed was drawn and not given, so that it may be another one.
+        loader: The training loader, where it was given to fit.
     """
     found: dict[str, Any] = {"task": type(task).__name__}
     for word, owner in (("task", task), ("data", datamodule)):
@@ -141,7 +144,21 @@ def settings_of(task: Any, datamodule: Any, options: Options, *, drawn: bool) ->
     for name in _NUMBERS:
         value = None if name == "seed" and drawn else getattr(options, name)
         found[f"trainer.{name}"] = _plain(value)
+    for name, size in (
+        ("batch_size", getattr(loader, "batch_size", None)),
+        ("samples", _len(loader)),
+    ):
+        if isinstance(size, int):
+            found[f"loader.{name}"] = size
     return found
+
+
+def _len(loader: Any) -> int | None:
+    """Returns the number of samples of a DataLoader's dataset; None where it is not known."""
+    try:
+        return len(loader.dataset)
+    except (AttributeError, TypeError, NotImplementedError):
+        return None
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -81,8 +81,12 @@ def parse_duration(value: str | timedelta | dict[str, int] | None, argument: str
     elif isinstance(value, dict):
         try:
             seconds = timedelta(**value).total_seconds()
-        except TypeError as error:
-            raise ConfigError(f"{argument}={value!r}: {error}.") from None
+        except TypeError:
+            names = "days, hours, minutes, seconds"
+            raise ConfigError(
+                f"{argument}={value!r}: allowed are numbers of {names} and what else a timedelta "
+                f"takes, such as {{'hours': 2}}."
+            ) from None
     elif isinstance(value, str):
         clock = re.fullmatch(r"\s*(\d+):(\d+):(\d+):(\d+)\s*", value)
         words = re.fullmatch(r"\s*(\d+\.?\d*)\s*([a-z]+?)s?\s*", value.lower())

@@ -24,7 +24,7 @@ def unpack(outputs: Any) -> tuple[Tensor | None, Any, Mapping[str, Any] | None]:
     if isinstance(outputs, Mapping):
         weight = outputs.get("weight")
         if weight is not None:
-            _check_weight(weight)
+            weight = _checked_weight(weight)
         if isinstance(outputs.get("loss"), Tensor):
             return outputs["loss"], weight, outputs
         there = ", ".join(map(str, outputs)) or "nothing"
@@ -40,18 +40,20 @@ def unpack(outputs: Any) -> tuple[Tensor | None, Any, Mapping[str, Any] | None]:
     )
 
 
-def _check_weight(weight: Any) -> None:
+def _checked_weight(weight: Any) -> Any:
     if isinstance(weight, Tensor):
         if weight.numel() != 1:
             raise UsageError(
                 f"training_step returned a 'weight' of shape {tuple(weight.shape)}, but one number "
                 f"is needed: of how many samples or tokens the loss is the mean."
             )
-    elif not isinstance(weight, Real) or not float(weight) >= 0:
+        return weight.reshape(()) if weight.ndim else weight
+    if not isinstance(weight, Real) or not float(weight) >= 0:
         raise UsageError(
             f"training_step returned 'weight': {weight!r}. It is the number of samples or tokens "
             f"of which the loss is the mean: 0 or more, or a tensor with one element."
         )
+    return weight
 
 
 def checked(loss: Tensor) -> Tensor:

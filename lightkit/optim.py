@@ -107,6 +107,8 @@ class OptimizerPlan:
             ) from error
         _check_optimizers(optimizers, automatic=task.automatic_optimization)
         entries = [_entry(config, owner, optimizers, monitor) for config, owner, monitor in raw]
+        if len({id(e.scheduler) for e in entries}) < len(entries):
+            raise OptimizerError("configure_optimizers returned the same scheduler twice.")
         for entry in entries if task.automatic_optimization else ():
             if entry.is_plateau and entry.monitor is None:
                 name = type(entry.scheduler).__name__
@@ -387,6 +389,11 @@ def _entry(
         raise OptimizerError(
             f"{name}: frequency={frequency!r} is not possible. It is a whole number of "
             f"{interval}s, at least 1."
+        )
+    watched = values["monitor"]
+    if watched is not None and not isinstance(watched, str):
+        raise OptimizerError(
+            f"{name}: monitor={watched!r} is no name of a metric, such as 'val_loss'."
         )
     moved = getattr(scheduler, "optimizer", owner)
     if moved is None:

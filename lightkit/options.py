@@ -144,7 +144,7 @@ class Options:
 
     def _numbers(self) -> None:
         clip = self.gradient_clip_val
-        if clip is not None and (not _is_number(clip) or clip <= 0):
+        if clip is not None and not (_is_number(clip) and clip > 0):  # nan is neither
             raise ConfigError(
                 f"gradient_clip_val={clip!r}: allowed is a number above 0, or None for no clipping."
             )
@@ -159,7 +159,8 @@ class Options:
         if interval is None or isinstance(interval, str):
             make_cadence(interval, self.check_val_every_n_epoch, None)
         overfit = self.overfit_batches
-        if not _is_number(overfit) or overfit < 0 or (isinstance(overfit, float) and overfit > 1):
+        highest = 1 if isinstance(overfit, float) else _MANY
+        if not _is_number(overfit) or not 0 <= overfit <= highest:  # nan is neither
             raise ConfigError(
                 f"overfit_batches={overfit!r}: allowed are a number of batches, or a fraction of "
                 f"the training batches between 0 and 1."
@@ -244,8 +245,8 @@ def _check_twice(items: list[Any], what: str) -> None:
             if stateful and type(other) is type(item) and other.state_key == item.state_key:
                 raise ConfigError(
                     f"{what}: two {name} store their state in checkpoints under the key "
-                    f"{item.state_key!r}. Give them different arguments, override state_key in "
-                    f"their class, or remove one."
+                    f"{item.state_key!r}. Give them different arguments of those it names, "
+                    f"override state_key in their class, or remove one."
                 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,7 +73,11 @@ def find(trainer: Trainer, session: Session, given: str | Path | None) -> Start:
     options = trainer.options
     record = ledger.Record(
         settings=ledger.settings_of(
-            session.task, session.datamodule, options, drawn=trainer.seed_drawn
+            session.task,
+            session.datamodule,
+            options,
+            drawn=trainer.seed_drawn,
+            loader=session.given_train,
         ),
         limits=ledger.limits_of(trainer.limits),
         job=job_id(),
@@ -113,6 +118,13 @@ def _choose_folder(start: Start) -> None:
         why = "there are later checkpoints of it"
     elif changed := ledger.differences(old.settings, start.record.settings):
         why = f"settings changed ({'; '.join(changed)})"
+        _log.warning(
+            "What the checkpoint holds goes on: weights, and optimizers with their learning rates. "
+            "To start from the weights alone: task.load_weights(%r), and fit without ckpt_path.",
+            str(start.path),
+        )
+    elif not os.access(folder, os.W_OK):
+        why = "its folder cannot be written"
     else:
         try:
             start.lock = ledger.Lock(folder)
@@ -138,7 +150,8 @@ def _run_of(path: Path, saved: dict[str, Any]) -> Path | None:
     for folder in places if named else ():
         record = ledger.read(folder)
         if record is not None and record.id == named:
-            return folder
+            own = [place.resolve() for place in record.folders(folder)]
+            return folder if path.resolve().parent in own else None  # else it is a copy
     return None
 
 
@@ -188,8 +201,9 @@ def _judge(
         listed = "\n  ".join(changed)
         raise ConfigError(
             f"ckpt_path='auto' would continue {folder}, but its settings were others:\n  {listed}\n"
-            f"Put them back, or begin a new run without ckpt_path, or continue all the same from "
-            f"a checkpoint that you name (ckpt_path='last')."
+            f"Put them back, or begin a new run without ckpt_path (task.load_weights({str(path)!r}) "
+            f"starts it from these weights), or continue all the same with ckpt_path='last': then "
+            f"optimizers and their learning rates go on as they are in the checkpoint."
         )
     if path is None:
         raise CheckpointError(
@@ -241,6 +255,7 @@ def restore(trainer: Trainer, run: FitRun, start: Start) -> str | None:
     """Restores a run from the checkpoint of its start and returns its path, None where it is new."""
     if start.path is None:
         return None
+    header = start.saved.get("lightkit", {})
     checkpoint.restore(run, start.saved)
     run.rng = start.saved["rng"][0]
     run.sanity_batches = 0
@@ -257,4 +272,5 @@ def restore(trainer: Trainer, run: FitRun, start: Start) -> str | None:
             run.state.epoch,
         )
     start.saved = {"loggers": start.marks}  # the tensors are copied: their memory is needed
-    return str(start.path)
+    exact = header.get("exact", True)
+    return f"{start.path}{'' if exact else ', saved after an error: not bit for bit'}"

@@ -267,13 +267,11 @@ class Trainer(TrainerView):
         Args:
             filepath: The file; an existing one is replaced as a whole.
             weights_only: Leave out what is only needed to go on with the run.
-            background: Copy the state and return, while a thread writes the file. The next save,
-                whoever reads checkpoints, and the end of the fit wait for it.
+            background: Copy the state and return, while a thread writes the file.
             then: Called when the file is complete; in the background by that thread.
-            failed: Gets the error of a background save, in that thread. Without it the next save or
-                the end of the fit raises it.
-            exact: False saves the last completed step also in the middle of the next one, as after
-                an exception. The file says so.
+            failed: Gets the error of a background save. Without it the next such call or the end
+                of the fit raises it.
+            exact: False saves the last completed step, also in the middle of the next one.
 
         Raises:
             CheckpointError: The file cannot be written, also not after a second.
@@ -318,7 +316,7 @@ class Trainer(TrainerView):
         console.install(rank_zero=True)
         train, datamodule = opening.as_datamodule(train, datamodule)
         opening.check_task(task, _FIT_NEEDS)
-        session = Session(task=task, datamodule=datamodule, stage=Stage.FIT)
+        session = Session(task=task, datamodule=datamodule, stage=Stage.FIT, given_train=train)
         session.flow.accumulate = self.options.accumulate_grad_batches
         session.loggers = [] if self.options.fast_dev_run else [*self._loggers]
         start = resuming.find(self, session, ckpt_path)

@@ -286,6 +286,7 @@ def test_changed_settings_begin_a_new_folder(tmp_path, caplog):
     _, t = fit(tmp_path, ckpt_path="last", gradient_clip_val=1.0, callbacks=[every(3)])
     assert t.run_dir.name == "version_1"
     assert "trainer.gradient_clip_val: null in the run, 1.0 now" in caplog.text
+    assert "optimizers with their learning rates" in caplog.text
     assert contents(tmp_path / "Net/version_0") == before
 
 
@@ -325,7 +326,7 @@ def test_the_line_that_goes_on(tmp_path, caplog, monkeypatch):
     )
     caplog.clear()
     crash(Path("other"), at=1)
-    assert "the run ended before its first checkpoint" in caplog.records[-1].getMessage()
+    assert "nothing to go on from: no checkpoint was written" in caplog.records[-1].getMessage()
 
 
 CONFIG = """
@@ -552,3 +553,27 @@ def test_what_ckpt_path_may_be(tmp_path, given, error, text):
     with pytest.raises(error) as caught:
         fit(tmp_path, ckpt_path=given)
     assert text in str(caught.value)
+
+
+def test_other_data_are_other_settings(tmp_path):
+    fit(tmp_path)
+    t = lk.Trainer(default_root_dir=tmp_path, max_epochs=4, enable_progress_bar=False)
+    with pytest.raises(ConfigError, match="loader.samples: 20 in the run, 24 now"):
+        t.fit(Net(), loader(24), loader(8), ckpt_path="auto")
+
+
+def test_a_copy_of_a_checkpoint_begins_a_new_folder(tmp_path):
+    crash(tmp_path / "a")
+    copy = tmp_path / "mine.ckpt"
+    copy.write_bytes((tmp_path / "a/Net/version_0/checkpoints/last.ckpt").read_bytes())
+    before = contents(tmp_path / "a")
+    _, t = fit(tmp_path / "b", ckpt_path=copy)
+    assert t.run_dir == tmp_path / "b/Net/version_0"
+    assert contents(tmp_path / "a") == before
+
+
+def test_a_state_of_an_exception_is_named_as_such(tmp_path, capsys):
+    with pytest.raises(RuntimeError, match="a defect"):
+        fit(tmp_path, callbacks=[Crash(8)])
+    fit(tmp_path)
+    assert "saved after an error: not bit for bit" in capsys.readouterr().out
