@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any, Final
 
 from lightkit.data.loaders import SampleCounts, loader_length, parts, sample_counts
+from lightkit.data.workers import why_ended
 from lightkit.errors import DataError
 
 if TYPE_CHECKING:
@@ -146,9 +147,12 @@ class BatchStream:
         except StopIteration as error:
             self.wait += _clock() - start
             return self._end(error)
-        except BaseException:
+        except BaseException as error:
             self.fetched = index + 1  # samples of it may be out of the dataset
+            ended = why_ended(self._iterator) if isinstance(error, (OSError, EOFError)) else ""
             self.close()
+            if ended:  # its connection broke before torch saw that it was gone
+                raise RuntimeError(f"{ended} It loaded for the {self._name}.") from error
             raise
         sizes = self._sizes
         if sizes is not None:

@@ -137,6 +137,18 @@ def watch(iterator: Any) -> None:
         _serving.add(iterator)
 
 
+def why_ended(iterator: Any) -> str:
+    """Returns a sentence on a worker of an iterator that has ended by itself; "" if none has."""
+    for worker in getattr(iterator, "_workers", ()):
+        worker.join(0.2)  # what broke its connection may be ahead of its end
+        if worker.exitcode:
+            return (
+                f"DataLoader worker (pid {worker.pid}) exited unexpectedly with exit code "
+                f"{worker.exitcode}; -9 is often the machine's memory being full."
+            )
+    return ""
+
+
 @atexit.register
 def _end_all() -> None:
     """Ends workers that nobody ended, before the interpreter kills them and torch complains."""
