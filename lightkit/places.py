@@ -87,7 +87,8 @@ def open_run(trainer: Trainer, run: FitRun, start: Start) -> None:
     ]
     run.run_id = start.record.id
     session.ledger = Ledger(folder, start.record, start.lock)
-    _write_settings(trainer, folder, run.state.global_step)
+    hparams = _logged_hparams(session)
+    _write_settings(trainer, folder, run.state.global_step, hparams)
     for key, logger in keyed(session.loggers).items():
         if start.folder is None:
             logger.open(folder)
@@ -95,12 +96,11 @@ def open_run(trainer: Trainer, run: FitRun, start: Start) -> None:
             logger.open(folder, purge_step=run.state.global_step + 1)
             logger.rewind(start.marks.get(key, {}))
     if start.path is None or start.folder is None:
-        _begin_rows(session, session.ledger)
+        _begin_rows(session, session.ledger, hparams)
 
 
-def _begin_rows(session: Session, ledger: Ledger) -> None:
+def _begin_rows(session: Session, ledger: Ledger, hparams: dict[str, Any]) -> None:
     """Notes where the files of the loggers begin, and writes what comes before the first row."""
-    hparams = _logged_hparams(session)
     for key, logger in keyed(session.loggers).items():
         with contextlib.suppress(TypeError):  # a mark of the user's that JSON cannot hold
             ledger.record.marks[key] = json.loads(json.dumps(logger.mark()))
@@ -118,14 +118,13 @@ def _relative(path: Path, folder: Path) -> str:
         return str(path)
 
 
-def _write_settings(trainer: Trainer, folder: Path, step: int) -> None:
+def _write_settings(trainer: Trainer, folder: Path, step: int, hparams: dict[str, Any]) -> None:
     """Writes the configuration and the hyperparameters; an earlier configuration is kept."""
     if trainer.config_text is not None:
         file = folder / "config.yaml"
         if file.exists() and file.read_text(encoding="utf-8") != trainer.config_text:
             file.replace(folder / f"config_until_step_{step}.yaml")
         file.write_text(trainer.config_text, encoding="utf-8")
-    hparams = _logged_hparams(trainer.session)
     if hparams:
         text = json.dumps(hparams, indent=2, default=repr)
         (folder / "hparams.json").write_text(text + "\n", encoding="utf-8")
