@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 from pathlib import Path
 
@@ -375,6 +376,8 @@ def test_the_command_line_goes_on_with_its_own_seed(tmp_path, caplog, monkeypatc
     assert [p.name for p in Path("runs/Task").iterdir()] == ["version_0"]
     record = json.loads(Path("runs/Task/version_0/run.json").read_text())
     assert record["status"] == "finished"
+    # What repeats the run begins where it began.
+    assert "ckpt_path: null" in Path("runs/Task/version_0/config.yaml").read_text()
     assert str(record["seed"]) in drawn[0]
     assert cli.main(command) == 0  # finished: nothing more
     assert Path("drawn.txt").read_text().splitlines() == drawn
@@ -577,3 +580,32 @@ def test_a_state_of_an_exception_is_named_as_such(tmp_path, capsys):
         fit(tmp_path, callbacks=[Crash(8)])
     fit(tmp_path)
     assert "saved after an error: not bit for bit" in capsys.readouterr().out
+
+
+def test_a_folder_that_cannot_be_written_is_left_and_a_new_one_begun(tmp_path, caplog, monkeypatch):
+    caplog.set_level("INFO")
+    crash(tmp_path)
+    folder, true = tmp_path / "Net/version_0", os.access
+    before = contents(folder)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != folder and true(path, mode))
+    _, t = fit(tmp_path, ckpt_path="last")
+    assert t.run_dir.name == "version_1"
+    assert contents(folder) == before
+    assert "a new run begins: its folder cannot be written" in caplog.text
+
+
+def test_the_line_of_the_command_line_can_be_copied_whatever_the_folder_is_called(
+    tmp_path, caplog, monkeypatch
+):
+    caplog.set_level("INFO")
+    monkeypatch.chdir(tmp_path)
+    t = lk.Trainer(
+        default_root_dir="my runs", max_epochs=3, callbacks=[Crash(8), every(3)],
+        enable_progress_bar=False,
+    )  # fmt: skip
+    t.config_text = "trainer: {}\n"
+    with pytest.raises(RuntimeError, match="a defect"):
+        t.fit(Net(), loader(), loader(8))
+    words = shlex.split(caplog.records[-1].getMessage())
+    assert Path(words[words.index("--config") + 1]).is_file()
+    assert Path(words[words.index("--ckpt_path") + 1]).is_file()
