@@ -45,8 +45,8 @@ class Wait(lk.Callback):
             time.sleep(0.02)  # 100 s in all
 
     def _wait(self, trainer):
-        print("ready")
         (self.root / "ready").touch()
+        print("ready")
         end = time.monotonic() + 60.0
         while (trainer.interrupted is None or self.ignore) and time.monotonic() < end:
             time.sleep(0.005)

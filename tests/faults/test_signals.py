@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pty
+import re
 import signal
 import termios
 import time
@@ -153,6 +154,15 @@ def in_terminal(lives, root, keys, **arguments):
     return shown(code), seen, bool(flags & termios.ECHO and flags & termios.ICANON)
 
 
+def endings(seen: str) -> int:
+    """Returns how many processes ended in a traceback: the program may, its workers may not.
+
+    Its one traceback may have two parts, where Ctrl-C came while Python handled an exception of its
+    own, as ``pathlib`` does.
+    """
+    return len(re.findall(r"^KeyboardInterrupt", seen, re.MULTILINE))
+
+
 @pytest.mark.parametrize("bar", [False, True])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_ctrl_c_once(lives, tmp_path, bar, workers):
@@ -167,7 +177,7 @@ def test_ctrl_c_once(lives, tmp_path, bar, workers):
     assert ("━━" in seen) == bar
     assert len(said) == 1, seen
     assert any(line.startswith("resume:") for line in lines), seen
-    assert seen.count("Traceback") == 1  # the KeyboardInterrupt of the program, none of workers
+    assert endings(seen) == 1, seen
     assert (tmp_path / "state").read_text() == "SIGINT 8"
     assert saved(tmp_path)["loop"]["global_step"] == 8
 
@@ -180,4 +190,4 @@ def test_ctrl_c_twice(lives, tmp_path, workers):
     assert usable
     assert (tmp_path / "state").read_text() == "SIGINT 7"
     assert saved(tmp_path) is None
-    assert seen.count("Traceback") == 1, seen
+    assert endings(seen) == 1, seen
