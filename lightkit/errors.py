@@ -9,6 +9,7 @@
     ├── HookNameError (TypeError)        a method that looks like a hook and is none
     ├── CheckpointError (RuntimeError)   a checkpoint that cannot be written, read or applied
     ├── NonFiniteError (RuntimeError)    a loss or metric that became nan or inf
+    ├── PeerError (RuntimeError)         another process of the run ended or did not come
     └── NotRunningError (RuntimeError)   something that exists only while fit, validate, ... run
 
 A message says what was given, what is allowed and what to change.
@@ -54,6 +55,10 @@ class CheckpointError(LightkitError, RuntimeError):
 
 class NonFiniteError(LightkitError, RuntimeError):
     """A loss or a monitored metric is nan or inf."""
+
+
+class PeerError(LightkitError, RuntimeError):
+    """Another process of the run has ended, or did not come where this one waited for it."""
 
 
 class NotRunningError(LightkitError, RuntimeError):

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from lightkit.distributed.devices import resolve_device
 from lightkit.distributed.env import LaunchEnv, job_id, launched, require_single_process, slurm_job
+from lightkit.distributed.ranks import Ranks, join
 from lightkit.distributed.strategies import SingleDevice, Strategy
 
 __all__ = [
     "LaunchEnv",
+    "Ranks",
     "SingleDevice",
     "Strategy",
     "job_id",
+    "join",
     "launched",
     "require_single_process",
     "resolve_device",

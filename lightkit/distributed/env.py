@@ -17,12 +17,24 @@ class LaunchEnv:
         local_rank: Number of this process on its machine, from 0.
         world_size: Number of processes.
         local_world_size: Number of processes on this machine.
+        node: Number of this machine, from 0.
+        restart: How often the launcher has started all processes again.
+        launched: Whether a launcher started this process, be it as the only one.
+        master_address: Where the processes meet.
+        master_port: Likewise.
+        agent_store: Whether the launcher serves there, and not rank zero.
     """
 
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
     local_world_size: int = 1
+    node: int = 0
+    restart: int = 0
+    launched: bool = False
+    master_address: str = "127.0.0.1"
+    master_port: int = 29500
+    agent_store: bool = False
 
 
 def launched() -> LaunchEnv:
@@ -36,6 +48,12 @@ def launched() -> LaunchEnv:
         local_rank=_number("LOCAL_RANK", 0),
         world_size=_number("WORLD_SIZE", 1),
         local_world_size=_number("LOCAL_WORLD_SIZE", 1),
+        node=_number("GROUP_RANK", 0),
+        restart=_number("TORCHELASTIC_RESTART_COUNT", 0),
+        launched="RANK" in os.environ,
+        master_address=os.environ.get("MASTER_ADDR", "127.0.0.1"),
+        master_port=_number("MASTER_PORT", 29500),
+        agent_store=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
     )
 
 
