@@ -58,9 +58,11 @@ class Closure:
             )
         for parameter in run.plan.parameters:
             parameter.grad = None
-        weighing = Weighing(run, count) if count > 1 else None
+        weighing = Weighing(run, count) if count > 1 or run.several else None
         with run.metrics.muted(), torch.enable_grad():
             for i in range(count):
+                if run.sync is not None:
+                    run.sync(i == count - 1)
                 self._repeat(i, weighing)
             if weighing is not None:
                 weighing.finish(run.plan.parameters)

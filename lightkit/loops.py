@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from torch import Tensor
@@ -20,7 +21,7 @@ from lightkit.closure import Closure
 from lightkit.data import END, BatchStream, Feed, generators, groups
 from lightkit.errors import UsageError
 from lightkit.evaluation import evaluate, may_break_off, restore_modes, train_mode
-from lightkit.losses import Weighing, checked, is_zero, unpack
+from lightkit.losses import Weighing, after_manual, check_skip, checked, is_zero, unpack
 
 if TYPE_CHECKING:
     from lightkit.data import Group
@@ -48,6 +49,7 @@ def fit(run: FitRun) -> None:
         for hook in hooks.on_train_start:
             hook()
         run.settle_switches()
+        _agree(run, "the start of training")
         if flow.signal is not None:
             _stop(run)  # nothing was trained that could be saved
         if run.state.batch_idx and over(run):
@@ -73,7 +75,7 @@ def over(run: FitRun) -> bool:
     flow, limits = run.flow, run.limits
     if limits.reached(run.state):
         return True
-    if flow.deadline is not None and _clock() >= flow.deadline and flow.stop_reason is None:
+    if flow.deadline is not None and flow.clock() >= flow.deadline and flow.stop_reason is None:
         flow.stop_reason = "max_time is over"
     return flow.stop_reason is not None and limits.may_stop(run.state)
 
@@ -100,6 +102,8 @@ def train_epoch(run: FitRun) -> None:
                 metrics.begin_steps()
             if run.plan.plateau_entries and state.global_step > steps:
                 _step_plateau(run, "step", state.global_step)
+            if run.agree is not None:
+                run.agree()  # now and then a collective, on the CPU
             if group.last or stream.ended:
                 continue  # the end of the epoch offers the save, once its counter has moved
             asked = flow.stop_reason is not None or flow.signal is not None
@@ -118,6 +122,7 @@ def train_epoch(run: FitRun) -> None:
 def _close_epoch(run: FitRun) -> None:
     """Does what follows the last batch of an epoch, or the last one before the run ended in it."""
     state, flow = run.state, run.flow
+    run.precision.settle()
     run.metrics.end_steps()
     run.metrics.reduce(training=True)
     if not flow.ending and run.validation and run.cadence.due_after_epoch(state.epoch):
@@ -126,6 +131,12 @@ def _close_epoch(run: FitRun) -> None:
         hook()
     if not flow.ending:
         end_epoch(run)
+
+
+def _agree(run: FitRun, what: str) -> None:
+    """Makes the wishes of single ranks common, now. With several ranks a collective, on the CPU."""
+    if run.agree is not None:
+        run.agree.reach(what)
 
 
 def _end_epoch_cut_off(run: FitRun) -> None:
@@ -192,7 +203,9 @@ def end_epoch(run: FitRun) -> None:
     state.batch_idx = 0
     run.data.clear()
     flow.epoch_ended = True
+    _agree(run, "the end of the epoch")
     _last_save(run)
+    _agree(run, "the save at the end of the epoch")
     if not flow.ending and (over(run) or flow.signal is not None):
         _last_save(run)  # one of the listeners asked for the end, or a signal came meanwhile
     flow.epoch_ended = False
@@ -207,6 +220,8 @@ def _count_time(run: FitRun) -> None:
 
 def _step_plateau(run: FitRun, interval: Literal["step", "epoch"], count: int) -> None:
     """Moves the schedules that read a metric."""
+    if run.plan.plateau_entries:
+        run.precision.settle()  # they move after those of the step before, as without a scaler
     validated = run.validation is None or run.state.validations > 0
     metrics = run.metrics.callback_metrics
     run.plan.step_plateau(interval, count, metrics, validated=validated)
@@ -224,6 +239,8 @@ def _open_epoch(run: FitRun) -> BatchStream:
     if state.batch_idx == 0:
         for hook in run.hooks.on_train_epoch_start:
             hook()
+    run.strategy.begin_epoch(run.task)
+    if state.batch_idx == 0:
         # Where an epoch is resumed, its order is drawn again from here.
         run.data = run.order_state()
     elif run.data:
@@ -250,8 +267,8 @@ def train_step(run: FitRun, group: Group) -> None:
     """
     state, hooks, now, fetch, size = run.state, run.hooks, run.metrics.now, group.fetch, group.size
     automatic, counts, transfer, autocast = run.automatic, run.counts, run.transfer, run.autocast
-    step, takes_index = run.training_step, run.takes_index
-    weighing = Weighing(run, size) if size > 1 else None
+    step, takes_index, sync = run.training_step, run.takes_index, run.sync
+    weighing = Weighing(run, size) if size > 1 or run.several else None
     closure = Closure(run) if run.keeps_batches else None
     if automatic:
         for hook in hooks.on_before_zero_grad:
@@ -266,6 +283,7 @@ def train_step(run: FitRun, group: Group) -> None:
         if batch is END:
             group.say_torn(count - 1)
             if automatic and count > 1:
+                run.strategy.average_gradients(run.plan.parameters)  # nobody knew it was the last
                 step_optimizer(run, state.batch_idx - 1, weighing, closure)
             break
         index = state.batch_idx
@@ -276,6 +294,8 @@ def train_step(run: FitRun, group: Group) -> None:
         for hook in hooks.on_train_batch_start:
             if hook(batch, index) == -1:
                 raise UsageError(_NO_SKIP)
+        if sync is not None:
+            sync(count == size)
         if autocast is None:
             outputs = step(batch, index) if takes_index else step(batch)
         else:
@@ -289,7 +309,7 @@ def train_step(run: FitRun, group: Group) -> None:
             if count == size and (outputs is not None or weighing is not None):
                 step_optimizer(run, index, weighing, closure)
         else:
-            outputs = _after_manual(run, outputs)
+            outputs = after_manual(run, outputs)
             state.global_step += 1  # one per batch, whatever the number of optimizers
         state.batch_idx = index + 1
         if weighing is not None:
@@ -310,6 +330,7 @@ def backward(run: FitRun, outputs: Any, weighing: Weighing | None) -> Any:
     if type(outputs) is not Tensor:
         loss, weight, extra = unpack(outputs)
         if loss is None:
+            check_skip(run)
             run.flow.skipped += 1
             return None
         if weighing is None and is_zero(weight):  # nothing in the batch counts
@@ -341,7 +362,10 @@ def step_optimizer(
     run: FitRun, index: int, weighing: Weighing | None, closure: Closure | None
 ) -> None:
     """Unscales, clips and steps at the end of a group, and moves the schedules by steps."""
-    hooks, optimizer, moved = run.hooks, run.optimizer, True
+    hooks, optimizer = run.hooks, run.optimizer
+    if run.first_step is not None:
+        check, run.first_step = run.first_step, None
+        check()
     if weighing is not None and not weighing.finish(run.plan.parameters):
         return
     if optimizer is not None:
@@ -352,43 +376,26 @@ def step_optimizer(
         if run.clip is not None:
             run.clip(optimizer, run.plan.parameters)
         if closure is not None:
-            moved = _step_with_closure(run, index, closure)
+            _step_with_closure(run, index, closure)
         elif run.scaled:
-            moved = run.precision.step(optimizer)
+            run.precision.step(optimizer)
         else:
             optimizer.step()
     run.state.global_step += 1
-    if run.plan.step_entries:
-        run.plan.step_schedulers("step", run.state.global_step, skip=not moved)
+    if run.scaled:  # the schedules follow when it is known that the step was not skipped
+        run.precision.end_step(partial(run.plan.step_schedulers, "step", run.state.global_step))
+    elif run.plan.step_entries:
+        run.plan.step_schedulers("step", run.state.global_step)
 
 
-def _step_with_closure(run: FitRun, index: int, closure: Closure) -> bool:
+def _step_with_closure(run: FitRun, index: int, closure: Closure) -> None:
     """Steps an optimizer that needs a closure, or as the task's ``optimizer_step`` says."""
     optimizer = run.optimizer
     if run.optimizer_step is not None:
         run.optimizer_step(run.state.epoch, index, optimizer, closure)
-        return run.precision.moved
+        return
     assert optimizer is not None
-    return run.precision.step(optimizer, closure)
-
-
-def _after_manual(run: FitRun, outputs: Any) -> Any:
-    """Keeps what the step of a task that optimizes by itself returned."""
-    if outputs is None:
-        return None
-    if isinstance(outputs, Mapping):
-        loss, extra = outputs.get("loss"), outputs
-    else:
-        loss, extra = outputs, None
-    if isinstance(loss, Tensor):
-        loss = loss.detach()
-        run.metrics.add_loss(loss.reshape(()), None)
-    if extra is None:
-        return loss
-    for name, value in extra.items():
-        if name != "loss":
-            run.metrics.add_returned("train", name, value)
-    return {**extra, "loss": loss}
+    run.precision.step(optimizer, closure)
 
 
 def validation_due(run: FitRun, before: int) -> bool:
@@ -409,7 +416,7 @@ def validation_due(run: FitRun, before: int) -> bool:
         return (done_before + state.batch_idx) // every > (done_before + before) // every
     if unit == "steps":
         return state.global_step % every == 0 and run.flow.validated_step != state.global_step
-    return _clock() - run.flow.validated_at >= every
+    return run.flow.clock() - run.flow.validated_at >= every
 
 
 def validate(run: FitRun, *, batches_over: bool = False) -> None:
@@ -424,9 +431,11 @@ def validate(run: FitRun, *, batches_over: bool = False) -> None:
     """
     assert run.validation is not None
     flow, sanity = run.flow, run.flow.sanity_checking
-    watched = flow if may_break_off(run.validation) else None
+    # Ranks have different numbers of batches, so they cannot agree in the middle.
+    watched = flow if may_break_off(run.validation) and not flow.shared else None
     before = None if sanity else (run.before_validation(), run.metrics.eval_state())
     flow.validating = True
+    run.strategy.before_evaluation(run.task)  # over ranks a collective: buffers
     try:
         complete = flow.signal is None and evaluate(run.validation, sanity=sanity, flow=watched)
     finally:
@@ -437,7 +446,8 @@ def validate(run: FitRun, *, batches_over: bool = False) -> None:
     if not sanity:
         run.state.validations += 1
         flow.validated_step = run.state.global_step
-        flow.validated_at = _clock()
+        flow.validated_at = flow.clock()
+    _agree(run, "the end of a validation")
 
 
 def _break_off(run: FitRun, before: Any, batches_over: bool) -> NoReturn:

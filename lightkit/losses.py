@@ -79,6 +79,10 @@ class Weighing:
     are divided by the group's length and nothing else. With ``"weight"`` (tokens, samples) the
     losses are multiplied by it. What is then missing to a mean is made up for by one multiplication
     of the gradients before the step, and only where the batches were not equal.
+
+    Over ranks gradients are averaged while they are made. Weights are summed over ranks, once per
+    step; without weights every batch of a group counts the same, whatever its samples, since no rank
+    knows those of the others.
     """
 
     def __init__(self, run: FitRun, size: int) -> None:
@@ -87,7 +91,8 @@ class Weighing:
         self._relative = 0.0  # the batches taken, each by its samples over those of the first
         self._total: Any = None  # the sum of the weights
         self._unit: Any = None
-        self._scaled = run.scaled
+        self._scaled, self._ranks = run.scaled, run.strategy.ranks
+        self._several = self._ranks.world_size > 1
 
     def scale(self, loss: Tensor, weight: Any, samples: int) -> Tensor:
         """Returns the loss to differentiate.
@@ -109,20 +114,27 @@ class Weighing:
         if weight is not None:
             return self._weighted(loss, weight.detach() if isinstance(weight, Tensor) else weight)
         self._first = samples if self._first is None else self._first
-        share = samples / self._first if self._first else 1.0
+        share = samples / self._first if self._first and not self._several else 1.0
         self._relative += share
+        if self._size == 1:
+            return loss
         return (loss if share == 1.0 else loss.mul(share)).div(self._size)
 
     def _weighted(self, loss: Tensor, weight: Any) -> Tensor:
         if self._scaled:  # sums of many tokens would leave the range of fp16
             if self._unit is None:
                 self._unit = weight.clamp(min=1) if isinstance(weight, Tensor) else max(weight, 1)
+                if self._several:  # one unit for all, or their losses could not be added
+                    self._unit = self._over_ranks(self._unit, loss)
             weight = weight / self._unit
         self._total = weight if self._total is None else self._total + weight
         return loss.mul(weight)
 
     def finish(self, parameters: Sequence[Tensor]) -> bool:
         """Makes the gradients those of a mean; False where there is nothing to step with."""
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if self._several and self._total is not None and gradients:
+            self._total = self._over_ranks(self._total, gradients[0]) / self._ranks.world_size
         if not self._taken or is_zero(self._total):
             return False
         factor: Any = None
@@ -134,10 +146,14 @@ class Weighing:
             factor = torch.where(self._total > 0, 1.0 / self._total, 0.0)
         else:
             factor = 1.0 / self._total
-        gradients = [p.grad for p in parameters if p.grad is not None]
         if factor is not None and gradients:
             torch._foreach_mul_(gradients, factor)
         return True
+
+    def _over_ranks(self, weight: Any, like: Tensor) -> Tensor:
+        """Returns the sum of a weight over ranks: a collective on the device, without a host sync."""
+        own = torch.as_tensor(weight, dtype=torch.float32, device=like.device)
+        return self._ranks.total(own)
 
 
 def is_zero(weight: Any) -> bool:
@@ -145,3 +161,34 @@ def is_zero(weight: Any) -> bool:
     if isinstance(weight, Tensor) and weight.device.type != "cpu":
         return False
     return weight is not None and not weight
+
+
+def after_manual(run: FitRun, outputs: Any) -> Any:
+    """Keeps what the step of a task that optimizes by itself returned."""
+    if run.scaled:
+        run.precision.end_step()
+    if outputs is None:
+        return None
+    if isinstance(outputs, Mapping):
+        loss, extra = outputs.get("loss"), outputs
+    else:
+        loss, extra = outputs, None
+    if isinstance(loss, Tensor):
+        loss = loss.detach()
+        run.metrics.add_loss(loss.reshape(()), None)
+    if extra is None:
+        return loss
+    for name, value in extra.items():
+        if name != "loss":
+            run.metrics.add_returned("train", name, value)
+    return {**extra, "loss": loss}
+
+
+def check_skip(run: FitRun) -> None:
+    """Raises where a step returned None, and other ranks wait for its gradients."""
+    if run.several:
+        raise UsageError(
+            "training_step returned None, which skips a batch in one process. Over several ranks "
+            "the others wait for this one's gradients: return {'loss': loss * 0, 'weight': 0} "
+            "instead, and the weight of the loss with every other batch."
+        )

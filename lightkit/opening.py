@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim import Optimizer
 
+from lightkit.agreement import Agreement
 from lightkit.callbacks import ModelCheckpoint, ModelSummary, ProgressBar
 from lightkit.checkpoint import Writer
 from lightkit.checks import check_loaders, check_parameters
 from lightkit.data import Feed, sample_counts
-from lightkit.distributed import SingleDevice, launched, require_single_process, resolve_device
+from lightkit.distributed import join, launched, make_strategy, resolve_device
 from lightkit.errors import ConfigError, UsageError
 from lightkit.feeds import (
     cadence,
@@ -71,13 +72,21 @@ def as_datamodule(loader: Any, datamodule: Any) -> tuple[Any, Any]:
     return loader, datamodule
 
 
-def equip(trainer: Trainer, session: Session) -> None:
-    """Chooses device, precision and listeners. Nothing of it needs to be closed."""
-    options, task = trainer.options, session.task
-    require_single_process(launched())
+def meet(trainer: Trainer, session: Session) -> None:
+    """Chooses the device and meets the other processes, before anything is decided for all."""
+    options, env = trainer.options, launched()
+    # check_nodes(options.num_nodes, env)
     session.device = resolve_device(options.accelerator, options.devices, options.gpus)
+    strategy = make_strategy(options.strategy, env, sync_batchnorm=options.sync_batchnorm)
+    strategy.begin(session.device, join(env, session.device))
+    session.strategy = strategy
+
+
+def equip(trainer: Trainer, session: Session) -> None:
+    """Chooses precision and listeners. Nothing of it needs to be closed."""
+    options, task = trainer.options, session.task
     session.precision = resolve_precision(options.precision, session.device)
-    session.strategy = SingleDevice(session.device)
+    session.precision.stop_on_nan = options.terminate_on_nan
     session.metrics = MetricLog(
         session.state,
         session.loggers,
@@ -87,6 +96,7 @@ def equip(trainer: Trainer, session: Session) -> None:
         scaled=session.precision.has_scaler,
         results=session.results,
     )
+    session.metrics.note = session.precision.note
     session.metrics.epoch_time = lambda: time.perf_counter() - session.flow.epoch_started
     session.callbacks = _all_callbacks(trainer, session)
     session.hooks = HookTable(trainer, task, [*session.callbacks, session.metrics])
@@ -126,9 +136,12 @@ def set_up(session: Session) -> None:
     assert session.stage is not None
     stage, task, datamodule = str(session.stage.value), session.task, session.datamodule
     task._link.metrics = session.metrics
+    ranks = session.strategy.ranks
     for owner in (datamodule, task):
-        if hasattr(owner, "prepare_data"):
+        # Downloads and the like are for one process of each machine.
+        if hasattr(owner, "prepare_data") and ranks.env.local_rank == 0:
             owner.prepare_data()
+    ranks.wait("prepare_data")
     if hasattr(datamodule, "setup"):
         datamodule.setup(stage)
     for hook in session.hooks.setup:
@@ -173,7 +186,9 @@ def build_fit(trainer: Trainer, session: Session, train: Any, val: Any) -> FitRu
     plans = _validation_plans(trainer, session, val)
     plan = _optimizers(trainer, session)
     transfer = make_transfer(session)
-    step = session.strategy.bind(task, "training_step")
+    strategy = session.strategy
+    step = strategy.bind_training(task, automatic=plan.automatic)
+    several = strategy.world_size > 1
     run = FitRun(
         task=task,
         state=session.state,
@@ -182,14 +197,17 @@ def build_fit(trainer: Trainer, session: Session, train: Any, val: Any) -> FitRu
         cadence=cadence(options, length),
         hooks=hooks,
         callbacks=session.callbacks,
-        strategy=session.strategy,
+        strategy=strategy,
+        sync=strategy.sync_gradients,
+        agree=Agreement(session.flow, strategy.ranks) if several else None,
+        first_step=strategy.check_first_step if several else None,
         precision=session.precision,
         plan=plan,
         metrics=metrics,
         history=session.history,
         device=session.device,
         training_step=step,
-        takes_index=positional_arguments(step, 2) == 2,
+        takes_index=positional_arguments(task.training_step, 2) == 2,
         automatic=plan.automatic,
         optimizer=plan.optimizer if plan.automatic else None,
         scaled=session.precision.has_scaler,
@@ -211,7 +229,9 @@ def build_fit(trainer: Trainer, session: Session, train: Any, val: Any) -> FitRu
         datamodule=session.datamodule,
         writer=Writer(),
     )
+    session.precision.optimizers = plan.optimizers
     task._link.precision = session.precision
+    task._link.after_backward = strategy.after_backward(task)
     task._link.manual = [
         ManualOptimizer(o, session.precision, lambda o: _before_manual_step(run, o))
         for o in plan.optimizers
@@ -289,15 +309,15 @@ def _eval_run(
     transfer: Callable[[Any, int], Any] | None,
 ) -> EvalRun:
     own_test = stage != "test" or overrides(session.task, "test_step")
-    step = session.strategy.bind(session.task, _STEPS[stage if own_test else "validation"])
+    name = _STEPS[stage if own_test else "validation"]
     metrics, hooks = session.metrics, session.hooks
     assert metrics is not None
     assert hooks is not None
     return EvalRun(
         stage=stage,
         task=session.task,
-        step=step,
-        arguments=positional_arguments(step, 3),
+        step=session.strategy.bind(session.task, name),
+        arguments=positional_arguments(getattr(session.task, name), 3),
         loaders=plans,
         rename=renames(session, plans),
         prefix=_PREFIX[stage],

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from lightkit.data import limited
+from lightkit.distributed import Strategy, check_strategy
 from lightkit.errors import ConfigError, did_you_mean
 from lightkit.hooks import Callback
 from lightkit.limits import make_cadence
@@ -42,11 +43,8 @@ _NOTHING: dict[str, tuple[Any, ...]] = {
     "barebones": (False,),
     "enable_autolog_hparams": (True, False),
     "inference_mode": (True, False),
-    "num_nodes": (1,),
     "plugins": (None,),
     "profiler": (None,),
-    "sync_batchnorm": (False,),
-    "use_distributed_sampler": (True, False),
 }
 
 
@@ -85,7 +83,10 @@ class Options:
     accelerator: str
     devices: int | str | list[int]
     gpus: int | list[int] | None
-    strategy: str
+    num_nodes: int
+    strategy: str | Strategy
+    sync_batchnorm: bool
+    use_distributed_sampler: bool
     precision: str | int
     accumulate_grad_batches: int
     gradient_clip_val: float | None
@@ -120,13 +121,14 @@ class Options:
             self._whole(name, lowest)
         for name in ("enable_progress_bar", "enable_checkpointing", "enable_model_summary"):
             self._one_of(name, (True, False))
-        for name in ("detect_anomaly", "terminate_on_nan"):
+        for name in ("detect_anomaly", "terminate_on_nan", "sync_batchnorm"):
             self._one_of(name, (True, False))
         self._one_of("gradient_clip_algorithm", ("norm", "value"))
+        self._one_of("use_distributed_sampler", (True, False))
         self._one_of("fused", (None, True, False))
         self._one_of("benchmark", (None, True, False))
         self._one_of("deterministic", (None, True, False, "warn"))
-        self._one_of("strategy", ("auto",))
+        check_strategy(self.strategy)
         self._numbers()
         for name in ("train", "val", "test", "predict"):
             limited(_MANY, getattr(self, f"limit_{name}_batches"), f"limit_{name}_batches")
@@ -184,8 +186,7 @@ class Options:
         words = [a for a in allowed if isinstance(a, str)]
         hint = did_you_mean(value, words) if isinstance(value, str) else ""
         listed = ", ".join(repr(a) for a in allowed)
-        more = " Several processes are not in this version." if name == "strategy" else ""
-        raise ConfigError(f"{name}={value!r}: allowed: {listed}.{hint}{more}")
+        raise ConfigError(f"{name}={value!r}: allowed: {listed}.{hint}")
 
 
 _WHOLE = {
@@ -197,12 +198,18 @@ _WHOLE = {
     "check_val_every_n_epoch": 1,
     "num_sanity_val_steps": -1,
     "log_every_n_steps": 1,
+    "num_nodes": 1,
     "reload_dataloaders_every_n_epochs": 0,
     "seed": 0,
 }
 _NO_STATE = Callback.state_dict
 _MANY = 10**12  # batches of which every fraction that can be meant leaves some
-_NEEDED = ("accumulate_grad_batches", "log_every_n_steps", "reload_dataloaders_every_n_epochs")
+_NEEDED = (
+    "accumulate_grad_batches",
+    "log_every_n_steps",
+    "num_nodes",
+    "reload_dataloaders_every_n_epochs",
+)
 
 
 def listed(given: Any, kind: type, what: str) -> list[Any]:

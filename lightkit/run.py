@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch.optim import Optimizer
 
+    from lightkit.agreement import Agreement
     from lightkit.checkpoint import Writer
     from lightkit.data import SampleCounts
     from lightkit.distributed import Strategy
@@ -44,15 +46,20 @@ class Flow:
         accumulate: Batches per optimizer step from the next epoch on.
         data_wait: Seconds of this epoch spent waiting for its loader.
         epoch_started: ``perf_counter`` at the start of the epoch.
-        deadline: ``perf_counter`` after which the run ends; None for never.
+        deadline: ``clock()`` after which the run ends; None for never.
         counted: ``perf_counter`` when the time of the run was last added to its state.
-        validated_at: ``perf_counter`` of the last validation's end.
+        validated_at: ``clock()`` at the last validation's end.
         validated_step: ``global_step`` of the last validation, -1 before the first.
         group_open: Whether gradients of a group that did not step yet are there.
         skipped: Batches that ``training_step`` skipped by returning None.
-        signal: Number of the signal that asked the run to end; only a handler sets it.
+        signal: Number of the signal that asked the run to end; a handler sets it.
         group_start: ``batch_idx`` when the group of batches under way, or the last one, began.
         group_step: ``global_step`` at that moment.
+        clock: Seconds as ``perf_counter`` counts them; with several ranks those of rank zero at the
+            last agreement, so that what depends on time is decided alike.
+        shared: Whether several ranks must agree before a wish of one of them is followed.
+        heard: A signal that came to this rank and is not agreed on yet.
+        asked: Why this rank shall stop, where that is not agreed on yet.
     """
 
     accumulate: int = 1
@@ -72,6 +79,24 @@ class Flow:
     signal: int | None = None
     group_start: int = 0
     group_step: int = 0
+    clock: Callable[[], float] = time.perf_counter
+    shared: bool = False
+    heard: int | None = None
+    asked: str | None = None
+
+    def hear(self, number: int) -> None:
+        """Takes a signal down; called by a handler, between any two instructions."""
+        if self.shared:
+            self.heard = number
+        elif self.signal is None:
+            self.signal = number
+
+    def ask(self, reason: str) -> None:
+        """Takes down that the run shall stop, and why."""
+        if self.shared:
+            self.asked = self.asked or reason
+        elif self.stop_reason is None:
+            self.stop_reason = reason
 
 
 @dataclass(slots=True)
@@ -131,6 +156,10 @@ class FitRun:
 
     Attributes:
         training_step: The user's step, bound by the strategy.
+        sync: Is told before each batch of a group whether it is the last, after which gradients
+            are averaged over ranks; None where nothing is to be told.
+        agree: Makes the wishes of single ranks common, after every step; None with one process.
+        first_step: Checks what can be wrong over ranks after the first backward; None afterwards.
         automatic: Whether the loop differentiates and steps.
         optimizer: The optimizer of automatic optimization, or None.
         scaled: Whether losses are scaled (fp16).
@@ -190,6 +219,9 @@ class FitRun:
     validation: EvalRun | None
     sanity_batches: int
     writer: Writer
+    sync: Callable[[bool], None] | None = None
+    agree: Agreement | None = None
+    first_step: Callable[[], None] | None = None
     datamodule: Any = None
     run_id: str = ""
     switches: dict[str, list[str]] = field(default_factory=dict)
@@ -198,6 +230,11 @@ class FitRun:
     rng: dict[str, Any] | None = None
     generators_now: list[torch.Tensor] = field(default_factory=list)
     loaders_now: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def several(self) -> bool:
+        """Whether there are several ranks."""
+        return self.strategy.world_size > 1
 
     def settle_switches(self) -> None:
         """Notes what is frozen when the loop begins, after the hooks of the start.

@@ -58,7 +58,7 @@ class Session:
     loggers: list[Logger] = field(default_factory=list)
     run_dir: Path | None = None
     device: torch.device = field(default_factory=_cpu)
-    strategy: Strategy = field(default_factory=lambda: SingleDevice(_cpu()))
+    strategy: Strategy = field(default_factory=SingleDevice)
     precision: Precision = field(default_factory=lambda: Precision("32-true"))
     plan: OptimizerPlan | None = None
     train_length: int | None = None

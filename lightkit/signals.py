@@ -46,8 +46,9 @@ def watching(flow: Flow) -> Iterator[None]:
         yield
     finally:
         watch.remove()
-    if flow.signal is not None:
-        raise ended_by(flow.signal)
+    came = flow.signal or flow.heard
+    if came is not None:
+        raise ended_by(came)
 
 
 def ended_by(number: int) -> BaseException:
@@ -78,8 +79,9 @@ class _Watch:
             self._seen.add(number)  # the first Ctrl-C is for the run, which may need the child
         elif number not in self._seen:
             self._seen.add(number)
-            if self._flow.signal is None:
-                self._flow.signal, self._frame = number, frame
+            if self._flow.signal is None and self._flow.heard is None:
+                self._frame = frame
+            self._flow.hear(number)
             if number == signal.SIGINT and not isinstance(self._before[number], _Watch):
                 _write(_AGAIN)
         elif number in (signal.SIGINT, signal.SIGTERM):
@@ -102,7 +104,7 @@ class _Watch:
         for number, before in self._before.items():
             if signal.getsignal(number) is self:  # else somebody replaced it after us
                 signal.signal(number, before)
-        came, frame, self._frame = self._flow.signal, self._frame, None
+        came, frame, self._frame = self._flow.signal or self._flow.heard, self._frame, None
         former = None if came is None else self._before.get(came)
         if callable(former) and former is not signal.default_int_handler:
             former(came, frame)

@@ -32,7 +32,7 @@ _log = logging.getLogger("lightkit")
 class Link:
     """What ties a task to a run. A copy or a pickle of the task is tied to nothing."""
 
-    __slots__ = ("manual", "metrics", "precision", "toggled", "trainer")
+    __slots__ = ("after_backward", "manual", "metrics", "precision", "toggled", "trainer")
 
     def __init__(self) -> None:
         self.hold()
@@ -44,14 +44,16 @@ class Link:
         metrics: MetricLog | None = None,
         precision: Precision | None = None,
         manual: list[Any] | None = None,
+        after_backward: Callable[[], None] | None = None,
     ) -> None:
         """Ties the task to these alone. It is in the middle of a call where ``metrics`` is set."""
         self.trainer, self.metrics = trainer, metrics
         self.precision, self.manual = precision, manual
+        self.after_backward = after_backward
 
     def held(self) -> tuple[Any, ...]:
         """Returns what `hold` takes to come back to the present state."""
-        return self.trainer, self.metrics, self.precision, self.manual
+        return self.trainer, self.metrics, self.precision, self.manual, self.after_backward
 
     def __deepcopy__(self, memo: Any) -> Link:
         return Link()
@@ -272,6 +274,8 @@ class TaskModule(TaskHooks, nn.Module):
             loss.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
         else:
             precision.backward(loss, *args, **kwargs)
+        if self._link.after_backward is not None:
+            self._link.after_backward()  # over ranks a collective: averages what it has made
 
     def optimizers(self, use_pl_optimizer: bool = True) -> Any:
         """Returns the optimizer, or the list of them, to step in manual optimization."""

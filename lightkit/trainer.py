@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from lightkit import console, rng
 from lightkit.data import DataModule
+from lightkit.distributed import Strategy
 from lightkit.errors import NotRunningError, UsageError
 from lightkit.history import History
 from lightkit.hooks import Callback
@@ -46,9 +47,14 @@ class Trainer(TrainerView):
         min_steps: Requests to stop wait for so many steps.
         max_time: Time to train: "DD:HH:MM:SS", "90 min", a timedelta, or a dict of its arguments.
         accelerator: "auto" (CUDA, else the CPU), "cpu", "gpu", "cuda" or "mps".
-        devices: 1, "auto", or a list with the index of one device.
-        gpus: 0 for the CPU, 1 for one GPU, or a list with the index of one.
-        strategy: "auto"; several processes are not in this version.
+        devices: 1, "auto", or a list with the index of one device. Under torchrun 1 means one for
+            each process, and another number must be that of the processes on this machine.
+        gpus: 0 for the CPU, 1 for one GPU (for each process), or a list with the index of one.
+        num_nodes: Machines that torchrun was started on.
+        strategy: "auto" (one device, or "ddp" under torchrun), "ddp", "fsdp", "hsdp",
+            "ddp_find_unused_parameters_true", or an object such as ``DDPStrategy(...)``.
+        sync_batchnorm: Whether batch norms compute their means over all ranks; GPUs only.
+        use_distributed_sampler: False where the loaders give each rank its own share by themselves.
         precision: 32, "bf16-mixed", "16-mixed", "bf16-true" or 64.
         accumulate_grad_batches: Batches per optimizer step; the last group of an epoch may be
             shorter and is weighted right.
@@ -104,7 +110,10 @@ class Trainer(TrainerView):
         accelerator: str = "auto",
         devices: int | str | list[int] = "auto",
         gpus: int | list[int] | None = None,
-        strategy: str = "auto",
+        num_nodes: int = 1,
+        strategy: str | Strategy = "auto",
+        sync_batchnorm: bool = False,
+        use_distributed_sampler: bool = True,
         precision: str | int = "32",
         accumulate_grad_batches: int = 1,
         gradient_clip_val: float | None = None,
@@ -249,8 +258,7 @@ class Trainer(TrainerView):
         Args:
             reason: What the last lines say.
         """
-        if self.session.flow.stop_reason is None:
-            self.session.flow.stop_reason = reason
+        self.session.flow.ask(reason)
 
     def save_checkpoint(
         self,
@@ -319,6 +327,7 @@ class Trainer(TrainerView):
         session = Session(task=task, datamodule=datamodule, stage=Stage.FIT, given_train=train)
         session.flow.accumulate = self.options.accumulate_grad_batches
         session.loggers = [] if self.options.fast_dev_run else [*self._loggers]
+        opening.meet(self, session)
         start = resuming.find(self, session, ckpt_path)
         # Signals are watched until all is closed: an impatient second one must not break that off.
         with (
@@ -333,6 +342,7 @@ class Trainer(TrainerView):
                 places.open_run(self, run, start)
             if resumed is None:
                 session.loaded_at = run.state.epoch
+                rng.for_rank(session.strategy.ranks.rank)  # dropout differs over ranks
             elif run.reload is not None and run.state.batch_idx:
                 run.reload(run)  # those that were made before know nothing of the epoch
             run.plan.check_horizon(*announce.planned(self))
@@ -341,9 +351,9 @@ class Trainer(TrainerView):
             # now stays for the whole fit, so later ones need not look at it.
             gc.collect()
             gc.freeze()
-            run.flow.validated_at = time.perf_counter()
+            run.flow.validated_at = run.flow.clock()
             if self.limits.seconds is not None:
-                run.flow.deadline = time.perf_counter() + self.limits.seconds - run.state.seconds
+                run.flow.deadline = run.flow.clock() + self.limits.seconds - run.state.seconds
             try:
                 watch.enter_context(signals.watching(run.flow))
                 yield run
@@ -392,12 +402,13 @@ class Trainer(TrainerView):
             loggers=[],
             hooks=None,
         )
-        path = None if ckpt_path is None else places.find_checkpoint(self, task, ckpt_path)
+        opening.meet(self, session)
+        path = places.find_weights(self, session, ckpt_path)
         with self._opened(session):
             self._run = run = opening.build_eval(self, session, stage, given, keep=keep)
             if path is not None:
-                task.load_weights(path)
-                _log.info("weights: %s", path)
+                places.load_weights(session, path)
+            session.strategy.before_evaluation(task)
             yield run
 
     @contextlib.contextmanager
@@ -426,9 +437,11 @@ class Trainer(TrainerView):
         except BaseException as exception:
             for hook in () if session.hooks is None else session.hooks.on_exception:
                 _shielded(hook, exception)
+            # session.strategy.ranks.failed(exception)
             raise
         finally:
             link.hold(self)  # the trainer stays known after its call
+            session.strategy.end()
             with contextlib.ExitStack() as stack:
                 if session.hooks is None or held[1] is not None:
                     stack.callback(link.hold, *held)
@@ -469,26 +482,6 @@ class Trainer(TrainerView):
             text = "  ".join(f"{name} {value:.5g}" for name, value in row.items())
             _log.info("%s: %s", stage, text or "nothing was logged")
         return results
-
-    def limit(self, what: str) -> int | float | None:
-        """Returns the limit of batches that holds for "train", "val", "test" or "predict"."""
-        options = self.options
-        if options.fast_dev_run:
-            return int(options.fast_dev_run)
-        if options.overfit_batches and what == "train":
-            return None
-        if options.overfit_batches and what == "val" and options.limit_val_batches is None:
-            return options.overfit_batches
-        given: int | float | None = getattr(options, f"limit_{what}_batches")
-        return given
-
-    @property
-    def sanity_batches(self) -> int:
-        """Validation batches tried before a fresh fit."""
-        steps = self.options.num_sanity_val_steps
-        if self.options.fast_dev_run or self.options.overfit_batches:
-            return 0
-        return 2 if steps is None else 2**31 if steps < 0 else steps
 
 
 def _shielded(call: Callable[..., Any], *arguments: Any) -> None:

@@ -19,6 +19,7 @@ from lightkit.state import Stage, TrainState
 
 if TYPE_CHECKING:
     from lightkit.callbacks import EarlyStopping, ModelCheckpoint, ProgressBar
+    from lightkit.distributed import Strategy
     from lightkit.hooks import Callback
     from lightkit.limits import Limits
     from lightkit.loggers.base import Logger
@@ -95,11 +96,14 @@ class TrainerView:
     @property
     def should_stop(self) -> bool:
         """Whether a stop was asked for. Setting it to True asks for one."""
-        return self.session.flow.stop_reason is not None
+        return (self.session.flow.stop_reason or self.session.flow.asked) is not None
 
     @should_stop.setter
     def should_stop(self, value: bool) -> None:
-        self.session.flow.stop_reason = "trainer.should_stop was set" if value else None
+        if value:
+            self.session.flow.ask("trainer.should_stop was set")
+        else:
+            self.session.flow.stop_reason = self.session.flow.asked = None
 
     @property
     def interrupted(self) -> str | None:
@@ -204,6 +208,26 @@ class TrainerView:
     def check_val_every_n_epoch(self) -> int | None:
         """Epochs between validations."""
         return self.options.check_val_every_n_epoch
+
+    def limit(self, what: str) -> int | float | None:
+        """Returns the limit of batches that holds for "train", "val", "test" or "predict"."""
+        options = self.options
+        if options.fast_dev_run:
+            return int(options.fast_dev_run)
+        if options.overfit_batches and what == "train":
+            return None
+        if options.overfit_batches and what == "val" and options.limit_val_batches is None:
+            return options.overfit_batches
+        given: int | float | None = getattr(options, f"limit_{what}_batches")
+        return given
+
+    @property
+    def sanity_batches(self) -> int:
+        """Validation batches tried before a fresh fit."""
+        steps = self.options.num_sanity_val_steps
+        if self.options.fast_dev_run or self.options.overfit_batches:
+            return 0
+        return 2 if steps is None else 2**31 if steps < 0 else steps
 
     # --- numbers ---------------------------------------------------------------------------------
 
@@ -331,21 +355,34 @@ class TrainerView:
     @property
     def global_rank(self) -> int:
         """The number of this process among all."""
-        return 0
+        return self.session.strategy.ranks.rank
 
     @property
     def local_rank(self) -> int:
         """The number of this process on its machine."""
-        return 0
+        return self.session.strategy.ranks.env.local_rank
 
     @property
     def world_size(self) -> int:
         """The number of processes."""
         return self.session.strategy.world_size
 
-    node_rank = local_rank
+    @property
+    def node_rank(self) -> int:
+        """The number of this machine."""
+        return self.session.strategy.ranks.env.node
 
     @property
     def num_devices(self) -> int:
         """The number of devices of this machine in use."""
-        return 1
+        return self.session.strategy.ranks.env.local_world_size
+
+    @property
+    def num_nodes(self) -> int:
+        """The number of machines."""
+        return self.world_size // self.num_devices
+
+    @property
+    def strategy(self) -> Strategy:
+        """How the task runs on its devices."""
+        return self.session.strategy

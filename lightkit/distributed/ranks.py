@@ -22,6 +22,7 @@ from lightkit.errors import PeerError
 T = TypeVar("T")
 #: Processes that wait for one that never comes end after so long.
 TIMEOUT = timedelta(minutes=10)
+_PIECE = 64 * 2**20  # bytes that are copied together before they are sent
 
 
 class Ranks:
@@ -135,16 +136,11 @@ class ProcessRanks(Ranks):
 
     def average(self, tensors: Sequence[Tensor]) -> None:
         """See `Ranks.average`."""
-        alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-        for tensor in tensors:
-            alike.setdefault((tensor.device, tensor.dtype), []).append(tensor)
-        for group in alike.values():
+        for group in _pieces(tensors):
             flat = torch.cat([tensor.reshape(-1) for tensor in group])
             with self._named("average of gradients"):
                 torch.distributed.all_reduce(flat)
-            flat /= self.world_size
-            parts = flat.split([tensor.numel() for tensor in group])
-            torch._foreach_copy_(group, [p.view_as(t) for p, t in zip(parts, group, strict=True)])
+            _fill(group, flat.div_(self.world_size))
 
     def total(self, tensor: Tensor) -> Tensor:
         """See `Ranks.total`."""
@@ -155,9 +151,11 @@ class ProcessRanks(Ranks):
 
     def copy_from_zero(self, tensors: Sequence[Tensor]) -> None:
         """See `Ranks.copy_from_zero`."""
-        for tensor in tensors:
+        for group in _pieces(tensors):
+            flat = torch.cat([tensor.reshape(-1) for tensor in group])
             with self._named("copy from rank 0"):
-                torch.distributed.broadcast(tensor, src=0)
+                torch.distributed.broadcast(flat, src=0)
+            _fill(group, flat)
 
     @contextlib.contextmanager
     def _named(self, what: str) -> Iterator[None]:
@@ -166,6 +164,24 @@ class ProcessRanks(Ranks):
             yield
         except RuntimeError as error:
             raise PeerError(f"rank {self.rank} waited in {what!r}: {error}") from error
+
+
+def _pieces(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Yields tensors of one device and type together, so many as fit into one message."""
+    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for tensor in tensors:
+        group = alike.setdefault((tensor.device, tensor.dtype), [])
+        group.append(tensor)
+        if sum(t.nbytes for t in group) > _PIECE:
+            yield alike.pop((tensor.device, tensor.dtype))
+    yield from alike.values()
+
+
+def _fill(tensors: list[Tensor], flat: Tensor) -> None:
+    """Copies the parts of a flat tensor into tensors."""
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    shaped = [part.view_as(t) for part, t in zip(parts, tensors, strict=True)]
+    torch._foreach_copy_(tensors, shaped)
 
 
 _joined: Ranks | None = None

@@ -8,57 +8,106 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from lightkit.distributed.ranks import Ranks
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from torch import nn
 
 
 class Strategy(ABC):
-    """The seam between the loop and the devices. Made once per run.
+    """The seam between the loop and the devices.
 
-    The loop calls `setup` before optimizers are made, `bind` once per step method, the rest at the
-    places their names say. A strategy for several processes overrides these methods; the loop
-    itself never asks how many there are.
+    The loop calls `setup` before optimizers are made, `bind_training` and `bind` once per step
+    method, the rest at the places their names say. A strategy for several processes overrides these
+    methods; the loop itself never asks how many there are.
 
-    Args:
-        device: The device of this process.
+    Attributes:
+        name: What ``Trainer(strategy=)`` calls it.
+        device: The device of this process, once a call of the trainer has begun.
+        ranks: The processes of the run.
+        sync_gradients: Called before each batch of a group with whether it is the last, after
+            whose backward gradients are averaged over ranks; None where nothing is to be said.
+        sync_batchnorm: Whether batch norms compute their means over all ranks.
     """
 
-    world_size: int = 1
-    is_global_zero: bool = True
     name: ClassVar[str] = "base"
+    sync_gradients: Callable[[bool], None] | None = None
+    sync_batchnorm = False
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self) -> None:
+        self.device = torch.device("cpu")
+        self.ranks = Ranks()
+
+    def begin(self, device: torch.device, ranks: Ranks) -> None:
+        """Learns where this process runs, and with whom; at the start of every call."""
+        self.device, self.ranks = device, ranks
+
+    @property
+    def world_size(self) -> int:
+        """The number of processes."""
+        return self.ranks.world_size
+
+    @property
+    def is_global_zero(self) -> bool:
+        """Whether this process is the first of all."""
+        return self.ranks.is_zero
 
     @abstractmethod
     def setup(self, task: nn.Module) -> None:
-        """Brings the task to where it runs."""
+        """Brings the task to where it runs, with the same weights on all ranks."""
 
-    @abstractmethod
     def bind(self, task: nn.Module, name: str) -> Callable[..., Any]:
-        """Returns what the loop calls for the step method ``name``."""
+        """Returns what is called for the step method ``name`` of an evaluation."""
+        method: Callable[..., Any] = getattr(task, name)
+        return method
 
-    @abstractmethod
+    def bind_training(self, task: nn.Module, *, automatic: bool) -> Callable[..., Any]:
+        """Returns what is called for ``training_step``.
+
+        Args:
+            task: The task.
+            automatic: Whether the loop differentiates, and not the task itself.
+        """
+        return self.bind(task, "training_step")
+
+    def check_first_step(self) -> None:
+        """Raises for what only the first backward shows."""
+
+    def after_backward(self, task: nn.Module) -> Callable[[], None] | None:
+        """Returns what ``self.manual_backward`` calls at its end; None where nothing is to be done."""
+        return None
+
+    def begin_epoch(self, task: nn.Module) -> None:
+        """Takes in what hooks changed: parameters that were frozen or unfrozen."""
+
+    def end(self) -> None:
+        """Lets go of what was made for a call."""
+
+    def average_gradients(self, parameters: Sequence[Tensor]) -> None:
+        """Averages over ranks the gradients that exist; one collective. Nothing with one process."""
+
+    def before_evaluation(self, task: nn.Module) -> None:
+        """Makes what the ranks evaluate the same: buffers, such as running means, of rank zero."""
+
     def clip_grad_norm(self, parameters: list[Tensor], max_norm: float) -> Tensor:
         """Scales the gradients to a joint 2-norm of at most ``max_norm``.
+
+        No host sync, and the bits of the plain torch call.
 
         Returns:
             The norm before, a 0-dim tensor on the device.
         """
+        return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
 
-    @abstractmethod
     def clip_grad_value(self, parameters: list[Tensor], max_value: float) -> None:
         """Limits each element of the gradients to ``-max_value`` .. ``max_value``."""
+        torch.nn.utils.clip_grad_value_(parameters, max_value)
 
-    @abstractmethod
-    def barrier(self) -> None:
-        """Waits until all processes are here."""
-
-    @abstractmethod
     def model_state(self, task: nn.Module) -> dict[str, Any]:
         """Returns the task's state for a checkpoint, under the task's own names."""
+        return task.state_dict()
 
 
 class SingleDevice(Strategy):
@@ -68,27 +117,12 @@ class SingleDevice(Strategy):
 
     def setup(self, task: nn.Module) -> None:
         """Moves the task to the device, and makes a chosen CUDA card the current one."""
-        if self.device.type == "cuda":
-            # So that device="cuda" in the user's code means the same card.
-            torch.cuda.set_device(self.device)
-        task.to(self.device)
+        to_device(task, self.device)
 
-    def bind(self, task: nn.Module, name: str) -> Callable[..., Any]:
-        """Returns the bound method ``name`` of the task itself."""
-        method: Callable[..., Any] = getattr(task, name)
-        return method
 
-    def clip_grad_norm(self, parameters: list[Tensor], max_norm: float) -> Tensor:
-        """See `Strategy.clip_grad_norm`. No host sync; the bits of the plain torch call."""
-        return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-
-    def clip_grad_value(self, parameters: list[Tensor], max_value: float) -> None:
-        """See `Strategy.clip_grad_value`."""
-        torch.nn.utils.clip_grad_value_(parameters, max_value)
-
-    def barrier(self) -> None:
-        """Nothing to wait for."""
-
-    def model_state(self, task: nn.Module) -> dict[str, Any]:
-        """Returns ``task.state_dict()``."""
-        return task.state_dict()
+def to_device(task: nn.Module, device: torch.device) -> None:
+    """Moves a task to a device, which becomes the current one where it is a CUDA card."""
+    if device.type == "cuda":
+        # So that device="cuda" in the user's code means the same card.
+        torch.cuda.set_device(device)
+    task.to(device)

@@ -32,7 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("checkpoint", "metrics", "optim", "task"),
     ("run",),
-    ("loops", "evaluation", "closure"),
+    ("agreement", "loops", "evaluation", "closure"),
     ("callbacks", "loggers"),
     (
         "announce",

@@ -75,7 +75,7 @@ class Run:
         self.datamodule.hparams = {"batch_size": 8}  # type: ignore[attr-defined]
         self.data = {"position": fill}
         self.run_id = "id" * fill
-        self.strategy = SingleDevice(torch.device("cpu"))
+        self.strategy = SingleDevice()
         self.flow = Flow()
         self.rng = None
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightkit.distributed import SingleDevice, Strategy
+from lightkit.distributed import Ranks, SingleDevice, Strategy
 
 
 class Net(nn.Module):
@@ -27,21 +27,23 @@ def trained(scale: float = 100.0) -> Net:
 
 
 def test_single_device_moves_binds_and_gives_the_state() -> None:
-    strategy = SingleDevice(torch.device("cpu"))
+    strategy = SingleDevice()
     net = Net()
     strategy.setup(net)
     assert strategy.bind(net, "training_step") == net.training_step
     assert list(strategy.model_state(net)) == list(net.state_dict())
     assert (strategy.world_size, strategy.is_global_zero) == (1, True)
-    strategy.barrier()
-    SingleDevice(torch.device("meta")).setup(net)
+    assert strategy.sync_gradients is None
+    assert strategy.after_backward(net) is None
+    strategy.begin(torch.device("meta"), Ranks())
+    strategy.setup(net)
     assert {p.device.type for p in net.parameters()} == {"meta"}
 
 
 @pytest.mark.parametrize("scale", [100.0, 1e-3])
 def test_clipping_by_norm_has_the_bits_of_plain_torch(scale: float) -> None:
     ours, plain = trained(scale), trained(scale)
-    norm = SingleDevice(torch.device("cpu")).clip_grad_norm(list(ours.parameters()), 0.5)
+    norm = SingleDevice().clip_grad_norm(list(ours.parameters()), 0.5)
     wanted = nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
     assert norm.shape == ()
     assert torch.equal(norm, wanted)
@@ -52,7 +54,7 @@ def test_clipping_by_norm_has_the_bits_of_plain_torch(scale: float) -> None:
 
 def test_clipping_by_value_has_the_bits_of_plain_torch() -> None:
     ours, plain = trained(), trained()
-    SingleDevice(torch.device("cpu")).clip_grad_value(list(ours.parameters()), 0.1)
+    SingleDevice().clip_grad_value(list(ours.parameters()), 0.1)
     nn.utils.clip_grad_value_(plain.parameters(), 0.1)
     for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
         assert a.grad is None or torch.equal(a.grad, b.grad)
@@ -61,5 +63,5 @@ def test_clipping_by_value_has_the_bits_of_plain_torch() -> None:
 
 def test_a_strategy_must_answer_everything() -> None:
     with pytest.raises(TypeError, match="abstract"):
-        Strategy(torch.device("cpu"))  # type: ignore[abstract]
-    assert copy.copy(SingleDevice(torch.device("cpu"))).device.type == "cpu"
+        Strategy()  # type: ignore[abstract]
+    assert copy.copy(SingleDevice()).device.type == "cpu"

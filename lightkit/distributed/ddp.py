@@ -1,0 +1,216 @@
+"""Data parallelism: every process has the whole model, and gradients are averaged over them."""
+
+from __future__ import annotations
+
+import functools
+import re
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lightkit.distributed.strategies import Strategy, to_device
+from lightkit.errors import ConfigError, OptimizerError, UsageError
+
+_UNUSED = re.compile(r"did not receive grad for rank \d+: ([\d ]+)")
+
+
+class _StepModule(nn.Module):
+    """All that DistributedDataParallel sees: its forward is the task's ``training_step``.
+
+    So a step that calls ``self.net(x)`` and never ``self(x)`` is averaged too, and the names of the
+    task's parameters carry no prefix.
+    """
+
+    def __init__(self, task: nn.Module) -> None:
+        super().__init__()
+        self.task = task
+
+    def forward(self, *arguments: Any) -> Any:
+        """Calls the step."""
+        return self.task.training_step(*arguments)  # type: ignore[operator]
+
+
+class DDPStrategy(Strategy):
+    """Every process trains the whole model on its share of the data.
+
+    In automatic optimization gradients are averaged by torch's DistributedDataParallel while the
+    backward runs. In manual optimization ``self.manual_backward`` averages the gradients that it has
+    made: two optimizers within DistributedDataParallel's forward would give gradients that differ
+    over ranks, without an error.
+
+    Args:
+        find_unused_parameters: Whether a step may leave out parameters. It costs a walk over the
+            graph in every step.
+        static_graph: Whether the same parameters are used in every step, in the same order, as
+            reentrant activation checkpointing needs.
+        bucket_cap_mb: Megabytes of gradients that are sent together; None for torch's choice.
+        sync_batchnorm: Whether batch norms compute their means over all ranks; on GPUs only.
+    """
+
+    name = "ddp"
+
+    def __init__(
+        self,
+        *,
+        find_unused_parameters: bool = False,
+        static_graph: bool = False,
+        bucket_cap_mb: float | None = None,
+        sync_batchnorm: bool = False,
+    ) -> None:
+        super().__init__()
+        self.find_unused_parameters, self.static_graph = find_unused_parameters, static_graph
+        self.bucket_cap_mb, self.sync_batchnorm = bucket_cap_mb, sync_batchnorm
+        self._adaptor: _StepModule | None = None
+        self._ddp: DistributedDataParallel | None = None
+        self._trained: list[tuple[str, Tensor]] = []
+        self._handles: list[Any] = []
+        self._touched: list[Tensor] = []
+
+    def setup(self, task: nn.Module) -> None:
+        """Moves the task to the device and gives it rank zero's weights."""
+        if self.sync_batchnorm:
+            self._convert(task)
+        to_device(task, self.device)
+        state = [*task.named_parameters(), *task.named_buffers()]
+        self._check_alike(state)
+        with torch.no_grad():
+            self.ranks.copy_from_zero([tensor for _, tensor in state])
+
+    def _convert(self, task: nn.Module) -> None:
+        if self.device.type != "cuda":
+            raise ConfigError(
+                "sync_batchnorm=True works on GPUs only, as torch's SyncBatchNorm does. Leave it "
+                "out on the CPU."
+            )
+        nn.SyncBatchNorm.convert_sync_batchnorm(task)
+
+    def _check_alike(self, state: Sequence[tuple[str, Tensor]]) -> None:
+        """Raises where a rank has built another model: copying would mix up its weights."""
+        text = ";".join(f"{name}{tuple(t.shape)}{t.dtype}" for name, t in state)
+        marks = self.ranks.exchange([zlib.crc32(text.encode())], "comparison of the models")
+        others = [rank for rank, mark in enumerate(marks) if mark != marks[0]]
+        if others:
+            raise UsageError(
+                f"The task of rank {', '.join(map(str, others))} has other parameters than that of "
+                f"rank 0. All processes must build the same model: look for sizes that are drawn, "
+                f"or that are read from data which the ranks split."
+            )
+
+    # --- automatic optimization ------------------------------------------------------------------
+
+    def bind_training(self, task: nn.Module, *, automatic: bool) -> Callable[..., Any]:
+        """See `Strategy.bind_training`."""
+        if not automatic:
+            self._handles = [
+                parameter.register_post_accumulate_grad_hook(self._touched.append)
+                for parameter in task.parameters()
+                if parameter.is_leaf
+            ]
+            return self.bind(task, "training_step")
+        self._adaptor = _StepModule(task)
+        self._wrap()
+        self.sync_gradients = self._sync_gradients
+        return self._step
+
+    def begin_epoch(self, task: nn.Module) -> None:
+        """Wraps the task anew where hooks froze or unfroze parameters."""
+        if self._adaptor is not None and self._trained != self._trainable():
+            self._wrap()
+
+    def _trainable(self) -> list[tuple[str, Tensor]]:
+        assert self._adaptor is not None
+        named = self._adaptor.named_parameters()
+        return [(name.removeprefix("task."), p) for name, p in named if p.requires_grad]
+
+    def _wrap(self) -> None:
+        self._ddp = None  # its hooks go before those of the next one come
+        self._trained = self._trainable()
+        if not self._trained:
+            raise OptimizerError("No parameter of the task is trainable, so there is no gradient.")
+        more = {} if self.bucket_cap_mb is None else {"bucket_cap_mb": self.bucket_cap_mb}
+        self._ddp = DistributedDataParallel(
+            self._adaptor,  # without device_ids: batches are where they belong already
+            find_unused_parameters=self.find_unused_parameters,
+            static_graph=self.static_graph,
+            gradient_as_bucket_view=True,
+            **more,  # type: ignore[arg-type]
+        )
+
+    def _sync_gradients(self, last: bool) -> None:
+        self._ddp.require_backward_grad_sync = last  # type: ignore[union-attr]
+
+    def _step(self, *arguments: Any) -> Any:
+        assert self._ddp is not None
+        try:
+            return self._ddp(*arguments)
+        except RuntimeError as error:
+            unused = _UNUSED.search(str(error))
+            if unused is None:
+                raise
+            names = [self._trained[int(i)][0] for i in unused[1].split()]
+            raise self._unused(names) from None
+
+    def check_first_step(self) -> None:
+        """Raises where the first backward left out parameters, whose gradients nobody averaged."""
+        if self._ddp is None or self.find_unused_parameters or self.static_graph:
+            return
+        names = [name for name, parameter in self._trained if parameter.grad is None]
+        if names:
+            raise self._unused(names)
+
+    def _unused(self, names: Sequence[str]) -> UsageError:
+        shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+        return UsageError(
+            f"training_step on rank {self.ranks.rank} did not use {shown}, so gradients cannot be "
+            f"averaged over ranks. Use them in every step, freeze them (requires_grad_(False)), or "
+            f'allow it with Trainer(strategy="ddp_find_unused_parameters_true").'
+        )
+
+    def end(self) -> None:
+        """Takes the hooks off the task's parameters."""
+        self._ddp = self._adaptor = None
+        self.sync_gradients, self._trained = None, []
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._touched = [], []
+
+    # --- manual optimization ---------------------------------------------------------------------
+
+    def after_backward(self, task: nn.Module) -> Callable[[], None]:
+        """See `Strategy.after_backward`."""
+        return functools.partial(self.average_touched, task)
+
+    def average_touched(self, task: nn.Module) -> None:
+        """Averages the gradients that a backward of the task's own has made.
+
+        Gradients of before are the same on all ranks, so averaging a sum leaves them as they are.
+        """
+        names = {id(parameter): name for name, parameter in task.named_parameters()}
+        found = {names[id(p)]: p for p in self._touched if id(p) in names}
+        self._touched.clear()
+        ordered = sorted(found)
+        mark = [len(ordered), zlib.crc32(";".join(ordered).encode())]
+        what = "gradients of manual_backward"
+        if any(row != mark for row in self.ranks.exchange(mark, what)):
+            raise self._differ(ordered)
+        self.average_gradients([found[name] for name in ordered])
+
+    def _differ(self, names: list[str]) -> UsageError:
+        every = self.ranks.gather(names, "names of the gradients")
+        odd = sorted(set().union(*every) - set(every[0]).intersection(*every))
+        return UsageError(
+            f"manual_backward made gradients of other parameters on some ranks than on others: "
+            f"{', '.join(odd[:10])}. All ranks must call it for the same losses in the same order."
+        )
+
+    def average_gradients(self, parameters: Sequence[Tensor]) -> None:
+        """See `Strategy.average_gradients`."""
+        self.ranks.average([p.grad for p in parameters if p.grad is not None])
+
+    def before_evaluation(self, task: nn.Module) -> None:
+        """Gives all ranks the buffers of rank zero, as its checkpoints have them."""
+        self.ranks.copy_from_zero(list(task.buffers()))
