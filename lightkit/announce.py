@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from lightkit import screen
 from lightkit.loggers import TensorBoardLogger
 from lightkit.places import newest_checkpoint
+from lightkit.precision import hints
 
 if TYPE_CHECKING:
     from lightkit.ledger import Ledger
@@ -23,15 +24,23 @@ _log = logging.getLogger("lightkit")
 
 
 def say_start(trainer: Trainer, run: FitRun, resumed: str | None) -> None:
-    """Logs what will happen, in a few lines."""
-    options, folder = trainer.options, trainer.session.run_dir
+    """Logs what will happen, in a few lines; on rank zero."""
+    if not trainer.is_global_zero:
+        return
+    options, folder, several = trainer.options, trainer.session.run_dir, run.strategy.world_size > 1
     parts = [f"{run.device}", f"precision {run.precision.name}"]
+    if several:
+        parts.insert(1, f"{run.strategy.world_size} processes, strategy {run.strategy.name}")
     if run.plan.fused:
         parts.append(f"fused {', '.join(type(o).__name__ for o in run.plan.fused)}")
     if options.seed is not None:
         parts.append(f"seed {options.seed}")
     _say("device", ", ".join(parts))
+    for line in hints(run.precision, run.device, run.plan.optimizers):
+        _say("hint", line)
     _say("training", _length(trainer, run))
+    if several:
+        _say("step", _step(trainer, run))
     if options.fast_dev_run:
         _say("trial", "fast_dev_run writes nothing")
     if options.overfit_batches:
@@ -119,7 +128,20 @@ def _length(trainer: Trainer, run: FitRun) -> str:
     batches = "an unknown number of batches"
     if run.train_length is not None:
         batches = _count(run.train_length, "batch", "batches")
-    return f"{', '.join(length) or 'without end'}, {batches} per epoch"
+    each = " and process" if run.strategy.world_size > 1 else ""
+    return f"{', '.join(length) or 'without end'}, {batches} per epoch{each}"
+
+
+def _step(trainer: Trainer, run: FitRun) -> str:
+    """Returns what an optimizer step over several processes takes in."""
+    processes, group = run.strategy.world_size, trainer.accumulate_grad_batches
+    number = processes * group
+    parts = f"{processes} processes" + (f" x {group} batches each" if group > 1 else "")
+    sampler = getattr(run.train_loader, "batch_sampler", None)
+    size = getattr(run.train_loader, "batch_size", None) or getattr(sampler, "batch_size", None)
+    if not isinstance(size, int):
+        return f"{number} batches: {parts}"
+    return f"{_count(size * number, 'sample')}: {size} per batch x {parts}"
 
 
 def _say(what: str, text: object) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -13,6 +13,10 @@ from lightkit.errors import LoggingError, did_you_mean
 _REDUCTIONS = ("mean", "sum", "min", "max")
 _OPTIONS = ("name", "prog_bar", "logger", "on_step", "on_epoch", "reduce")
 _SUMS = ("returned", "aliases", "window", "total", "_sum", "_weight")
+#: What one process has of a column: an amount (a sum, or the least or greatest value), the weight
+#: of it, and of how many values.
+Part = tuple[float, float, float]
+NOTHING: Part = (0.0, 0.0, 0.0)
 
 
 def reduction(name: str, given: Any) -> str:
@@ -56,6 +60,11 @@ class Column:
         folded: The values of the last flush as floats.
         total: The reduced value since the epoch began, None before the first flush.
         metric: The torchmetrics object logged under this name.
+        by_metric: Whether one is, also where this rank has none of it.
+        stash: States of the metric object that wait until all loaders are done; None for none.
+        part: What was read and is not yet in window and total, which are those of all ranks.
+        last_weight: The weight of the last value that was read.
+        alone: Whether rank zero alone has it.
         returned: Whether the values were returned by the step and not logged.
         aliases: Whether its values share the storage of a parameter or buffer of the task.
         loader: The evaluation loader that the values belong to, -1 for none of its own.
@@ -65,7 +74,10 @@ class Column:
         "_sum",
         "_weight",
         "aliases",
+        "alone",
+        "by_metric",
         "folded",
+        "last_weight",
         "live",
         "loader",
         "logger",
@@ -73,9 +85,11 @@ class Column:
         "name",
         "on_epoch",
         "on_step",
+        "part",
         "prog_bar",
         "reduce",
         "returned",
+        "stash",
         "total",
         "values",
         "weights",
@@ -95,8 +109,12 @@ class Column:
     ) -> None:
         self.name, self.prog_bar, self.logger = name, prog_bar, logger
         self.on_step, self.on_epoch, self.reduce = on_step, on_epoch, reduce
-        self.metric, self.returned, self.loader = metric, False, -1
-        self.aliases = False
+        self.metric: Any = metric
+        self.returned, self.loader = False, -1
+        self.aliases = self.alone = False
+        self.by_metric = metric is not None
+        self.stash: dict[str, Any] | None = None
+        self.part, self.last_weight = NOTHING, 1.0
         self.values: list[Tensor | float] = []
         self.weights: list[Tensor | float] = []
         self.live: Tensor | float | None = None
@@ -127,29 +145,81 @@ class Column:
 
     def fold(self, values: list[float], weights: list[float]) -> None:
         """Takes the values of a window, read by now, into the sums, and empties the window."""
+        self.keep(values, weights)
+        self.settle([self.part])
+
+    def keep(self, values: list[float], weights: list[float]) -> None:
+        """Takes them into this rank's part and empties the window; `settle` is to follow."""
         self.values.clear()
         self.weights.clear()
         self.folded = values
+        amount, weight, count = self.part
         if self.reduce == "mean":
-            top = _sum(v * w for v, w in zip(values, weights, strict=True) if w)
-            weight = _sum(weights)
+            amount += _sum(v * w for v, w in zip(values, weights, strict=True) if w)
+            weight += _sum(weights)
+            self.last_weight = weights[-1]
+        elif self.reduce == "sum":
+            amount += _sum(values)
+        else:
+            amount = self._extreme([*([amount] if count else []), *values])
+        self.part = (amount, weight, count + len(values))
+
+    def settle(self, parts: Sequence[Part]) -> bool:
+        """Takes the parts of all ranks into window and total; own parts count from 0 again.
+
+        The order of the parts is that of the ranks, and sums are exact, so that all ranks have the
+        same bits.
+
+        Returns:
+            Whether there was a value on any rank.
+        """
+        self.part = NOTHING
+        parts = [part for part in parts if part[2]]
+        if not parts:
+            return False
+        amounts = [amount for amount, _, _ in parts]
+        if self.reduce == "mean":
+            top, weight = _sum(amounts), _sum(weight for _, weight, _ in parts)
             self.window = top / weight if weight else math.nan
             self._sum += top
             self._weight += weight
             self.total = self._sum / self._weight if self._weight else math.nan
         elif self.reduce == "sum":
-            self.window = _sum(values)
+            self.window = _sum(amounts)
             self.total = self.window + (self.total or 0.0)
         else:
-            pick = min if self.reduce == "min" else max
-            self.window = _extreme(pick, values)
+            self.window = self._extreme(amounts)
             so_far = [] if self.total is None else [self.total]
-            self.total = _extreme(pick, [*so_far, self.window])
+            self.total = self._extreme([*so_far, self.window])
+        return True
+
+    def last_part(self, value: float, weight: float) -> Part:
+        """Returns the part that its last value alone would be."""
+        if self.reduce == "mean":
+            value = value * weight if weight else 0.0
+        return (value, weight, 1.0)
+
+    def _extreme(self, values: list[float]) -> float:
+        """Returns the least or greatest value; nan where one is nan, whatever the order."""
+        pick: Any = min if self.reduce == "min" else max
+        return math.nan if any(map(math.isnan, values)) else pick(values)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns everything but the metric object, as plain types and tensors."""
+        """Returns options and sums, which are those of all ranks, as plain types."""
         state = {name: getattr(self, name) for name in (*_OPTIONS, *_SUMS)}
-        return {**state, "values": list(self.values), "weights": list(self.weights)}
+        return {**state, "alone": True} if self.alone else state
+
+    def window_state(self) -> dict[str, Any]:
+        """Returns the values of this rank that were not read yet, with their weights."""
+        return {"values": list(self.values), "weights": list(self.weights)}
+
+    def set_window(self, state: dict[str, Any]) -> None:
+        """Takes back what `window_state` returned."""
+        # Copies: what comes out of a file was filled in place, which `check_unchanged` would see.
+        self.values = [v.clone() if isinstance(v, Tensor) else v for v in state["values"]]
+        self.weights = list(state["weights"])
+        if self.values:
+            self.live = self.values[-1]
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Column:
@@ -157,11 +227,7 @@ class Column:
         column = cls(**{name: state[name] for name in _OPTIONS})
         for name in _SUMS:
             setattr(column, name, state[name])
-        # Copies: what comes out of a file was filled in place, which `check_unchanged` would see.
-        column.values = [v.clone() if isinstance(v, Tensor) else v for v in state["values"]]
-        column.weights = list(state["weights"])
-        if column.values:
-            column.live = column.values[-1]
+        column.alone = state.get("alone", False)
         return column
 
 
@@ -172,8 +238,3 @@ def _sum(values: Iterable[float]) -> float:
         return math.fsum(values)
     except (OverflowError, ValueError):
         return sum(values)
-
-
-def _extreme(pick: Any, values: list[float]) -> float:
-    """Returns the least or greatest value; nan where one is nan, whatever the order."""
-    return math.nan if any(map(math.isnan, values)) else pick(values)

@@ -99,7 +99,7 @@ def _evaluate_loader(run: EvalRun, number: int, flow: Flow | None) -> bool:
     no_grad = torch.no_grad()
     name = f"{run.stage} loader" if plan.name is None else f"{run.stage} loader {plan.name!r}"
     metrics.begin_steps()
-    for index, batch, size in _batches(plan, name):
+    for index, batch, size in run.in_step(_batches(plan, name)):
         if flow is not None and flow.signal is not None:
             return False
         if run.transfer is not None:
@@ -120,6 +120,8 @@ def _evaluate_loader(run: EvalRun, number: int, flow: Flow | None) -> bool:
             run.outputs[number].append(outputs)
         for hook in ends:
             hook(outputs, batch, index, number)
+        if index == 0:
+            metrics.seen.add(number)
     return True
 
 

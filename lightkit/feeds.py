@@ -8,12 +8,14 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from lightkit.data import (
+    BatchStream,
     Feed,
+    compared,
+    how_divided,
     limited,
     loader_length,
     move_to_device,
     named_loaders,
-    sample_counts,
 )
 from lightkit.errors import ConfigError, DataError
 from lightkit.limits import Cadence, make_cadence
@@ -63,7 +65,7 @@ def train_loader(
         )
     loader = _single(given)
     if options.overfit_batches:
-        return _first_batches(options.overfit_batches, loader), None
+        return _first_batches(trainer, session, loader), None
     return loader, make if every else None
 
 
@@ -81,14 +83,12 @@ def reloader(
             run.state.epoch % every and not run.state.batch_idx
         ):
             return
-        run.train_loader = _single(make())
+        loader = _single(make())
         run.feed.close()
-        run.feed = Feed(run.train_loader, resumable=True)
-        run.counts = sample_counts(run.train_loader)
-        run.train_limit, run.train_length = train_length(trainer, run.train_loader)
-        session.train_length = run.train_length
+        feed, limit, session.train_length = open_training(trainer, session, loader)
+        run.use_loader(loader, feed, limit)
         if isinstance(trainer.options.val_check_interval, float):  # a part of the epoch's length
-            run.cadence = cadence(trainer.options, run.train_length)
+            run.cadence = cadence(trainer.options, session.train_length)
         if run.validation is not None and given_val is None:
             run.validation.close_feeds()
             run.validation.loaders = loader_plans(trainer, session, "validation", None)
@@ -110,22 +110,74 @@ def _single(given: Any) -> Any:
     return loaders[0][1]
 
 
-def _first_batches(overfit: int | float, loader: Any) -> list[Any]:
-    """Returns the batches that ``overfit_batches`` trains on: the same ones in every epoch."""
-    count = limited(loader_length(loader), overfit, "overfit_batches")
-    batches = list(itertools.islice(loader, count))
+def _first_batches(trainer: Trainer, session: Session, loader: Any) -> list[Any]:
+    """Returns the batches that ``overfit_batches`` trains on: the same ones in every epoch.
+
+    With several ranks each gets its own of them.
+    """
+    overfit, argument = trainer.options.overfit_batches, "overfit_batches"
+    if session.strategy.ranks.world_size > 1:
+        feed = _feed(trainer, session, loader, resumable=True)
+        limit = _limit(feed, overfit, argument)
+        return list(BatchStream(loader, limit=limit, feed=feed, name="training loader"))
+    batches = list(itertools.islice(loader, limited(loader_length(loader), overfit, argument)))
     if not batches:
         raise DataError("overfit_batches: the training loader gave no batch at all.")
     return batches
 
 
-def train_length(trainer: Trainer, loader: Any) -> tuple[int | None, int | None]:
-    """Returns how many batches of the training loader to take at most, and how many will come."""
-    full = loader_length(loader)
-    limit = limited(full, trainer.limit("train"), "limit_train_batches")
+def _feed(trainer: Trainer, session: Session, loader: Any, **options: Any) -> Feed:
+    """Returns what begins passes over a loader, divided between the ranks."""
+    strategy = session.strategy
+    options.setdefault("divided", not trainer.options.use_distributed_sampler)
+    return Feed(loader, ranks=strategy.ranks, place=strategy.data_ranks, **options)
+
+
+def _limit(feed: Feed, limit: int | float | None, argument: str) -> int | None:
+    """Returns how many batches of a loader all ranks together use, None for all.
+
+    A number limits each rank's batches; a fraction is one of the whole loader.
+    """
+    if type(limit) is int:
+        limit *= feed.share.world
+    return limited(loader_length(feed.loader), limit, argument)
+
+
+def open_training(
+    trainer: Trainer, session: Session, loader: Any
+) -> tuple[Feed, int | None, int | None]:
+    """Gets the training loader ready. With several ranks a collective.
+
+    Returns:
+        What begins passes over it, how many of its batches all ranks together use (None for all),
+        and how many of them will come to this rank (None where unknown).
+
+    Raises:
+        ConfigError: The limit of its batches is 0.
+        DataError: The ranks have different data, or there are more ranks than batches.
+    """
+    given = trainer.limit("train")
+    overfit = bool(trainer.options.overfit_batches)
+    how = {"divided": True} if overfit else {}
+    feed = _feed(trainer, session, loader, resumable=True, **how)
+    shortest = compared(session.strategy.ranks, [("training loader", feed)])[0]
+    limit = _limit(feed, given, "limit_train_batches")
     if limit == 0:
         raise ConfigError("limit_train_batches=0 leaves nothing to train on. Give at least 1.")
-    return limit, _shorter(full, limit)
+    if shortest is not None:
+        limit = shortest if limit is None else min(limit, shortest)
+    length = feed.length(limit)
+    world = feed.world
+    if length == 0:
+        full = loader_length(loader) if limit is None else limit
+        raise DataError(
+            f"The training loader gives {full} batch{'es' if full != 1 else ''}, but there are "
+            f"{world} processes, and each needs one. Use a smaller batch size, more data, or "
+            f"fewer processes."
+        )
+    if world > 1 and not overfit:
+        _log.info("%s", how_divided(feed, limit))
+    return feed, limit, length
 
 
 def cadence(options: Options, length: int | None) -> Cadence:
@@ -133,10 +185,6 @@ def cadence(options: Options, length: int | None) -> Cadence:
     if options.fast_dev_run:
         return make_cadence(None, 1, length)
     return make_cadence(options.val_check_interval, options.check_val_every_n_epoch, length)
-
-
-def _shorter(full: int | None, limit: int | None) -> int | None:
-    return full if full is None or limit is None else min(full, limit)
 
 
 def loader_plans(trainer: Trainer, session: Session, stage: str, given: Any) -> list[LoaderPlan]:
@@ -148,10 +196,11 @@ def loader_plans(trainer: Trainer, session: Session, stage: str, given: Any) -> 
     session.named_by_user = isinstance(given, Mapping)
     found: list[LoaderPlan] = []
     for name, loader in named_loaders(given, stage):
-        full = loader_length(loader)
-        limit = limited(full, trainer.limit(short), f"limit_{short}_batches")
-        feed = Feed(loader, salt=len(found))
-        found.append(LoaderPlan(name, loader, limit, _shorter(full, limit), feed))
+        feed = _feed(trainer, session, loader, salt=len(found))
+        limit = _limit(feed, trainer.limit(short), f"limit_{short}_batches")
+        found.append(LoaderPlan(name, loader, limit, feed.length(limit), feed))
+    called = [f"{stage} loader" + (f" {p.name!r}" if p.name else "") for p in found]
+    compared(session.strategy.ranks, [(c, p.feed) for c, p in zip(called, found, strict=True)])
     return found
 
 

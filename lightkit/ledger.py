@@ -34,6 +34,7 @@ _log = logging.getLogger("lightkit")
 
 FILE = "run.json"
 _LOCK = ".lock"
+_ACCUMULATE = "trainer.accumulate_grad_batches"
 #: The Trainer's arguments that a run's numbers depend on. How long it trains may change.
 _NUMBERS = (
     "accumulate_grad_batches",
@@ -126,7 +127,13 @@ def raised(now: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
 
 
 def settings_of(
-    task: Any, datamodule: Any, options: Options, *, drawn: bool, loader: Any = None
+    task: Any,
+    datamodule: Any,
+    options: Options,
+    *,
+    drawn: bool,
+    loader: Any = None,
+    processes: int = 1,
 ) -> dict[str, Any]:
     """Returns what the numbers of a run depend on, as far as arguments tell.
 
@@ -136,8 +143,9 @@ def settings_of(
         options: The Trainer's arguments; those that change the numbers count.
         drawn: Whether the seed was drawn and not given, so that it may be another one.
         loader: The training loader, where it was given to fit.
+        processes: How many train together.
     """
-    found: dict[str, Any] = {"task": type(task).__name__}
+    found: dict[str, Any] = {"task": type(task).__name__, "processes": processes}
     for word, owner in (("task", task), ("data", datamodule)):
         for name, value in (getattr(owner, "hparams", None) or {}).items():
             found[f"{word}.{name}"] = _plain(value)
@@ -162,15 +170,25 @@ def _len(loader: Any) -> int | None:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Returns a line for each setting that is another one now."""
+    """Returns a line for each setting that is another one now.
+
+    A run goes on with any number of processes. What it accumulates may change with that number, if
+    a step has as many batches as before.
+    """
     lines = []
-    for name in sorted(before.keys() | now.keys()):
+    passed = {"processes"} | ({_ACCUMULATE} if _per_step(before) == _per_step(now) else set())
+    for name in sorted((before.keys() | now.keys()) - passed):
         old, new = (
             json.dumps(s[name], sort_keys=True) if name in s else "not there" for s in (before, now)
         )
         if old != new and not (name == "trainer.seed" and "null" in (old, new)):
             lines.append(f"{name}: {old} in the run, {new} now")
     return lines
+
+
+def _per_step(settings: Mapping[str, Any]) -> int:
+    """Returns the batches of an optimizer step over all processes."""
+    return int(settings.get("processes", 1) * settings.get(_ACCUMULATE, 1))
 
 
 def _plain(value: Any) -> Any:

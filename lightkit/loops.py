@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lightkit import rng, signals
 from lightkit.closure import Closure
-from lightkit.data import END, BatchStream, Feed, generators, groups
+from lightkit.data import END, BatchStream, generators, groups
 from lightkit.errors import UsageError
 from lightkit.evaluation import evaluate, may_break_off, restore_modes, train_mode
 from lightkit.losses import Weighing, after_manual, check_skip, checked, is_zero, unpack
@@ -223,8 +223,8 @@ def _step_plateau(run: FitRun, interval: Literal["step", "epoch"], count: int) -
     if run.plan.plateau_entries:
         run.precision.settle()  # they move after those of the step before, as without a scaler
     validated = run.validation is None or run.state.validations > 0
-    metrics = run.metrics.callback_metrics
-    run.plan.step_plateau(interval, count, metrics, validated=validated)
+    metrics, reduced = run.metrics.callback_metrics, run.metrics.reduced
+    run.plan.step_plateau(interval, count, metrics, validated=validated, reduced=reduced)
 
 
 def _open_epoch(run: FitRun) -> BatchStream:
@@ -363,9 +363,10 @@ def step_optimizer(
 ) -> None:
     """Unscales, clips and steps at the end of a group, and moves the schedules by steps."""
     hooks, optimizer = run.hooks, run.optimizer
-    if run.first_step is not None:
-        check, run.first_step = run.first_step, None
-        check()
+    if run.first_step and weighing is not None:
+        run.first_step = False
+        run.strategy.check_first_step()
+        weighing.check_alike()  # a collective, on the CPU
     if weighing is not None and not weighing.finish(run.plan.parameters):
         return
     if optimizer is not None:
@@ -472,8 +473,8 @@ def sanity_check(run: FitRun) -> None:
     run.validation.loaders = [
         replace(
             plan,
-            limit=most if plan.limit is None else min(most, plan.limit),
-            feed=Feed(plan.loader),
+            limit=plan.feed.at_most(most, plan.limit),
+            feed=plan.feed.fresh(),
         )
         for plan in loaders
     ]

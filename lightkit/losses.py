@@ -150,6 +150,16 @@ class Weighing:
             torch._foreach_mul_(gradients, factor)
         return True
 
+    def check_alike(self) -> None:
+        """Raises where only some ranks have weights: the others would not come to their sum."""
+        given = [row[0] for row in self._ranks.exchange([self._total is not None], "weights")]
+        if len(set(given)) > 1:
+            ranks = ", ".join(str(rank) for rank, has in enumerate(given) if not has)
+            raise UsageError(
+                f"training_step returned no 'weight' on rank {ranks}, but on the others it did. "
+                f"Return it on all ranks and for all batches, or never."
+            )
+
     def _over_ranks(self, weight: Any, like: Tensor) -> Tensor:
         """Returns the sum of a weight over ranks: a collective on the device, without a host sync."""
         own = torch.as_tensor(weight, dtype=torch.float32, device=like.device)

@@ -128,12 +128,13 @@ def load_states(metrics: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
             continue
         device = metric.device
         for key, value in state["values"].items():
-            setattr(metric, key, _on(device, value))
+            setattr(metric, key, on_device(device, value))
         metric._update_count = state["updates"]
         metric._computed = None
 
 
-def _on(device: Any, value: Any) -> Any:
+def on_device(device: Any, value: Any) -> Any:
+    """Returns a state of a metric, a tensor or a list, on a device."""
     if isinstance(value, list):
-        return [_on(device, item) for item in value]
+        return [on_device(device, item) for item in value]
     return value.to(device) if isinstance(value, Tensor) else value

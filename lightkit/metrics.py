@@ -4,6 +4,9 @@ A logged value is put into a list and stays on its device. Every ``log_every_n_s
 reads all lists at once (the only host sync of a training step) and makes a row for the loggers:
 means over the window. At the end of an epoch or of an evaluation the means over all of it are
 made, weighted by the number of samples, in 64 bit.
+
+With several ranks values stay where they were logged until a flush or the end of an evaluation.
+There one exchange makes sums those of all ranks, with the same bits on each.
 """
 
 from __future__ import annotations
@@ -16,12 +19,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightkit import metric_objects
+from lightkit import metric_merging, metric_objects
 from lightkit.columns import Column
+from lightkit.distributed import Ranks
 from lightkit.errors import NonFiniteError
 from lightkit.hooks import Callback
 from lightkit.readings import CallbackMetrics, read
 from lightkit.recording import Recorder
+from lightkit.totals import Totals, in_turn
 
 if TYPE_CHECKING:
     from lightkit.history import History
@@ -54,8 +59,15 @@ class MetricLog(Recorder, Callback):
         stop_on_nan: bool = True,
         scaled: bool = False,
         results: CallbackMetrics | None = None,
+        ranks: Ranks | None = None,
+        silent: bool = False,
     ) -> None:
-        super().__init__(state)
+        super().__init__(state, ranks)
+        self.silent = silent
+        # None in one process, where sums are those of all anyway.
+        self._totals = None
+        if self.ranks.world_size > 1:
+            self._totals = Totals(self.ranks, silent=silent)
         self.loggers, self.history, self.every = loggers, history, every
         self.stop_on_nan, self._scaled = stop_on_nan, scaled
         self.callback_metrics = CallbackMetrics() if results is None else results
@@ -63,10 +75,12 @@ class MetricLog(Recorder, Callback):
         self.row: dict[str, float] = {}
         self.bar: dict[str, float] = {}
         self.epoch_time: Callable[[], float] = lambda: 0.0
+        self.note: Callable[[], str] = str  # what the precision says about losses that overflow
         self._next_flush = every
         self._epoch_row: dict[str, float] = {}
         self._eval_steps: dict[str, int] = {}
-        self._eval_rows: list[tuple[dict[str, float], int]] = []
+        self._eval_rows: list[tuple[str, str, float]] = []  # name, name of the curve, value
+        self.seen: set[int] = set()  # loaders of the evaluation of which this rank had a batch
 
     def setup(self, trainer: Trainer, task: TaskModule, stage: str) -> None:
         """Remembers the task, whose metric objects a checkpoint takes in."""
@@ -78,6 +92,8 @@ class MetricLog(Recorder, Callback):
         """Opens the columns of an evaluation (loader -1), or goes on to one of its loaders."""
         if loader > 0:
             self._end_loader()
+        elif loader < 0:
+            self.seen.clear()
         super().begin_eval(rename, loader=loader, sanity=sanity)
 
     # --- rows and means --------------------------------------------------------------------------
@@ -87,6 +103,8 @@ class MetricLog(Recorder, Callback):
         columns = [c for c in self.columns() if c.values]
         hidden = self.loss.values and self.loss not in columns  # the user logs train_loss
         self._fold([self.loss, *columns] if hidden else columns)
+        if self._totals is not None:
+            columns = self._settle(self.columns(), columns, "training")
         self.bar.update({c.name: c.window for c in columns if c.prog_bar})
         self._next_flush = (self.state.global_step // self.every + 1) * self.every
         self._write({c.step_name: c.window for c in columns if c.on_step and c.logger})
@@ -113,7 +131,37 @@ class MetricLog(Recorder, Callback):
                 ]
             found.append((column, values, weights))
         for column, values, weights in found:
-            column.fold(values, weights)
+            if self._totals is None or column.alone:
+                column.fold(values, weights)
+            else:
+                column.keep(values, weights)
+
+    def _settle(
+        self, columns: Sequence[Column], folded: Sequence[Column], what: str
+    ) -> list[Column]:
+        """Makes sums those of all ranks; returns the columns with new values. A collective.
+
+        Args:
+            columns: All that are open: also those without a value here, since others may have one.
+            folded: Those with values on this rank.
+            what: What they are, for messages.
+        """
+        assert self._totals is not None
+        names = {id(metric): name for name, metric in metric_objects.objects(self._task).items()}
+        adopt = self._adopt if self._columns is self._eval else None
+        shared = self._totals.settle(columns, what, adopt=adopt, seen=self.seen, names=names)
+        return shared + [column for column in folded if column.alone]
+
+    def _adopt(self, described: dict[str, Any]) -> Column:
+        """Returns a column of an evaluation that other ranks have, and this one without a batch."""
+        options = dict(described)
+        loader, returned = options.pop("loader"), options.pop("returned")
+        by_metric, name = options.pop("by_metric"), options.pop("metric")
+        column = self._eval[options["name"]] = Column(**options)
+        column.loader, column.returned, column.by_metric = loader, returned, by_metric
+        column.metric = metric_objects.objects(self._task).get(name)
+        column.stash = {} if by_metric else None  # what the object holds is of other loaders
+        return column
 
     def _fold_eval(self) -> None:
         """Reads the values of an evaluation, and writes those of its ``on_step=True`` names."""
@@ -121,29 +169,35 @@ class MetricLog(Recorder, Callback):
         self._fold(columns)
         for column in columns:
             if column.on_step and column.logger and not self._discard:
-                for value in column.folded:  # an evaluation has no steps: they count on their own
-                    count = self._eval_steps[column.name] = self._eval_steps.get(column.name, 0) + 1
-                    self._eval_rows.append(({column.step_name: value}, count))
+                rows = [(column.name, column.step_name, value) for value in column.folded]
+                self._eval_rows += rows
 
     def _end_loader(self) -> None:
         """Computes the metric objects of a loader, which the next one may use again."""
         metrics = [
             c for c in self._eval.values() if c.metric is not None and c.loader == self._loader
         ]
-        if metrics:
+        if metrics and self._totals is None:
             self._fold_eval()
             metric_objects.compute(metrics)
             metric_objects.reset(metrics)
             for column in metrics:
                 column.metric = None
+        elif metrics:  # a rank without a batch is not here, so they wait until all loaders are done
+            for column in metrics:
+                column.stash = metric_merging.stashed(column.metric)
+            metric_objects.reset(metrics)
 
     def _check_finite(self, values: list[float]) -> None:
         bad = [i for i, value in enumerate(values) if not math.isfinite(value)]
         if not bad or (self._scaled and len(bad) < len(values)):
             return  # fp16 overflows now and then, and the scaler skips those steps
+        where = "" if self._totals is None else f" on rank {self.ranks.rank}"
         text = (
-            f"the training loss became {values[bad[0]]} at step {self.loss_steps[bad[0]] + 1} "
+            f"the training loss became {values[bad[0]]}{where} at step "
+            f"{self.loss_steps[bad[0]] + 1} "
             f"(epoch {self.state.epoch + 1}; {len(bad)} of the last {len(values)} batches)"
+            f"{self.note()}"
         )
         if self.stop_on_nan:
             raise NonFiniteError(
@@ -166,8 +220,42 @@ class MetricLog(Recorder, Callback):
         else:
             self._fold_eval()
             columns = list(self._eval.values())
-        metric_objects.compute(columns)
+            if self._totals is not None:
+                self._settle(columns, (), "an evaluation")
+                columns = list(self._eval.values())  # perhaps with those of other ranks
+        if self._totals is None:
+            metric_objects.compute(columns)
+        else:
+            what = "training" if training else "an evaluation"
+            metric_merging.compute(columns, self.ranks, what, silent=self.silent)
         self._store(columns)
+
+    def reduced(self, name: str) -> Tensor | None:
+        """Returns a value of ``callback_metrics`` that is the same on all ranks, for decisions.
+
+        Between two flushes the last value of a name is this rank's own; here it is reduced over
+        ranks, as the name says. In one process it is that of ``callback_metrics``.
+
+        With several ranks a collective, so all of them must ask for the same name.
+
+        Returns:
+            A 0-dim tensor, or None where the name is not logged.
+
+        Raises:
+            LoggingError: On all ranks, if only some of them have logged the name.
+        """
+        own = self.callback_metrics.get(name)
+        if self._totals is None:
+            return own
+        column, last = self.column(name), (0.0, 1.0)
+        if column is not None:
+            weight = column.weights[-1] if column.weights else column.last_weight
+            assert column.live is not None
+            value, weight = read([column.live, weight])  # host sync: the value is compared
+            last = (value, weight)
+        here = 2 if column is not None else 0 if own is None else 1
+        value = self._totals.reduced(column, last, here, name)
+        return own if value is None else torch.tensor(value)
 
     def _store(self, columns: Sequence[Column]) -> None:
         """Puts the means of columns where callbacks, the bar and the epoch's row find them."""
@@ -239,15 +327,30 @@ class MetricLog(Recorder, Callback):
         """Ends an epoch or an evaluation: takes in what came late, and writes the means."""
         late = [c for c in columns if c.values]
         self._fold(late)
+        if self._totals is not None:
+            late = self._settle(columns, late, "hooks of the end")
         self._store(late)
         metric_objects.reset(columns)
-        rows, self._eval_rows = self._eval_rows, []
-        for row, count in rows:  # not earlier: rows of an evaluation that is broken off would stay
-            for logger in self.loggers:
-                logger.log_metrics(row, count)
+        self._write_eval_rows()
         if not (self._discard and self._columns is self._eval):
             shown = [c for c in columns if c.logger and c.on_epoch]
             self._write({c.epoch_name: c.total for c in shown if c.total is not None})
+
+    def _write_eval_rows(self) -> None:
+        """Writes the values of ``on_step=True`` names of an evaluation, in the order of batches.
+
+        Not earlier: rows of an evaluation that is broken off would stay.
+        """
+        rows, self._eval_rows = self._eval_rows, []
+        if self._totals is not None and self._columns is self._eval:
+            if any(c.on_step and c.logger and not c.alone for c in self._eval.values()):
+                # Collective, for those rare names only.
+                own = [] if self.silent else rows
+                rows = in_turn(self.ranks.gather(own, "values of steps of an evaluation"))
+        for name, curve, value in rows:  # an evaluation has no steps: they count on their own
+            count = self._eval_steps[name] = self._eval_steps.get(name, 0) + 1
+            for logger in self.loggers:
+                logger.log_metrics({curve: value}, count)
 
     def eval_results(self, loaders: int) -> list[dict[str, float]]:
         """Returns the means of the last evaluation, one dict for each of its loaders.
@@ -276,9 +379,8 @@ class MetricLog(Recorder, Callback):
     # --- checkpoints -----------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns means, sums and the open window, without flushing (rows must not move)."""
-        metrics = metric_objects.objects(self._task)
-        names = {id(metric): name for name, metric in metrics.items()}
+        """Returns means and sums, which are those of all ranks; nothing is flushed."""
+        names = {id(m): name for name, m in metric_objects.objects(self._task).items()}
         known = [c for c in self.train.values() if c.metric is None or id(c.metric) in names]
         return {
             "results": dict(self.callback_metrics.results),
@@ -286,25 +388,87 @@ class MetricLog(Recorder, Callback):
             "epoch_row": dict(self._epoch_row),
             "eval_steps": dict(self._eval_steps),
             "columns": [{**c.state_dict(), "metric": names.get(id(c.metric))} for c in known],
-            "objects": metric_objects.states(metrics),
             "loss": self.loss.state_dict(),
-            "loss_steps": list(self.loss_steps),
             "next_flush": self._next_flush,
         }
 
+    def local_state(self) -> dict[str, Any]:
+        """Returns what this rank alone has: open windows (rows must not move), metric objects.
+
+        The tensors are the live ones. A checkpoint holds those of all ranks, as "ranks" in the
+        state that `load_state_dict` gets.
+        """
+        return {
+            "windows": {name: c.window_state() for name, c in self.train.items() if c.values},
+            "loss": self.loss.window_state(),
+            "loss_steps": list(self.loss_steps),
+            "objects": metric_objects.states(metric_objects.objects(self._task)),
+        }
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes back what `state_dict` returned."""
+        """Takes back what `state_dict` returned, and this rank's share of all ranks' own parts.
+
+        With as many ranks as before each takes its own; otherwise rank k of m takes those of the
+        ranks k, k + m and so on, so that nothing is lost or counted twice.
+        """
         metrics = metric_objects.objects(self._task)
-        metric_objects.load_states(metrics, state_dict["objects"])
+        states = state_dict["ranks"] if "ranks" in state_dict else [_of_one_process(state_dict)]
+        own = _share(states[self.ranks.rank :: self.ranks.world_size], metrics)
+        metric_objects.load_states(metrics, own["objects"])
         self.callback_metrics.results.update(state_dict["results"])
         self.bar.update(state_dict["bar"])
         self._epoch_row = dict(state_dict["epoch_row"])
         self._eval_steps = dict(state_dict["eval_steps"])
         self.train.clear()
         for saved in state_dict["columns"]:
-            if saved["metric"] is None or saved["metric"] in metrics:
-                column = self.train[saved["name"]] = Column.from_state(saved)
-                column.metric = metrics.get(saved["metric"])
+            column, metric = Column.from_state(saved), saved["metric"]
+            if (metric is None or metric in metrics) and (self.ranks.is_zero or not column.alone):
+                self.train[column.name] = column
+                column.metric, column.by_metric = metrics.get(metric), metric is not None
+                column.set_window(own["windows"].get(column.name, _EMPTY))
         self.loss = Column.from_state(state_dict["loss"])
-        self.loss_steps = list(state_dict["loss_steps"])
+        self.loss.set_window(own["loss"])
+        self.loss_steps = list(own["loss_steps"])
         self._next_flush = state_dict["next_flush"]
+
+
+_EMPTY: dict[str, Any] = {"values": [], "weights": []}
+
+
+def _of_one_process(state: dict[str, Any]) -> dict[str, Any]:
+    """Returns the own part of the only process, as the oldest files have it among the rest."""
+    return {
+        "windows": {saved["name"]: saved for saved in state["columns"]},
+        "loss": state["loss"],
+        "loss_steps": state["loss_steps"],
+        "objects": state["objects"],
+    }
+
+
+def _share(states: Sequence[dict[str, Any]], metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the own parts of several ranks of before as that of one rank."""
+    if len(states) == 1:
+        return states[0]
+    windows: dict[str, dict[str, Any]] = {}
+    for name in dict.fromkeys(name for state in states for name in state["windows"]):
+        windows[name] = _joined([state["windows"].get(name, _EMPTY) for state in states])
+    objects, failed = metric_merging.merged_states(
+        [state["objects"] for state in states], metrics, going_on=True
+    )
+    if failed:
+        _log.warning(
+            "The checkpoint was written by more processes than there are now, and the states of "
+            "%s cannot be merged and updated further: for this epoch they count only a part of "
+            "the batches before the checkpoint.",
+            ", ".join(failed),
+        )
+    return {
+        "windows": windows,
+        "loss": _joined([state["loss"] for state in states]),
+        "loss_steps": [step for state in states for step in state["loss_steps"]],
+        "objects": objects,
+    }
+
+
+def _joined(windows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return {key: [item for window in windows for item in window[key]] for key in _EMPTY}

@@ -18,17 +18,24 @@ from lightkit.agreement import Agreement
 from lightkit.callbacks import ModelCheckpoint, ModelSummary, ProgressBar
 from lightkit.checkpoint import Writer
 from lightkit.checks import check_loaders, check_parameters
-from lightkit.data import Feed, sample_counts
-from lightkit.distributed import join, launched, make_strategy, resolve_device
+from lightkit.data import sample_counts
+from lightkit.distributed import (
+    check_nodes,
+    join,
+    launched,
+    make_strategy,
+    require_launcher,
+    resolve_device,
+)
 from lightkit.errors import ConfigError, UsageError
 from lightkit.feeds import (
     cadence,
     loader_plans,
     make_transfer,
+    open_training,
     reloader,
     renames,
     required_plans,
-    train_length,
     train_loader,
 )
 from lightkit.hooks import Callback, HookTable, positional_arguments
@@ -41,6 +48,7 @@ from lightkit.state import Stage
 from lightkit.task import overrides, require_steps
 
 if TYPE_CHECKING:
+    from lightkit.distributed import Strategy
     from lightkit.session import Session
     from lightkit.trainer import Trainer
 
@@ -75,8 +83,12 @@ def as_datamodule(loader: Any, datamodule: Any) -> tuple[Any, Any]:
 def meet(trainer: Trainer, session: Session) -> None:
     """Chooses the device and meets the other processes, before anything is decided for all."""
     options, env = trainer.options, launched()
-    # check_nodes(options.num_nodes, env)
-    session.device = resolve_device(options.accelerator, options.devices, options.gpus)
+    require_launcher(env)
+    nodes = options.num_nodes
+    session.device = resolve_device(
+        options.accelerator, options.devices, options.gpus, env=env, num_nodes=nodes or 1
+    )
+    check_nodes(nodes, env)
     strategy = make_strategy(options.strategy, env, sync_batchnorm=options.sync_batchnorm)
     strategy.begin(session.device, join(env, session.device))
     session.strategy = strategy
@@ -85,7 +97,8 @@ def meet(trainer: Trainer, session: Session) -> None:
 def equip(trainer: Trainer, session: Session) -> None:
     """Chooses precision and listeners. Nothing of it needs to be closed."""
     options, task = trainer.options, session.task
-    session.precision = resolve_precision(options.precision, session.device)
+    precision = resolve_precision(options.precision, session.device)
+    session.precision = session.strategy.adapt(precision)
     session.precision.stop_on_nan = options.terminate_on_nan
     session.metrics = MetricLog(
         session.state,
@@ -95,11 +108,19 @@ def equip(trainer: Trainer, session: Session) -> None:
         stop_on_nan=options.terminate_on_nan,
         scaled=session.precision.has_scaler,
         results=session.results,
+        ranks=session.strategy.ranks,
+        silent=_repeats(session.strategy),
     )
     session.metrics.note = session.precision.note
     session.metrics.epoch_time = lambda: time.perf_counter() - session.flow.epoch_started
     session.callbacks = _all_callbacks(trainer, session)
     session.hooks = HookTable(trainer, task, [*session.callbacks, session.metrics])
+
+
+def _repeats(strategy: Strategy) -> bool:
+    """Tells whether a rank before this one gets the same batches, as in tensor parallelism."""
+    rank, size = strategy.ranks.rank, strategy.ranks.world_size // strategy.data_ranks[1]
+    return rank % size != 0
 
 
 def _all_callbacks(trainer: Trainer, session: Session) -> list[Callback]:
@@ -181,7 +202,7 @@ def build_fit(trainer: Trainer, session: Session, train: Any, val: Any) -> FitRu
     assert metrics is not None
     assert hooks is not None
     loader, make = train_loader(trainer, session, train)
-    limit, length = train_length(trainer, loader)
+    feed, limit, length = open_training(trainer, session, loader)
     session.train_length = length
     plans = _validation_plans(trainer, session, val)
     plan = _optimizers(trainer, session)
@@ -200,7 +221,7 @@ def build_fit(trainer: Trainer, session: Session, train: Any, val: Any) -> FitRu
         strategy=strategy,
         sync=strategy.sync_gradients,
         agree=Agreement(session.flow, strategy.ranks) if several else None,
-        first_step=strategy.check_first_step if several else None,
+        first_step=several,
         precision=session.precision,
         plan=plan,
         metrics=metrics,
@@ -218,10 +239,10 @@ def build_fit(trainer: Trainer, session: Session, train: Any, val: Any) -> FitRu
         optimizer_step=_optimizer_step(session),
         keeps_batches=overrides(task, "optimizer_step") or plan.needs_closure,
         train_loader=loader,
-        feed=Feed(loader, resumable=True),
+        feed=feed,
         train_limit=limit,
         train_length=length,
-        counts=sample_counts(loader),
+        counts=sample_counts(loader, feed.share),
         reload=reloader(trainer, session, make, val),
         validation=_eval_run(session, "validation", plans, transfer) if plans else None,
         # A loader that is its own iterator would miss these batches afterwards.
@@ -317,6 +338,7 @@ def _eval_run(
         stage=stage,
         task=session.task,
         step=session.strategy.bind(session.task, name),
+        in_step=session.strategy.in_step,
         arguments=positional_arguments(getattr(session.task, name), 3),
         loaders=plans,
         rename=renames(session, plans),

@@ -168,17 +168,18 @@ class OptimizerPlan:
                 break
         return self.parameters
 
-    def step_schedulers(self, interval: Interval, count: int, *, skip: bool = False) -> None:
+    def step_schedulers(self, interval: Interval, count: int) -> None:
         """Moves the schedules without a monitor.
+
+        It is not called for a step that the scaler of 16-mixed skipped. Nor does anything move
+        after epochs whose steps were all skipped, from the first one on.
 
         Args:
             interval: "step" after an optimizer step, "epoch" after an epoch.
-            count: Completed steps or epochs, this one included.
-            skip: Nothing was learned (the scaler skipped the step), so nothing moves. Nor does it
-                after epochs whose steps were all skipped, from the first one on.
+            count: Completed steps or epochs, this one and skipped ones included.
         """
         for entry in self.step_entries if interval == "step" else self.epoch_entries:
-            if skip or count % entry.frequency:
+            if count % entry.frequency:
                 continue
             if interval == "step" or _has_stepped(entry.optimizer):
                 self._move(entry, None)
@@ -190,6 +191,7 @@ class OptimizerPlan:
         metrics: Mapping[str, Tensor],
         *,
         validated: bool = True,
+        reduced: Callable[[str], Tensor | None] | None = None,
     ) -> None:
         """Moves the schedules that read a monitor.
 
@@ -199,6 +201,7 @@ class OptimizerPlan:
             metrics: ``trainer.callback_metrics``.
             validated: Whether a validation has run so far, or none ever will. Before the first
                 one a missing monitor is passed over.
+            reduced: Gives a metric as it is over all ranks; a collective. None reads ``metrics``.
 
         Raises:
             OptimizerError: When the monitor is not among the metrics and the entry is strict.
@@ -206,7 +209,7 @@ class OptimizerPlan:
         for entry in self.plateau_entries:
             if entry.interval != interval or count % entry.frequency:
                 continue
-            value = metrics.get(entry.monitor or "")
+            value = (metrics.get if reduced is None else reduced)(entry.monitor or "")
             if value is not None:
                 self._move(entry, value)  # host sync: ReduceLROnPlateau compares the number
                 continue

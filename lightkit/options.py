@@ -83,7 +83,7 @@ class Options:
     accelerator: str
     devices: int | str | list[int]
     gpus: int | list[int] | None
-    num_nodes: int
+    num_nodes: int | None
     strategy: str | Strategy
     sync_batchnorm: bool
     use_distributed_sampler: bool
@@ -207,7 +207,6 @@ _MANY = 10**12  # batches of which every fraction that can be meant leaves some
 _NEEDED = (
     "accumulate_grad_batches",
     "log_every_n_steps",
-    "num_nodes",
     "reload_dataloaders_every_n_epochs",
 )
 

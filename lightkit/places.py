@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from lightkit.session import Session
     from lightkit.task import TaskModule
     from lightkit.trainer import Trainer
+
+_log = logging.getLogger("lightkit")
 
 
 def run_folder(trainer: Trainer, session: Session) -> Path | None:
@@ -71,21 +74,35 @@ def run_folders(trainer: Trainer, name: str) -> list[Path]:
 def open_run(trainer: Trainer, run: FitRun, start: Start) -> None:
     """Opens the folder of a fit: locks it, writes its record, and lets the loggers begin.
 
-    A run that goes on in its own folder takes back the rows that its checkpoint does not know.
+    A run that goes on in its own folder takes back the rows that its checkpoint does not know. Over
+    ranks a collective: rank zero does it, the others learn the folder and write nothing.
     """
-    session = trainer.session
+    session, ranks = trainer.session, run.strategy.ranks
     if start.finished:  # nothing will happen, so nothing is written
         session.loggers.clear()
         session.run_dir = start.folder
         return
-    folder = start.folder or run_folder(trainer, session)
-    session.run_dir = folder
-    if folder is None:
+    session.run_dir = ranks.decide(
+        lambda: start.folder or run_folder(trainer, session), "the folder of the run"
+    )
+    if session.run_dir is None:
         return
+    run.run_id = start.record.id
+    ranks.decide(lambda: _open_folder(trainer, run, start), "the opening of the run's folder")
+    if not ranks.is_zero:
+        session.loggers.clear()
+        for logger in trainer.loggers:
+            logger.follow(session.run_dir)
+
+
+def _open_folder(trainer: Trainer, run: FitRun, start: Start) -> None:
+    """Opens the folder of a fit, on rank zero."""
+    session = trainer.session
+    folder = session.run_dir
+    assert folder is not None
     start.record.checkpoints = [
         _relative(callback._folder(trainer), folder) for callback in trainer.checkpoint_callbacks
     ]
-    run.run_id = start.record.id
     session.ledger = Ledger(folder, start.record, start.lock)
     hparams = _logged_hparams(session)
     _write_settings(trainer, folder, run.state.global_step, hparams)
@@ -146,6 +163,25 @@ def keyed(loggers: Sequence[Logger]) -> dict[str, Logger]:
         number = sum(key.partition("#")[0] == name for key in found)
         found[f"{name}#{number}" if number else name] = logger
     return found
+
+
+def find_weights(trainer: Trainer, session: Session, given: str | Path | None) -> Path | None:
+    """Returns the file that ``ckpt_path`` of an evaluation means, found by rank zero. A collective."""
+    if given is None:
+        return None
+    task, ranks = session.task, session.strategy.ranks
+    return ranks.decide(lambda: find_checkpoint(trainer, task, given), "the choice of weights")
+
+
+def load_weights(session: Session, path: Path) -> None:
+    """Loads the weights of a checkpoint on every rank. A collective.
+
+    Raises:
+        CheckpointError: The file cannot be read on one of them, or does not fit.
+    """
+    task, ranks = session.task, session.strategy.ranks
+    checkpoint.on_every_rank(ranks, lambda: task.load_weights(path), "reading of the weights")
+    _log.info("weights: %s", path)
 
 
 def find_checkpoint(trainer: Trainer, task: TaskModule, given: str | Path) -> Path:

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from lightkit import metric_objects
+from lightkit import metric_merging, metric_objects
 from lightkit.columns import Column, reduction, scalar
 from lightkit.data import batch_size_of
+from lightkit.distributed import Ranks
 from lightkit.errors import LoggingError
 
 if TYPE_CHECKING:
@@ -51,10 +52,14 @@ class Recorder:
         loss_steps: ``global_step`` at each of its values.
         now: The batch that is under way; the loop writes it.
         in_step: Whether values belong to the batches of the loop.
+        ranks: The processes of the run. What is logged stays with its rank until it is read.
+        silent: Whether another rank sees the same batches, so that this one does not count.
     """
 
-    def __init__(self, state: TrainState) -> None:
+    def __init__(self, state: TrainState, ranks: Ranks | None = None) -> None:
         self.state = state
+        self.ranks = Ranks() if ranks is None else ranks
+        self.silent = False
         self.train: dict[str, Column] = {}
         self.loss = Column("train_loss", prog_bar=True)
         self.loss_steps: list[int] = []
@@ -67,7 +72,7 @@ class Recorder:
         self._rename: Callable[[str], str] | None = None
         self._place = "before the first epoch"
         self._loader = -1
-        self._discard = False
+        self._discard = self._alone = False
         self._warned_size = False
 
     # --- what self.log does --------------------------------------------------------------------
@@ -125,6 +130,15 @@ class Recorder:
         column.weights.append(weight if weight is not None else self._weight(column))
         column.live = value
 
+    def log_alone(self, name: str, value: Any, *arguments: Any) -> None:
+        """Puts a value of rank zero alone into its column; the other ranks log nothing."""
+        if self.ranks.is_zero:
+            self._alone = True
+            try:
+                self.log(name, value, *arguments)
+            finally:
+                self._alone = False
+
     def _new(
         self,
         name: str,
@@ -161,6 +175,7 @@ class Recorder:
             metric=metric,
         )
         column.aliases = type(value) is Tensor and self._aliases(value)
+        column.alone = self._alone
         self._check_clash(column)
         return column
 
@@ -225,7 +240,7 @@ class Recorder:
             if self.in_step:  # the value over the whole epoch is computed at its end
                 return metric_objects.last_value(name, value) if column.on_step else None
             # an epoch-end hook logs it: those that come after it may ask for its value
-            return metric_objects.compute_now(name, value) if column.total is None else None
+            return self._compute_now(column) if column.total is None else None
         if isinstance(value, Tensor):  # a subclass: a Parameter
             return scalar(name, value).detach().clone()
         if isinstance(value, Real):  # numpy's numbers
@@ -235,6 +250,12 @@ class Recorder:
             f"one element, or a torchmetrics Metric. For images and texts use "
             f"self.logger.experiment; for several numbers self.log_dict."
         )
+
+    def _compute_now(self, column: Column) -> Tensor | float | None:
+        """Returns the value of a metric object that a hook logs; a collective over ranks."""
+        if self.ranks.world_size == 1:
+            return metric_objects.compute_now(column.name, column.metric)
+        return metric_merging.values([column], self.ranks, column.name, silent=self.silent)[0]
 
     def add_returned(self, prefix: str, name: Any, value: Any, weight: Any = None) -> None:
         """Logs a scalar that a step returned, unless the step logged that name itself.

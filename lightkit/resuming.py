@@ -33,7 +33,7 @@ class Start:
         folder: The run folder in which it goes on; None makes a new one.
         record: What ``run.json`` of that folder says.
         finished: Whether nothing is left to train, so that nothing shall be written either.
-        lock: The lock of the folder in which it goes on.
+        lock: The lock of the folder in which it goes on; on rank zero only.
     """
 
     path: Path | None = None
@@ -59,6 +59,7 @@ def find(trainer: Trainer, session: Session, given: str | Path | None) -> Start:
     """Returns what ``ckpt_path`` means, and locks the folder in which a run goes on.
 
     From the lock on nobody else writes there, so what is read stays true. Call its ``close``.
+    Over ranks a collective: rank zero looks, decides and locks, and each rank reads the file.
 
     Args:
         trainer: The trainer.
@@ -70,6 +71,34 @@ def find(trainer: Trainer, session: Session, given: str | Path | None) -> Start:
         ConfigError: "auto" would continue a run of other settings.
         UsageError: There is no such checkpoint.
     """
+    ranks = session.strategy.ranks
+    if ranks.world_size == 1:
+        return _find(trainer, session, given)
+    own = Start()
+
+    def decided() -> tuple[Any, ...]:
+        nonlocal own
+        own = _find(trainer, session, given)
+        # The checkpoint itself is too much to be sent, and the lock holds in this process only.
+        return own.path, own.saved if own.path is None else {}, own.folder, own.record, own.finished
+
+    def read() -> dict[str, Any]:
+        assert start.path is not None
+        return own.saved or checkpoint.read_checkpoint(start.path)
+
+    try:
+        path, saved, folder, record, finished = ranks.decide(decided, "where the fit begins")
+        start = Start(path, saved, folder, record, finished, own.lock)
+        if start.path is not None:
+            start.saved = checkpoint.on_every_rank(ranks, read, "reading of the checkpoint")
+    except BaseException:
+        own.close()
+        raise
+    return start
+
+
+def _find(trainer: Trainer, session: Session, given: str | Path | None) -> Start:
+    """Returns how a fit begins; see `find`."""
     options = trainer.options
     record = ledger.Record(
         settings=ledger.settings_of(
@@ -78,6 +107,7 @@ def find(trainer: Trainer, session: Session, given: str | Path | None) -> Start:
             options,
             drawn=trainer.seed_drawn,
             loader=session.given_train,
+            processes=session.strategy.world_size,
         ),
         limits=ledger.limits_of(trainer.limits),
         job=job_id(),
@@ -257,7 +287,8 @@ def restore(trainer: Trainer, run: FitRun, start: Start) -> str | None:
         return None
     header = start.saved.get("lightkit", {})
     checkpoint.restore(run, start.saved)
-    run.rng = start.saved["rng"][0]
+    run.rng = checkpoint.random_states(start.saved, run.strategy.ranks.rank)
+    _change_ranks(run, start)
     run.sanity_batches = 0
     run.flow.validated_step = run.state.global_step
     cut_off = start.folder is not None and start.record.status != "finished"
@@ -274,3 +305,28 @@ def restore(trainer: Trainer, run: FitRun, start: Start) -> str | None:
     start.saved = {"loggers": start.marks}  # the tensors are copied: their memory is needed
     exact = header.get("exact", True)
     return f"{start.path}{'' if exact else ', saved after an error: not bit for bit'}"
+
+
+def _change_ranks(run: FitRun, start: Start) -> None:
+    """Keeps the batches of an optimizer step where another number of ranks goes on, and tells."""
+    before, now = checkpoint.saved_ranks(start.saved), run.strategy.world_size
+    if before == now:
+        return
+    was, own = start.saved.get("flow", {}).get("batches_per_step"), run.flow.accumulate
+    told = ""
+    if was is not None and was != now * own:
+        if start.folder is not None and run.automatic and was % now == 0:
+            run.flow.accumulate = was // now
+            told = (
+                f"; accumulate_grad_batches is {was // now} now, so that a step has {was} as before"
+            )
+        else:
+            told = f"; a step has {now * own} batches now and had {was}: mind the learning rate"
+    _log.info(
+        "saved by %d %s, goes on with %d: the order of the data is the same, dropout and whatever "
+        "else a step draws cannot be%s",
+        before,
+        "process" if before == 1 else "processes",
+        now,
+        told,
+    )

@@ -7,6 +7,7 @@ optional: a process that never imported it has no state of it to keep.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import operator
 import os
@@ -100,6 +101,34 @@ def set_rng_state(state: dict[str, Any]) -> None:
             torch.cuda.set_rng_state(device_state.cpu(), device)
     if "mps" in state and torch.backends.mps.is_available():
         torch.mps.set_rng_state(state["mps"].cpu())
+
+
+def for_rank(rank: int) -> None:
+    """Puts this process on random streams of its own, made of torch's present one and its number.
+
+    Rank zero stays on the present ones, as the only process does. Where all ranks stand at the same
+    state before, their streams are the same at every repetition, and another one on each rank.
+
+    Args:
+        rank: The number of this process, from 0.
+    """
+    if not rank:
+        return
+    present = torch.get_rng_state().numpy().tobytes()
+    seed = int.from_bytes(hashlib.sha256(present + b" rank %d" % rank).digest()[:8], "big")
+    random.seed(seed)
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed(seed & MAX_SEED)
+    torch.manual_seed(seed)
+
+
+def derived(state: dict[str, Any], rank: int) -> dict[str, Any]:
+    """Returns what `rng_state` is in a process that `for_rank` put on its own from ``state``."""
+    with preserved():
+        set_rng_state(state)
+        for_rank(rank)
+        return rng_state()
 
 
 @contextlib.contextmanager

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lightkit import rng
-from lightkit.data import Feed, generators, seed_from
+from lightkit.data import Feed, generators, order_of, sample_counts, seed_from
 from lightkit.freezing import set_switches, switches
 
 if TYPE_CHECKING:
@@ -106,8 +106,8 @@ class LoaderPlan:
     Attributes:
         name: Prefix or suffix of its metrics; None where it is the only one.
         loader: The loader.
-        limit: Batches to take; None for all.
-        length: Batches it will give; None where unknown.
+        limit: How many of its batches are used, by all ranks together; None for all.
+        length: Batches it will give to this rank; None where unknown.
         feed: What begins passes over it.
     """
 
@@ -125,6 +125,7 @@ class EvalRun:
     Attributes:
         stage: "validation", "test" or "predict": the middle of its hooks' names.
         step: The user's step.
+        in_step: Takes and returns the batches of a loader; keeps ranks that share a model in step.
         arguments: How many of (batch, batch_idx, dataloader_idx) the step takes.
         prefix: What returned scalars are logged under ("val", "test"); None logs nothing.
         rename: For each loader, how the names logged there are changed; None leaves them.
@@ -134,6 +135,7 @@ class EvalRun:
     stage: str
     task: TaskModule
     step: Callable[..., Any]
+    in_step: Callable[[Iterator[Any]], Iterator[Any]]
     arguments: int
     loaders: list[LoaderPlan]
     rename: list[Callable[[str], str] | None]
@@ -159,7 +161,8 @@ class FitRun:
         sync: Is told before each batch of a group whether it is the last, after which gradients
             are averaged over ranks; None where nothing is to be told.
         agree: Makes the wishes of single ranks common, after every step; None with one process.
-        first_step: Checks what can be wrong over ranks after the first backward; None afterwards.
+        first_step: Whether the first backward of several ranks is still to come, after which is
+            checked what only it can show.
         automatic: Whether the loop differentiates and steps.
         optimizer: The optimizer of automatic optimization, or None.
         scaled: Whether losses are scaled (fp16).
@@ -171,7 +174,9 @@ class FitRun:
         optimizer_step: An ``optimizer_step`` of the user's; None where it is not overridden.
         keeps_batches: Whether the batches of a group are kept for a closure.
         counts: What is known about the samples in each training batch.
-        train_length: Training batches of an epoch; None where unknown.
+        train_limit: How many batches of the training loader an epoch uses, by all ranks together;
+            None for all.
+        train_length: Training batches of an epoch for each rank; None where unknown.
         reload: Makes the training loader anew for an epoch; None keeps it.
         validation: The evaluation within the fit; None where there is nothing to validate.
         cadence: When to validate.
@@ -221,7 +226,7 @@ class FitRun:
     writer: Writer
     sync: Callable[[bool], None] | None = None
     agree: Agreement | None = None
-    first_step: Callable[[], None] | None = None
+    first_step: bool = False
     datamodule: Any = None
     run_id: str = ""
     switches: dict[str, list[str]] = field(default_factory=dict)
@@ -264,11 +269,38 @@ class FitRun:
         return counters
 
     def order_state(self) -> dict[str, Any]:
-        """Returns what the order of an epoch is about to be drawn from."""
+        """Returns what the order of an epoch is about to be drawn from.
+
+        With several ranks that share it, a collective: it is drawn from rank zero's random states.
+        The others stand in these when it returns, until `set_rng` puts back their own.
+        """
+        if self.feed.share.offset:
+            self.feed.share.offset = 0
+            self._measure()
         state = rng.rng_state()
         own = [generator.get_state() for generator in generators(self.train_loader)]
         seed = seed_from(state["torch"], own, self.state.epoch)
-        return {"rng": state, "generators": self._generator_states(), **self.feed.record(seed)}
+        record = {"generators": self._generator_states(), **self.feed.record(seed)}
+        if not self.several or self.feed.own:
+            return {"rng": state, **record}
+        ranks = self.strategy.ranks
+        record = ranks.share(order_of(record), f"order of epoch {self.state.epoch}")
+        if not ranks.is_zero:
+            # What the loader's own generators draw belongs to the order, so it is not put back.
+            self.rng, self.generators_now = state, []
+            self.feed.take(record)
+        return record
+
+    def use_loader(self, loader: Any, feed: Feed, limit: int | None) -> None:
+        """Trains on another loader from here on, in an epoch that is under way as in a new one."""
+        feed.share.offset = self.feed.share.offset
+        self.train_loader, self.feed, self.train_limit = loader, feed, limit
+        self._measure()
+
+    def _measure(self) -> None:
+        """Notes how many batches this rank has in the running epoch, and how many samples."""
+        self.train_length = self.feed.length(self.train_limit)
+        self.counts = sample_counts(self.train_loader, self.feed.share)
 
     def reopen(self) -> None:
         """Puts the loaders where they stood at the checkpoint that this fit continues, once.
@@ -309,23 +341,45 @@ class FitRun:
             self.rng = None
 
     def data_state(self) -> dict[str, Any]:
-        """Returns what the order of the running epoch came from, and where the loaders stand."""
+        """Returns what the order of the running epoch came from, and where the loaders stand.
+
+        Also how many batches of it all ranks together have done ("done"), and how many ranks there
+        are ("world"). No collective: each rank says what it knows.
+        """
+        train, *others = self._feeds()
+        done = self.completed()["batch_idx"] if self.data else None
+        state = {**self.data, "world": train.world}
+        if done is not None:
+            state["done"] = train.done(done)
         if self.loaders_now:  # nothing of a checkpoint was put back yet
             own = {"generators_now": self.generators_now, "loaders_now": self.loaders_now}
-            return {**self.data, **own}
-        done = self.completed()["batch_idx"] if self.data else None
-        train, *others = self._feeds()
+            return {**state, **own}
         now = [train.now(done), *(feed.now() for feed in others)]
-        state = {**self.data, "generators_now": self._generator_states(), "loaders_now": now}
+        state |= {"generators_now": self._generator_states(), "loaders_now": now}
         if done is not None:
             state["hash"] = train.mark(done)
         return state
 
     def load_data_state(self, state: dict[str, Any]) -> None:
-        """Takes back what `data_state` returned; `reopen` and `set_rng` put it into the loaders."""
-        self.data = dict(state)
+        """Takes back what `data_state` returned; `reopen` and `set_rng` put it into the loaders.
+
+        Within an epoch it sets ``batch_idx``, which is another one on another number of ranks.
+
+        Args:
+            state: Rank zero's, and under "ranks" a list of all ranks' where there were several.
+        """
+        parts, rank = state.get("ranks", [state]), self.strategy.ranks.rank
+        self.data = dict(parts[rank if rank < len(parts) else 0])
+        self.data.pop("ranks", None)
         self.generators_now = self.data.pop("generators_now", [])
         self.loaders_now = self.data.pop("loaders_now", [])
+        world, done = self.data.pop("world", 1), self.data.pop("done", self.state.batch_idx)
+        if not self.data:
+            return
+        batch_idx = self.feed.go_on(self.data, done, world, self.train_limit)
+        self.state.load_state_dict({**self.state.state_dict(), "batch_idx": batch_idx})
+        if self.feed.share.offset:
+            self._measure()
 
     def close_feeds(self) -> None:
         """Ends what the loaders keep between passes."""

@@ -36,7 +36,7 @@ def save(
     failed: Callable[[Exception], None] | None = None,
     exact: bool = True,
 ) -> Path:
-    """Writes a checkpoint of a run as it stands.
+    """Writes a checkpoint of a run as it stands. Over ranks a collective; rank zero writes.
 
     Args:
         trainer: The trainer of the run.
@@ -44,13 +44,16 @@ def save(
         path: Where to.
         weights_only: Leave out what is only needed to go on with the run.
         background: Copy the state and return; see `checkpoint.Writer`.
-        then: Called when the file is complete, in the background by the thread that wrote it.
+        then: Called when the file is complete, in the background by the thread that wrote it; on
+            rank zero only.
         failed: Gets the error of a background save.
-        exact: False for the last completed step where something of a later one has happened.
+        exact: False for the last completed step where something of a later one has happened. Only
+            for one process: where one of several ranks failed, the others do not come here.
 
     Raises:
-        CheckpointError: It cannot be written.
-        NonFiniteError: A loss or a parameter is not finite, so this state is not worth keeping.
+        CheckpointError: It cannot be written; on rank zero.
+        NonFiniteError: A loss or a parameter of one rank is not finite, so this state is not worth
+            keeping. All ranks raise it.
     """
     path = Path(path)
     error = None if exact else sys.exc_info()[1]
@@ -64,10 +67,16 @@ def save(
         raise CheckpointError(
             "the error came out of a validation, for which a hook may have put other weights in"
         )
-    run.metrics.check_window()
-    if trainer.options.terminate_on_nan:
-        check_finite(run)
-    contents = checkpoint.collect(run, weights_only=weights_only)
+    problem: NonFiniteError | None = None
+    try:
+        run.metrics.check_window()
+        if trainer.options.terminate_on_nan:
+            check_finite(run)
+    except NonFiniteError as found:  # raised by all ranks, once they know
+        problem = found
+    contents = checkpoint.collect(run, weights_only=weights_only, problem=problem)
+    if not run.strategy.is_global_zero:
+        return path
     header = contents["lightkit"]
     header["folder"] = "" if trainer.run_dir is None else str(trainer.run_dir.absolute())
     header["exact"] = exact

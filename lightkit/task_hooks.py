@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from collections.abc import Iterable
+
+    from torch import Tensor, nn
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.optim import Optimizer
 
 
@@ -20,6 +23,26 @@ class TaskHooks:
 
     def teardown(self, stage: str) -> None:
         """Called when an entry point ends, also after an exception."""
+
+    def configure_parallelism(self, mesh: DeviceMesh) -> None:
+        """Called on all ranks before a task is sharded: split single layers over ``mesh["tp"]``.
+
+        Only with ``FSDPStrategy``. The task is on the CPU, or on the meta device where it was built
+        there.
+        """
+
+    def configure_sharding(self) -> Iterable[nn.Module]:
+        """Returns the blocks that are put together one at a time; only with ``FSDPStrategy``.
+
+        By default the children of every ``ModuleList`` with at least two of one type.
+        """
+        return ()
+
+    def init_weights(self) -> None:
+        """Sets all parameters and buffers, where the task was built on the meta device.
+
+        By default ``reset_parameters`` of each module is called.
+        """
 
     def on_fit_start(self) -> None:
         """Called once per fit, when everything is built and a checkpoint is loaded."""

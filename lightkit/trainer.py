@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from lightkit import console, rng
 from lightkit.data import DataModule
-from lightkit.distributed import Strategy
+from lightkit.distributed import Ranks, Strategy, launched
 from lightkit.errors import NotRunningError, UsageError
 from lightkit.history import History
 from lightkit.hooks import Callback
@@ -50,7 +50,7 @@ class Trainer(TrainerView):
         devices: 1, "auto", or a list with the index of one device. Under torchrun 1 means one for
             each process, and another number must be that of the processes on this machine.
         gpus: 0 for the CPU, 1 for one GPU (for each process), or a list with the index of one.
-        num_nodes: Machines that torchrun was started on.
+        num_nodes: Machines, where torchrun shall be checked to have started on so many.
         strategy: "auto" (one device, or "ddp" under torchrun), "ddp", "fsdp", "hsdp",
             "ddp_find_unused_parameters_true", or an object such as ``DDPStrategy(...)``.
         sync_batchnorm: Whether batch norms compute their means over all ranks; GPUs only.
@@ -110,7 +110,7 @@ class Trainer(TrainerView):
         accelerator: str = "auto",
         devices: int | str | list[int] = "auto",
         gpus: int | list[int] | None = None,
-        num_nodes: int = 1,
+        num_nodes: int | None = None,
         strategy: str | Strategy = "auto",
         sync_batchnorm: bool = False,
         use_distributed_sampler: bool = True,
@@ -153,6 +153,8 @@ class Trainer(TrainerView):
         else:
             self._loggers = [] if logger is False else listed(logger, Logger, "logger")
         self.session = Session(precision=resolve_precision(precision, "cpu"))
+        # Until a call meets the others: what is_global_zero and the like say before it.
+        self.session.strategy.ranks = Ranks(launched())
         if seed is not None:
             rng.seed_everything(seed, verbose=False)
 
@@ -238,18 +240,20 @@ class Trainer(TrainerView):
             model: The task; default: that of the last call.
             dataloaders: One loader, a list or a dict of loaders; or a data module.
             datamodule: An object with ``predict_dataloader``, instead of loaders.
-            return_predictions: Whether the outputs are kept and returned.
+            return_predictions: Whether the outputs are kept and returned. With several ranks all of
+                them get all outputs, on the CPU; `callbacks.PredictionWriter` writes files instead.
             ckpt_path: Load the weights of this checkpoint before.
 
         Returns:
             The outputs of all batches in order; for several loaders a list of such lists.
         """
         from lightkit.evaluation import evaluate
+        from lightkit.predictions import outputs_of_all
 
         given = (model, dataloaders, datamodule, ckpt_path)
         with self._open_eval("predict", *given, keep=return_predictions) as run:
             evaluate(run)
-        outputs = run.outputs or [[]]
+            outputs = outputs_of_all(run)
         return outputs[0] if len(outputs) == 1 else outputs
 
     def stop(self, reason: str) -> None:

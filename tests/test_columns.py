@@ -79,9 +79,11 @@ def test_the_state_is_plain_and_complete():
     column.returned = True
     column.values, column.weights = [torch.tensor(3.0), 5.0], [torch.tensor(2), 2]
     file = io.BytesIO()
-    torch.save(column.state_dict(), file)
+    torch.save([column.state_dict(), column.window_state()], file)
     file.seek(0)
-    copy = Column.from_state(torch.load(file, weights_only=True))
+    state, window = torch.load(file, weights_only=True)
+    copy = Column.from_state(state)
+    copy.set_window(window)
     copy.check_unchanged()
     assert copy.live == 5.0
     assert copy.returned

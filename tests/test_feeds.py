@@ -389,7 +389,7 @@ def test_precision_64_converts_the_floats_of_nested_batches(quiet, own_move):
 
 
 def test_batches_are_moved_to_the_device(quiet, monkeypatch):
-    monkeypatch.setattr("lightkit.opening.resolve_device", lambda *_: torch.device("meta"))
+    monkeypatch.setattr("lightkit.opening.resolve_device", lambda *_, **__: torch.device("meta"))
     net = Count()
     quiet(terminate_on_nan=False, fused=False).predict(
         net, [[torch.ones(2), {"a": [torch.ones(1)]}]]
@@ -398,7 +398,7 @@ def test_batches_are_moved_to_the_device(quiet, monkeypatch):
 
 
 def test_tensors_of_predict_are_on_the_device(quiet, monkeypatch):
-    monkeypatch.setattr("lightkit.opening.resolve_device", lambda *_: torch.device("meta"))
+    monkeypatch.setattr("lightkit.opening.resolve_device", lambda *_, **__: torch.device("meta"))
 
     class Look(Count):
         def predict_step(self, batch):

@@ -57,7 +57,10 @@ def test_arguments_are_keywords():
         ("gradient_clip_algorithm", "nrm", "Did you mean 'norm'"),
         ("precision", "bf16-mixd", "bf16-mixed"),
         ("precision", 8, "'bf16-mixed'"),
-        ("strategy", "ddp", "not in this version"),
+        ("strategy", "dpp", "Did you mean 'ddp'"),
+        ("strategy", 2, "'fsdp'"),
+        ("sync_batchnorm", "yes", "True, False"),
+        ("num_nodes", 0, "at least 1"),
         ("enable_progress_bar", "yes", "True, False"),
         ("detect_anomaly", 1, "True, False"),
         ("deterministic", "wran", "'warn'"),
@@ -130,5 +133,3 @@ def test_arguments_of_the_field_that_ask_for_nothing_are_accepted():
     lk.Trainer(inference_mode=True, num_nodes=1, sync_batchnorm=False, profiler=None, plugins=None)
     with pytest.raises(ConfigError, match="profiler='simple' asks for what is not in this version"):
         lk.Trainer(profiler="simple")
-    with pytest.raises(ConfigError, match="num_nodes=2 asks for what is not in this version"):
-        lk.Trainer(num_nodes=2)

@@ -104,6 +104,39 @@ def test_seeding_works_without_numpy():
     assert done.returncode == 0, done.stderr
 
 
+def test_every_rank_gets_streams_of_its_own_from_a_common_state():
+    found = {}
+    for rank in (0, 1, 2, 1):
+        rng.seed_everything(7, verbose=False)
+        rng.for_rank(rank)
+        assert found.setdefault(rank, now := draws()) == now
+    rng.seed_everything(7, verbose=False)
+    assert found[0] == draws(), "rank zero draws what one process draws"
+    kinds = list(zip(*found.values(), strict=True))
+    assert all(a != b != c != a for a, b, c in kinds)
+    rng.for_rank(1)
+    assert draws() != found[1], "another present state makes another stream"
+
+
+def test_a_state_for_another_rank_is_made_without_touching_the_present_one():
+    rng.seed_everything(7, verbose=False)
+    state = rng.rng_state()
+    rng.seed_everything(8, verbose=False)
+    made, zero = rng.derived(state, 3), rng.derived(state, 0)
+    first = draws()
+    rng.seed_everything(8, verbose=False)
+    assert draws() == first
+    rng.set_rng_state(made)
+    third = draws()
+    rng.seed_everything(7, verbose=False)
+    rng.for_rank(3)
+    assert draws() == third
+    rng.set_rng_state(zero)
+    here = draws()
+    rng.seed_everything(7, verbose=False)
+    assert draws() == here
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_states_are_kept_without_waiting_for_the_device():

@@ -7,6 +7,7 @@ from lightkit.callbacks.early_stopping import EarlyStopping
 from lightkit.callbacks.lambda_callback import LambdaCallback
 from lightkit.callbacks.lr_monitor import LearningRateMonitor
 from lightkit.callbacks.model_checkpoint import ModelCheckpoint
+from lightkit.callbacks.prediction_writer import PredictionWriter
 from lightkit.callbacks.progress import ProgressBar
 from lightkit.callbacks.requeue import RequeueJob
 from lightkit.callbacks.summary import ModelSummary
@@ -24,6 +25,7 @@ __all__ = [
     "LearningRateMonitor",
     "ModelCheckpoint",
     "ModelSummary",
+    "PredictionWriter",
     "ProgressBar",
     "RequeueJob",
     "RichProgressBar",

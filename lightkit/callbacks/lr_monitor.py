@@ -81,6 +81,8 @@ class LearningRateMonitor(Callback):
         # The second test: with accumulation several batches end at one step.
         if step != self._written and step and step % trainer.log_every_n_steps == 0:
             self._written = step
+            # Under 16-mixed: the rate of the next step. Host sync, once per window.
+            trainer.session.precision.settle()
             self._write(trainer, self._by_step)
 
     def _write(self, trainer: Trainer, named: list[tuple[str, Optimizer]]) -> None:

@@ -7,25 +7,28 @@ import logging
 import math
 import time
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
 from lightkit import checkpoint
-from lightkit.checkpoint.files import SUFFIX, prepare_folder
-from lightkit.checkpoint.newest import orphans
+from lightkit.checkpoint.files import SUFFIX
 from lightkit.checkpoint.retention import Retention
 from lightkit.checkpoint.savers import (
     best_name,
+    check_monitor,
     check_settings,
+    check_written,
     collect_garbage,
-    explain_missing,
     file_path,
     leaves_a_state,
     new_score,
     point_all,
+    take_over,
 )
+from lightkit.distributed import Ranks
 from lightkit.errors import CheckpointError
 from lightkit.hooks import Callback
 from lightkit.limits import parse_duration
@@ -65,7 +68,8 @@ class ModelCheckpoint(Callback):
     A file that cannot be written is tried once more after a second; those of before stay intact. A
     fit that was asked to save and could not even once ends with an error.
 
-    Decisions are taken on every rank alike; files are written and removed on rank zero.
+    Every rank comes to every save, and rank zero decides, writes and removes for all; after an
+    exception nothing is saved with several ranks.
 
     Args:
         dirpath: The folder. Default: ``checkpoints`` in the folder of the run.
@@ -173,7 +177,7 @@ class ModelCheckpoint(Callback):
         self._names_known = False  # whether all metrics were logged once in this fit
         self._told_misaligned = False
         self._best_name = "best"
-        self._flow, self._state = Flow(), TrainState()
+        self._flow, self._state, self._ranks = Flow(), TrainState(), Ranks()
         self._began = 0  # the step at which this fit began
         self._due_step = -1  # at which a save was last due
         self._saved_step = -1
@@ -251,23 +255,10 @@ class ModelCheckpoint(Callback):
             self._reset()
         if trainer.run_dir is None or not (self.save_last or self.save_top_k):
             return  # a run that leaves nothing behind
-        folder, ledger = self._folder(trainer), trainer.session.ledger
+        folder, self._ranks = self._folder(trainer), trainer.session.strategy.ranks
         self._find_siblings(trainer, folder)
-        if trainer.is_global_zero:
-            prepare_folder(folder)
-        if self._loaded_dirpath is not None:
-            same = self._loaded_dirpath == str(folder)
-            # Without a ledger nothing is left to train, so that nothing is written or removed.
-            own = ledger is None or ledger.record.id == self._loaded_run
-            self._files.adopt(folder, same=same, own=own)
-            if same and own and ledger is not None and trainer.is_global_zero:
-                # What the run was about to do when it was killed.
-                newest = self._files.written.get(self._files.newest) == trainer.global_step
-                last = self.save_last and newest  # else another one wrote the file that is resumed
-                point_all(self._files, folder, self._best_name, last=last)
-                self._files.garbage = collect_garbage(self._files, self._siblings)
-                self._files.garbage += orphans(folder, self._loaded_run, trainer.global_step)
-        self.dirpath = str(folder)
+        take = partial(take_over, self, trainer, folder)
+        self._files, self.dirpath = self._ranks.decide(take, "the folder for checkpoints")
         self._flow, self._state = trainer.session.flow, trainer.state
         self._validations = self._state.validations
         self._began = self._saved_step = trainer.global_step
@@ -295,7 +286,7 @@ class ModelCheckpoint(Callback):
             flow.epoch_ended
             or flow.ending
             or (every and state.global_step % every == 0)
-            or time.monotonic() >= self._due_at
+            or flow.clock() >= self._due_at
             or state.validations != self._validations
             or self._error is not None
         ):
@@ -304,7 +295,7 @@ class ModelCheckpoint(Callback):
         validated = state.validations != self._validations
         self._validations = state.validations
         if validated or flow.epoch_ended:
-            self._check_monitor(trainer, validated)
+            check_monitor(self, trainer, validated)
         last = self.save_last or trainer.interrupted is not None
         due = self._is_due(trainer, validated)
         if due or (flow.ending and last):
@@ -320,6 +311,8 @@ class ModelCheckpoint(Callback):
             self._surface()
         except Exception as error:  # noqa: BLE001  # the exception under way stays the one seen
             _log.warning("%s", error)
+        if self._ranks.world_size > 1:
+            return  # the others are elsewhere: whoever waited for them now would wait for ever
         wanted = self.save_on_exception and (self.save_last or self.monitor is None)
         step = trainer.global_step
         saved = (self._began, *(saver._saved_step for saver in (self, *self._siblings)))
@@ -335,26 +328,16 @@ class ModelCheckpoint(Callback):
         """Restores the best weights on request; complains if nothing was ever saved."""
         if not self._active:
             return
-        checkpoint.settle()
-        self._surface()
-        self._active = False
-        made = trainer.global_step > self._began
-        if self._good_at is None and made and self._wanted:
-            if self._reason or not self._files.newest:
-                raise CheckpointError(
-                    f"The fit is over, but none of its checkpoints is in {self.dirpath}: "
-                    f"{self._reason or f'{self.monitor} was never a number to judge by.'}"
-                )
-        elif not self._files.newest:
-            why = "none was due" if trainer.global_step else "no step was made"
-            _log.warning("No checkpoint was written: %s.", why)
+        self._files = self._ranks.decide(lambda: self._end(trainer), "the end of saving")
+        self._undo, self._active = None, False
         if not self.restore_best:
             return
         path, score = self.best_model_path, self.best_model_score
         if not path or score is None:
             _log.warning("No best weights to restore: %s was never judged.", self.monitor)
             return
-        checkpoint.load_weights(task, path)
+        read = partial(checkpoint.load_weights, task, path)
+        checkpoint.on_every_rank(self._ranks, read, "reading of the best weights")
         _log.info("best weights: %s=%.5g from %s", self.monitor, float(score), path)
 
     def on_load_checkpoint(
@@ -385,18 +368,6 @@ class ModelCheckpoint(Callback):
         self._fresh, self._measured_at = state_dict["fresh"], state_dict["measured_at"]
         self._due_step = state_dict.get("due_step", -1)  # not in the oldest files
 
-    def _check_monitor(self, trainer: Trainer, validated: bool) -> None:
-        """Raises when the monitored name is not logged although it should be by now."""
-        self._validated = self._validated or validated
-        none_comes = all(n == 0 for n in trainer.num_val_batches)
-        if trainer.epoch_ended and (self._validated or none_comes):
-            self._names_known = True
-        if self._monitor_found or self.monitor in trainer.callback_metrics:
-            self._monitor_found = True
-            return
-        # Within the first epoch a metric of the training's epoch end may still come.
-        explain_missing(self, trainer, everything=self._names_known, validated=self._validated)
-
     def _is_due(self, trainer: Trainer, validated: bool) -> bool:
         """Tells whether an interval ends at this save point."""
         if trainer.epoch_ended and self.every_n_epochs:
@@ -409,26 +380,26 @@ class ModelCheckpoint(Callback):
             return False
         if self.every_n_train_steps and step % self.every_n_train_steps == 0:
             return True
-        return time.monotonic() >= self._due_at
+        return self._flow.clock() >= self._due_at
 
     def _set_clock(self) -> None:
         """Lets the interval of time begin anew."""
         if self.train_time_interval is not None:
-            self._due_at = time.monotonic() + self.train_time_interval
+            self._due_at = self._flow.clock() + self.train_time_interval
 
     def _save(self, trainer: Trainer, *, exact: bool = True) -> None:
         """Writes a file if it stays, then renews the second names and removes what was replaced."""
-        checkpoint.settle()  # until then the files below are in the hands of the writer
-        self._surface()
         score = new_score(self, trainer) if exact else None
-        enters = self._files.enters(score)
+        # Only rank zero knows what became of the file before.
+        chosen = self._ranks.decide(lambda: self._choose(trainer, score), "a checkpoint's file")
+        self._files, self._undo, enters, path = chosen[0], None, *chosen[1:]
         if score is not None:
             self.current_score, self._fresh = score, False
         last = self.save_last or trainer.interrupted is not None
         if not enters and not last:
             return
         self._set_clock()  # also if it fails: not again at every step
-        step, path = trainer.global_step, file_path(self, trainer, enters)
+        step = trainer.global_step
         self._undo = self._files
         # The file holds this very state, so the files are counted before it is written.
         now = dataclasses.replace(self._files, keep_newest=last)
@@ -448,15 +419,36 @@ class ModelCheckpoint(Callback):
                 self._take_back()
                 raise
             self._note(error)
-            self._surface()
+        found = self._ranks.decide(self._outcome, "a checkpoint's end")
+        if not trainer.is_global_zero:
+            self._error, (self._files, self._undo) = None, found
+
+    def _choose(self, trainer: Trainer, score: Tensor | None) -> tuple[Retention, bool, str]:
+        """Returns the files that there are, whether one of this score is among the best, its path."""
+        checkpoint.settle()  # until then the files are in the hands of the writer
+        self._surface()
+        enters = self._files.enters(score)
+        return self._files, enters, file_path(self, trainer, enters)
+
+    def _outcome(self) -> tuple[Retention, Retention | None]:
+        """Returns the files after a save, and those of before while it is under way."""
+        self._surface()
+        return self._files, self._undo
+
+    def _end(self, trainer: Trainer) -> Retention:
+        """Waits for the last file and returns those that there are; complains if there is none."""
+        checkpoint.settle()
+        self._surface()
+        self._active = False
+        check_written(self, trainer)
+        return self._files
 
     def _complete(self, trainer: Trainer, path: str, score: Tensor | None) -> None:
         """Goes on when a file is complete; in the background this is another thread."""
         self._undo, self._good_at = None, time.monotonic()
-        if trainer.is_global_zero:
-            assert self.dirpath is not None
-            point_all(self._files, Path(self.dirpath), self._best_name, last=self.save_last)
-            self._files.garbage = collect_garbage(self._files, self._siblings)
+        assert self.dirpath is not None
+        point_all(self._files, Path(self.dirpath), self._best_name, last=self.save_last)
+        self._files.garbage = collect_garbage(self._files, self._siblings)
         told = "" if score is None else f" ({self.monitor}={float(score):.5g})"
         told += ", the best so far" if score is not None and self.best_model_path == path else ""
         level = logging.INFO if self.verbose else logging.DEBUG

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,8 @@ class Timer(Callback):
     """Measures training, validation, test and prediction, and stops a fit after ``duration``.
 
     The time of training holds the validations within it; the sanity check is in neither. A fit
-    begins at zero, a resumed one where the checkpoint was.
+    begins at zero, a resumed one where the checkpoint was. With several ranks the time is rank
+    zero's, and in a fit it moves about once a second.
 
     Args:
         duration: Training time after which the fit stops: ``"00:12:00:00"`` (days, hours, minutes,
@@ -44,6 +46,7 @@ class Timer(Callback):
         self._interval = interval
         self._done = dict.fromkeys(_STAGES, 0.0)
         self._started: dict[str, float] = {}
+        self._clock: Callable[[], float] = time.perf_counter
 
     def time_elapsed(self, stage: str = "train") -> float:
         """Returns the seconds spent so far in "train", "validate", "test" or "predict"."""
@@ -51,7 +54,7 @@ class Timer(Callback):
             hint = did_you_mean(str(stage), _STAGES)
             raise ConfigError(f"time_elapsed({stage!r}): it is one of {_STAGES}.{hint}")
         started = self._started.get(stage)
-        running = 0.0 if started is None else time.monotonic() - started
+        running = 0.0 if started is None else self._clock() - started
         return self._done[stage] + running
 
     def time_remaining(self, stage: str = "train") -> float | None:
@@ -59,7 +62,7 @@ class Timer(Callback):
         return None if self._limit is None else self._limit - self.time_elapsed(stage)
 
     def _start(self, stage: str) -> None:
-        self._started[stage] = time.monotonic()
+        self._started[stage] = self._clock()
 
     def _stop(self, stage: str) -> None:
         self._done[stage] = self.time_elapsed(stage)
@@ -71,11 +74,13 @@ class Timer(Callback):
 
     def setup(self, trainer: Trainer, task: TaskModule, stage: str) -> None:
         """Sets what this entry point measures back to zero."""
+        self._clock = time.perf_counter
         for name in ("train", "validate") if stage == "fit" else (stage,):
             self._done[name] = 0.0
 
     def on_train_start(self, trainer: Trainer, task: TaskModule) -> None:
         """Starts the clock; a resumed run whose time is over stops at once."""
+        self._clock = trainer.session.flow.clock
         self._start("train")
         self._check(trainer)
 

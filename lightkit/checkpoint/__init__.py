@@ -6,6 +6,7 @@ from lightkit.checkpoint.contents import collect, restore
 from lightkit.checkpoint.files import (
     FORMAT,
     is_valid,
+    read_any,
     read_checkpoint,
     save_file,
     settle,
@@ -13,6 +14,7 @@ from lightkit.checkpoint.files import (
 )
 from lightkit.checkpoint.newest import latest
 from lightkit.checkpoint.rebuild import load_task
+from lightkit.checkpoint.spread import on_every_rank, random_states, saved_ranks
 from lightkit.checkpoint.storable import storable, storable_hparams
 from lightkit.checkpoint.weights import load_weights
 from lightkit.checkpoint.writer import Writer
@@ -25,9 +27,13 @@ __all__ = [
     "latest",
     "load_task",
     "load_weights",
+    "on_every_rank",
+    "random_states",
+    "read_any",
     "read_checkpoint",
     "restore",
     "save_file",
+    "saved_ranks",
     "settle",
     "storable",
     "storable_hparams",

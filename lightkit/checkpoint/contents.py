@@ -8,11 +8,14 @@ The layout of format 1; everything is plain types and tensors::
     hparams             the task's constructor arguments
     datamodule_hparams  the data module's, if it has any
     optimizers, schedulers, precision, loop, flow, rng (one per rank), data, datamodule, callbacks,
-    metrics, history, loggers (their marks)
+    metrics, history, loggers (their marks), world_size
                         everything else that a run needs to go on; left out of weights-only files
 
 "run" is the id of the run, "folder" its folder, and "exact" false for a state that was saved after
-an exception. These three, "flow" and "loggers" are not in the oldest files.
+an exception. These three, "flow", "loggers" and "world_size" are not in the oldest files.
+
+With several ranks a file holds what rank zero knows, and under "ranks" in "metrics" and "data" what
+each of them knows by itself. Counters of batches count those of one rank.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from lightkit import rng
+from lightkit.checkpoint import spread
 from lightkit.checkpoint.files import FORMAT
 from lightkit.checkpoint.storable import storable_hparams
 from lightkit.checkpoint.weights import apply_weights, weights_of
@@ -35,17 +38,24 @@ if TYPE_CHECKING:
 _log = logging.getLogger("lightkit")
 
 
-def collect(run: FitRun, *, weights_only: bool = False) -> dict[str, Any]:
+def collect(
+    run: FitRun, *, weights_only: bool = False, problem: Exception | None = None
+) -> dict[str, Any]:
     """Returns the checkpoint of a run as it stands now. The tensors are the live ones.
+
+    Over ranks a collective: each of them gets the whole, with the parts of all.
 
     Args:
         run: The run of a fit, at a save point.
         weights_only: Leave out what is only needed to go on with the run.
+        problem: Why the state of this rank is not to be saved; all ranks raise it then.
 
     Raises:
         ConfigError: Two callbacks want to store their state under one key.
     """
     task, state = run.task, run.state
+    own = {} if weights_only else spread.part(run)
+    parts = spread.gathered(run.strategy.ranks, own, problem)
     checkpoint: dict[str, Any] = {
         "lightkit": {
             "format": FORMAT,
@@ -62,21 +72,23 @@ def collect(run: FitRun, *, weights_only: bool = False) -> dict[str, Any]:
     if datamodule_hparams:
         checkpoint["datamodule_hparams"] = storable_hparams(datamodule_hparams)
     if not weights_only:
+        run.precision.settle()  # host sync: schedules that wait for the last step's scale move
         checkpoint |= run.plan.state_dict()
         checkpoint["precision"] = run.precision.state_dict()
         checkpoint["loop"] = run.completed()
         # A listener of this very save point may have asked too late for it to be followed here.
         followed = run.flow.ending or run.flow.epoch_ended
-        checkpoint["flow"] = {"stop_reason": run.flow.stop_reason if followed else None}
+        checkpoint["flow"] = {
+            "stop_reason": run.flow.stop_reason if followed else None,
+            "batches_per_step": len(parts) * run.flow.accumulate,
+        }
         if switched := run.switched_now():
             checkpoint["flow"]["switched"] = switched
-        # Those of the checkpoint that is continued, as long as they are not put back.
-        checkpoint["rng"] = [rng.rng_state() if run.rng is None else run.rng]
-        checkpoint["data"] = run.data_state()
+        checkpoint |= spread.joined(parts)
         if hasattr(run.datamodule, "state_dict"):  # any object with loaders may be a data module
             checkpoint["datamodule"] = run.datamodule.state_dict()
         checkpoint["callbacks"] = _callback_states(run)
-        checkpoint["metrics"] = run.metrics.state_dict()
+        checkpoint["metrics"] = {**run.metrics.state_dict(), **checkpoint["metrics"]}
         checkpoint["history"] = list(run.history)
     for hook in run.hooks.on_save_checkpoint:
         hook(checkpoint)
@@ -87,7 +99,8 @@ def restore(run: FitRun, checkpoint: dict[str, Any]) -> None:
     """Puts everything of a checkpoint back into a run, except the random states.
 
     Those come last of all, when nothing is drawn any more before the next batch:
-    ``rng.set_rng_state(checkpoint["rng"][rank])``.
+    ``rng.set_rng_state(random_states(checkpoint, rank))``. Every rank calls this with the whole
+    checkpoint and takes its part of it.
 
     Raises:
         CheckpointError: The checkpoint holds weights only, comes from Lightning, or was made with
@@ -109,7 +122,7 @@ def restore(run: FitRun, checkpoint: dict[str, Any]) -> None:
         {"optimizers": checkpoint["optimizers"], "schedulers": checkpoint["schedulers"]}
     )
     run.precision.load_state_dict(checkpoint["precision"])
-    run.state.load_state_dict(checkpoint["loop"])
+    run.state.load_state_dict(spread.counters(checkpoint, run.strategy.ranks.world_size))
     # Saved only where a hook changed it; else the Trainer's own number holds, also a new one.
     run.flow.accumulate = checkpoint.get("flow", {}).get("accumulate", run.flow.accumulate)
     run.switched = checkpoint.get("flow", {}).get("switched", {})

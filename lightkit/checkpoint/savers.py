@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightkit.checkpoint.files import SUFFIX, point
+from lightkit.checkpoint.files import SUFFIX, point, prepare_folder
 from lightkit.checkpoint.names import check_template, render
+from lightkit.checkpoint.newest import orphans
 from lightkit.errors import CheckpointError, ConfigError, NonFiniteError, did_you_mean
 
 if TYPE_CHECKING:
@@ -97,6 +98,50 @@ def best_name(one: ModelCheckpoint, others: Sequence[ModelCheckpoint], folder: P
     return f"best_{one.monitor}".replace("/", "_")
 
 
+def take_over(one: ModelCheckpoint, trainer: Trainer, folder: Path) -> tuple[Retention, str]:
+    """Gets a folder ready for the files of a fit, and returns those that are in it already.
+
+    Where the fit goes on in it, what the run was about to do when it was killed is done. On rank
+    zero.
+
+    Raises:
+        CheckpointError: The folder cannot be made or written.
+    """
+    prepare_folder(folder)
+    files, ledger = one._files, trainer.session.ledger
+    if one._loaded_dirpath is None:
+        return files, str(folder)
+    same = one._loaded_dirpath == str(folder)
+    # Without a ledger nothing is left to train, so that nothing is written or removed.
+    own = ledger is None or ledger.record.id == one._loaded_run
+    files.adopt(folder, same=same, own=own)
+    if same and own and ledger is not None:
+        newest = files.written.get(files.newest) == trainer.global_step
+        last = one.save_last and newest  # else another one wrote the file that is resumed
+        point_all(files, folder, one._best_name, last=last)
+        files.garbage = collect_garbage(files, one._siblings)
+        files.garbage += orphans(folder, one._loaded_run, trainer.global_step)
+    return files, str(folder)
+
+
+def check_written(one: ModelCheckpoint, trainer: Trainer) -> None:
+    """Raises at the end of a fit that was asked to save and never could; on rank zero.
+
+    Raises:
+        CheckpointError: There is no file.
+    """
+    made = trainer.global_step > one._began
+    if one._good_at is None and made and one._wanted:
+        if one._reason or not one._files.newest:
+            raise CheckpointError(
+                f"The fit is over, but none of its checkpoints is in {one.dirpath}: "
+                f"{one._reason or f'{one.monitor} was never a number to judge by.'}"
+            )
+    elif not one._files.newest:
+        why = "none was due" if trainer.global_step else "no step was made"
+        _log.warning("No checkpoint was written: %s.", why)
+
+
 def leaves_a_state(exception: BaseException) -> bool:
     """Tells whether an exception left the state of the last completed step behind.
 
@@ -149,21 +194,27 @@ def _is_ours(frame: FrameType, names: set[str]) -> bool:
     return frame.f_code.co_name in names and module.startswith("lightkit.")
 
 
-def explain_missing(
-    given: ModelCheckpoint, trainer: Trainer, *, everything: bool, validated: bool
-) -> None:
-    """Raises when a monitored name is not logged and will not be any more.
+def check_monitor(given: ModelCheckpoint, trainer: Trainer, validated: bool) -> None:
+    """Raises when the monitored name is not logged although it should be by now.
 
     Args:
         given: The callback.
         trainer: The trainer.
-        everything: Whether all metrics were logged once.
-        validated: Whether those of the validation were.
+        validated: Whether a validation has come to its end since the last time.
     """
+    given._validated = given._validated or validated
+    none_comes = all(n == 0 for n in trainer.num_val_batches)
+    if trainer.epoch_ended and (given._validated or none_comes):
+        given._names_known = True
+    if given._monitor_found or given.monitor in trainer.callback_metrics:
+        given._monitor_found = True
+        return
     assert given.monitor is not None
     names = sorted(trainer.callback_metrics)
     near = did_you_mean(given.monitor, names)
-    if everything or (validated and (near or "val" in given.monitor.lower())):
+    # Within the first epoch a metric of the training's epoch end may still come.
+    early = given._validated and (near or "val" in given.monitor.lower())
+    if given._names_known or early:
         raise ConfigError(
             f"ModelCheckpoint(monitor={given.monitor!r}): nothing of that name is logged.{near} "
             f"There are: {', '.join(names) or 'no metrics'}."

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from lightkit.data.feed import Feed
+from lightkit.data.comparing import batch_of_all, compared, how_divided
+from lightkit.data.feed import Feed, order_of
 from lightkit.data.groups import Group, groups
 from lightkit.data.loaders import (
     SampleCounts,
@@ -15,6 +16,7 @@ from lightkit.data.loaders import (
 from lightkit.data.module import DATA_NAMES, DataModule
 from lightkit.data.move import batch_size_of, move_to_device
 from lightkit.data.planning import seed_from
+from lightkit.data.shares import Share
 from lightkit.data.stream import END, BatchStream
 
 __all__ = [
@@ -25,13 +27,18 @@ __all__ = [
     "Feed",
     "Group",
     "SampleCounts",
+    "Share",
+    "batch_of_all",
     "batch_size_of",
+    "compared",
     "generators",
     "groups",
+    "how_divided",
     "limited",
     "loader_length",
     "move_to_device",
     "named_loaders",
+    "order_of",
     "sample_counts",
     "seed_from",
 ]

@@ -14,7 +14,9 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightkit import rng
 from lightkit.data.loaders import generators, loader_length, own_randoms, parts
 from lightkit.data.planning import Plan, fingerprint, seed_from
+from lightkit.data.shares import Reading, Share, Together, check_divider, divider
 from lightkit.data.workers import WorkerStart, watch
+from lightkit.distributed.ranks import Ranks
 from lightkit.errors import DataError
 
 if TYPE_CHECKING:
@@ -41,45 +43,165 @@ class Feed:
     sample is loaded. What has a ``state_dict`` (an iterable dataset in one process, a
     StatefulDataLoader, any other loader) is put where it was. Everything else is *read* again.
 
+    With several processes a pass has one order, that of rank zero, and each process takes its share
+    of it. Where the order is walked, nobody loads what is not his; everything else is read as a
+    whole by each process. A loader that divides its data by itself is taken as it is.
+
     Args:
         loader: The user's, asked for everything but batches.
-        resumable: Whether a pass may be begun in the middle, as in training.
+        resumable: Whether a pass may be begun in the middle, as in training; then all processes get
+            equally many batches, too.
         salt: Makes the seeds of its workers others than those of another loader.
+        ranks: The processes of the run. Default: this one is alone.
+        place: Which share of how many this process takes. Default: its rank among all.
+        divided: Whether the user says that the loader divides its data by itself.
 
     Attributes:
         view: What the passes are over.
         stream: The pass that was begun last.
+        share: Which batches are this process's.
+        divided: Whether the user says so.
+        own: Whether the loader divides its data by itself, between several processes.
+        data: A hash of what the indices of its data set mean.
+        reads: Whether each of several processes reads everything.
+
+    Raises:
+        DataError: A sampler that divides the data between other processes than there are.
     """
 
-    def __init__(self, loader: Any, *, resumable: bool = False, salt: int = 0) -> None:
+    def __init__(
+        self,
+        loader: Any,
+        *,
+        resumable: bool = False,
+        salt: int = 0,
+        ranks: Ranks | None = None,
+        place: tuple[int, int] | None = None,
+        divided: bool = False,
+    ) -> None:
         self.loader = self.view = loader
         self._salt = salt
         self._plan: Plan | None = None
+        self.ranks = ranks = Ranks() if ranks is None else ranks
+        self._place = rank, world = (ranks.rank, ranks.world_size) if place is None else place
+        part = divider(loader) if ranks.world_size > 1 else None
+        if part is not None:
+            check_divider(part, rank, world)
+        self.divided = divided
+        self.own = ranks.world_size > 1 and (divided or part is not None)
+        self._common = ranks.world_size > 1 and not self.own
+        self.share = Share(rank, world, resumable) if self._common else Share(even=resumable)
+        self.reads = self._common
+        self._reading: Reading | None = None
+        self._random: dict[str, Any] | None = None
         self._fetcher: Any = None
         self.stream: BatchStream | None = None
         self._walks = self._persistent = self._iterable = self._placed = self._over = False
-        self._data = fingerprint(getattr(loader, "dataset", None))
+        self.data = fingerprint(getattr(loader, "dataset", None))
         if not isinstance(loader, DataLoader):
             return
         workers = bool(loader.num_workers)
         self._iterable = isinstance(loader.dataset, IterableDataset)
         self._persistent = workers and loader.persistent_workers
         replay = resumable and not self._iterable
-        if not workers and not replay:
+        # One that iterates in its own way may look ahead, so it draws when nobody can tell, or may
+        # not ask the sampler at all.
+        kind = type(loader)
+        owners = {f.__module__.partition(".")[0] for f in (kind.__iter__, kind._get_iterator)}
+        walkable = not self._iterable and owners <= {"torch", "torchdata"}
+        shared = self._common and walkable
+        self._walks = walkable and (replay or shared)
+        self.reads = self._common and not walkable
+        if not workers and not replay and not shared:
             return
         batched = loader.batch_sampler is not None
         inner: Any = loader.batch_sampler if batched else loader.sampler
-        self._plan = Plan(inner, workers=workers, replay=replay)
-        # One that iterates in its own way may look ahead, so it draws when nobody can tell.
-        kind = type(loader)
-        owners = {f.__module__.partition(".")[0] for f in (kind.__iter__, kind._get_iterator)}
-        self._walks = replay and owners <= {"torch", "torchdata"}
+        share = self.share if shared else None
+        self._plan = Plan(inner, workers=workers, replay=replay, share=share)
         self.view = copy.copy(loader)
         # Not by setattr: DataLoader refuses.
         vars(self.view)["batch_sampler" if batched else "sampler"] = self._plan
         self.view._iterator = None
         if workers:
             self.view.worker_init_fn = WorkerStart(loader.worker_init_fn)
+
+    def fresh(self) -> Feed:
+        """Returns another one over the same loader, whose passes leave this one's alone."""
+        how: dict[str, Any] = {"place": self._place, "divided": self.divided}
+        return Feed(self.loader, ranks=self.ranks, **how)
+
+    def at_most(self, batches: int, limit: int | None) -> int:
+        """Returns a limit that leaves so many batches to each process, if ``limit`` does."""
+        batches *= self.share.world
+        return batches if limit is None else min(batches, limit)
+
+    @property
+    def world(self) -> int:
+        """Between how many processes the data are divided."""
+        return self._place[1]
+
+    def done(self, batches: int) -> int:
+        """Returns how many batches all processes have done when each has done so many."""
+        return batches * self.world if self.own else self.share.before(batches)
+
+    def go_on(self, record: dict[str, Any], done: int, world: int, limit: int | None) -> int:
+        """Gets ready for the rest of a pass that perhaps another number of processes began.
+
+        Args:
+            record: What `record` returned at its beginning; what cannot hold here is taken out.
+            done: How many batches all of them had done.
+            world: How many they were.
+            limit: How many of the loader's batches are used at most; None for all.
+
+        Returns:
+            As how many batches of this process that counts.
+        """
+        if self.own:
+            if world != self.world:  # each has another part of the data than anybody had
+                record.pop("hash", None)
+                record.pop("length", None)
+                if done % self.world:
+                    _log.warning(
+                        "%d processes had done %d batches of the epoch together, which %d do not "
+                        "divide, and the loader divides its data by itself: up to %d batches of "
+                        "this epoch are left out.",
+                        world,
+                        done,
+                        self.world,
+                        self.world - done % self.world,
+                    )
+            return -(-done // self.world)
+        rounds = self.share.move(done)
+        full = loader_length(self.loader)
+        if world != self.world and full is not None:
+            left = (full if limit is None else min(full, limit)) - done
+            _log.info(
+                "%d of %d batches of the epoch were done by %s; %s: %d left out at its end",
+                done,
+                left + done,
+                _processes(world),
+                f"{_processes(self.world)} take the rest"
+                if self.world > 1
+                else "one takes the rest",
+                max(left, 0) % self.world,
+            )
+        return rounds
+
+    def length(self, limit: int | None = None) -> int | None:
+        """Returns how many batches a pass gives to this process; None where nobody knows.
+
+        Args:
+            limit: How many of the loader's batches are used at most; None for all.
+        """
+        full = loader_length(self.loader)
+        return self.share.length(full if full is None or limit is None else min(full, limit))
+
+    def global_index(self, index: int) -> int | None:
+        """Returns the number that this process's batch ``index`` has in the order of all processes.
+
+        None where the loader divides its data by itself.
+        """
+        return None if self.own else self.share.number(index)
 
     @property
     def open(self) -> bool:
@@ -144,7 +266,10 @@ class Feed:
         if any(ends):  # a worker that ended would begin again
             states.pop("loader", None)
         over = within and settled and (self._over or all(ends))
-        return {"open": self.open, "states": states, "over": over, "data": self._data}
+        now = {"open": self.open, "states": states, "over": over, "data": self.data}
+        if within and settled and self._reading is not None:
+            now["random"] = self._reading.state
+        return now
 
     def load(self, record: Mapping[str, Any], now: Mapping[str, Any], name: str) -> None:
         """Puts the parts of the loader that have a state where they were.
@@ -157,7 +282,7 @@ class Feed:
         Raises:
             DataError: In the middle of a pass over other data.
         """
-        if now.get("data") not in (None, self._data):
+        if now.get("data") not in (None, self.data):
             if record:
                 raise DataError(f"The {name} has other data than it had. {_CHANGED}")
             _log.warning(
@@ -171,6 +296,7 @@ class Feed:
         self._over = placer is not None and now.get("over", False)
         self._placed = self._over or placer in current
         states = {**begun, **current} if self._placed else {**current, **begun}
+        self._random = now.get("random") if self._placed else None
         if placer == "loader":  # which holds the dataset's
             states.pop("dataset" if self._placed and not self._over else "loader", None)
         for name, part in self._keepers(within=bool(record)).items():
@@ -183,36 +309,81 @@ class Feed:
         """Begins a pass.
 
         Args:
-            record: What `record` returned at its beginning. None: it is not to be continued.
+            record: What `record` returned at its beginning, where all random states are now those
+                of that moment. None: it is not to be continued; with several processes that share
+                an order a collective then.
             skip: How many batches of it are done.
-            limit: Where it is to end; None for the loader's own end.
+            limit: How many of the loader's batches are used; None for all.
 
         Returns:
             The iterator, and how many batches of it the caller has to read and drop.
         """
+        if record is not None or not self._common:
+            return self._begin(record, skip, limit)
+        own = generators(self.loader)
+        seed = seed_from(torch.get_rng_state(), (g.get_state() for g in own), self._salt)
+        begun = order_of({"generators": [g.get_state() for g in own], **self.record(seed)})
+        begun = self.ranks.share(begun, "order of an evaluation")  # a collective, on the CPU
+        if self.ranks.is_zero:
+            return self._begin(begun, skip, limit)
+        with rng.preserved():
+            self.take(begun)
+            return self._begin(begun, skip, limit)
+
+    def take(self, record: Mapping[str, Any]) -> None:
+        """Puts this process where rank zero was when it recorded the order of a pass."""
+        rng.set_rng_state(record["rng"])
+        # Their generators come first where the record has those of other loaders, too.
+        for generator, state in zip(generators(self.loader), record["generators"], strict=False):
+            generator.set_state(state)
+        for name, part in self._keepers(within=False).items():
+            if name in record["states"]:
+                part.load_state_dict(record["states"][name])
+
+    def _begin(
+        self, record: Mapping[str, Any] | None, skip: int, limit: int | None
+    ) -> tuple[Iterator[Any], int]:
+        """Begins a pass in the random states of this moment; see `iterate`."""
         placed, self._placed = self._placed, False
         self._over = self._over and skip > 0
         if self._over:
             self.reopen()
             return iter(()), 0
         plan, left = self._plan, 0 if placed else skip
+        iterator: Any
         if plan is None:
             iterator = iter(self.view)
             self._fetcher = getattr(iterator, "_dataset_fetcher", None)
-            return iterator, left
-        seed = None if record is None else record.get("seed")
-        if seed is None:
-            own = (generator.get_state() for generator in generators(self.loader))
-            seed = seed_from(torch.get_rng_state(), own, self._salt)
-        plan.begin(seed, skip if self._walks else 0, limit)
-        iterator = iter(self.view)
-        watch(iterator)
-        return iterator, 0 if plan.walked() else left
+        else:
+            seed = None if record is None else record.get("seed")
+            if seed is None:
+                own = (generator.get_state() for generator in generators(self.loader))
+                seed = seed_from(torch.get_rng_state(), own, self._salt)
+            plan.begin(seed, skip if self._walks else 0, limit)
+            iterator = iter(self.view)
+            watch(iterator)
+            left = 0 if plan.walked() else left
+        if self.reads:
+            state, self._random = self._random, None
+            if state is None and not self.ranks.is_zero:
+                state = rng.rng_state()  # its own come back, while rank zero reads in those it has
+            iterator = self._reading = Reading(iterator, self.share, skip - left, limit, state)
+        elif self.own and self.share.even and loader_length(self.loader) is None:
+            iterator = Together(iterator, self.ranks)
+        return iterator, left
 
     def mark(self, done: int) -> int | None:
         """Returns the hash of the first ``done`` indices of this pass; None where none is known."""
-        marks = self._plan.marks if self._plan is not None and self._plan.replay else ()
-        return marks[done - 1] if 0 < done <= len(marks) else None
+        plan = self._plan
+        if plan is None or not plan.replay:
+            return None
+        counted = self._counted(done)
+        return plan.marks[counted - 1] if 0 < counted <= len(plan.marks) else None
+
+    def _counted(self, done: int) -> int:
+        """Returns how many marks there are after so many batches of this process."""
+        walked = self._plan is not None and self._plan.share is not None
+        return done if walked else self.share.before(done)
 
     def check(self, record: Mapping[str, Any], done: int, name: str) -> None:
         """Raises `DataError` unless the first ``done`` batches are those of the recorded pass."""
@@ -221,20 +392,20 @@ class Feed:
             raise DataError(f"The {name} has {length} batches, it had {saved}. {_CHANGED}")
         if self._plan is None or not self._plan.replay:
             return
-        given = len(self._plan.marks)
-        if given < done:
+        given, counted = len(self._plan.marks), self._counted(done)
+        if given < counted:
             raise DataError(
                 f"The {name} ended after {given} batches, but the run that is resumed had "
-                f"completed {done} of them. {_CHANGED}"
+                f"completed {counted} of them. {_CHANGED}"
             )
-        if given > done and not self._plan.workers:
+        if given > counted and not self._plan.workers:
             _log.warning(
                 "The %s looks %d batch%s ahead in the main process: the order is as it was, but "
                 "what its data set draws from random states for them cannot be repeated. Use "
                 "num_workers=1 or more.",
                 name,
-                given - done,
-                "es"[: 2 * (given - done > 1)],
+                given - counted,
+                "es"[: 2 * (given - counted > 1)],
             )
         if record.get("hash") not in (None, self.mark(done)):
             raise DataError(f"The {name} gives other samples than it gave. {_CHANGED}")
@@ -259,6 +430,19 @@ class Feed:
             return "loader"
         alone = self._iterable and not self.loader.num_workers
         return "dataset" if alone and "dataset" in keepers else None
+
+
+def _processes(number: int) -> str:
+    return f"{number} process{'es' if number > 1 else ''}"
+
+
+def order_of(record: dict[str, Any]) -> dict[str, Any]:
+    """Returns a record with the random states of this moment that may decide an order of batches.
+
+    Not those of cards, whose number may be another one elsewhere.
+    """
+    states = {k: v for k, v in rng.rng_state().items() if k not in ("cuda", "mps")}
+    return {"rng": states, **record}
 
 
 def _ends(state: Any) -> Iterator[bool]:

@@ -7,13 +7,16 @@ import random
 import sys
 from collections.abc import Mapping
 from dataclasses import is_dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Subset
 
 from lightkit.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from lightkit.data.shares import Share
 
 
 def named_loaders(value: Any, what: str) -> list[tuple[str | None, Any]]:
@@ -260,8 +263,10 @@ class SampleCounts(NamedTuple):
         return self.last if index == self.batches - 1 else None
 
 
-def sample_counts(loader: Any) -> SampleCounts | None:
+def sample_counts(loader: Any, share: Share | None = None) -> SampleCounts | None:
     """Returns the sample counts of a DataLoader that batches in the stock way, else None.
+
+    They are those of one process's batches, where ``share`` says which these are.
 
     None, too, for a custom batch sampler, an iterable dataset, ``batch_size=None``, a sampler
     without a length and a DataLoader subclass with its own ``__iter__``: there
@@ -278,6 +283,8 @@ def sample_counts(loader: Any) -> SampleCounts | None:
         return None
     size = sampler.batch_size
     full, rest = divmod(samples, size)
-    if rest and not sampler.drop_last:
-        return SampleCounts(size, rest, full + 1)
-    return SampleCounts(size, size, full)
+    last, total = (rest, full + 1) if rest and not sampler.drop_last else (size, full)
+    if share is None:
+        return SampleCounts(size, last, total)
+    batches = share.length(total) or 0
+    return SampleCounts(size, last if share.number(batches - 1) == total - 1 else size, batches)

@@ -7,7 +7,7 @@ import re
 import zlib
 from array import array
 from collections.abc import Iterable, Iterator
-from itertools import chain, islice
+from itertools import chain, count, islice
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from torch.utils.data import (
 
 from lightkit import rng
 from lightkit.data.loaders import loader_length
+from lightkit.data.shares import Share
 from lightkit.data.workers import mix, seed_process, seeded
 
 _LONG = 1_000_000  # samples: more take too long, and too much memory, before the first batch
@@ -67,18 +68,22 @@ class Plan(Sampler[Any]):
         replay: Whether a pass is begun in the middle: then a sampler that may draw at any time is
             drawn up to the end of the pass at the first ``next`` (a very long one from random
             states of its own, in pieces), and what was given is hashed.
+        share: Which of the indices are given, where several processes walk over all of them; they
+            draw what decides the order when a pass begins. None gives all.
 
     Attributes:
         seed: What the seeds of the next pass are made of.
-        skip: Indices that the next pass only walks over.
-        limit: Where the next pass ends; None for the sampler's own end.
+        skip: Indices that the next pass only walks over; rounds, where there is a share.
+        limit: How many of all indices the next pass has; None for the sampler's own end.
         silent: Gives nothing and leaves the inner sampler alone.
         walk: The pass under way.
-        marks: The hash of all indices up to each one given.
+        marks: The hash of all indices up to each one given, or up to the end of its round.
     """
 
-    def __init__(self, inner: Any, *, workers: bool, replay: bool) -> None:
-        self.inner, self.workers, self.replay = inner, workers, replay
+    def __init__(
+        self, inner: Any, *, workers: bool, replay: bool, share: Share | None = None
+    ) -> None:
+        self.inner, self.workers, self.replay, self.share = inner, workers, replay, share
         self.seed, self.skip, self.silent = 0, 0, False
         self.limit: int | None = None
         self.walk: Iterator[Any] | None = None
@@ -96,7 +101,7 @@ class Plan(Sampler[Any]):
             Whether the loader need not read what is skipped: False for one that never asked.
         """
         skip, self.skip = self.skip, 0
-        if not skip or self.walk is None:
+        if self.walk is None or not (skip or self.share):
             return False
         if not self.workers:  # which ask for the first indices at once
             next(self.walk, None)
@@ -105,7 +110,8 @@ class Plan(Sampler[Any]):
     def __iter__(self) -> Iterator[Any]:
         if self.silent:
             return iter(())
-        self.walk = self._walk(iter(self.inner), self.skip)
+        walk = self._walk if self.share is None else self._walk_in_rounds
+        self.walk = walk(iter(self.inner), self.skip)
         return self.walk
 
     def __len__(self) -> int:
@@ -134,6 +140,31 @@ class Plan(Sampler[Any]):
             mark = _checksum(index, mark)
             marks.append(mark)
             yield seeded(mix(seed, number), index) if workers else index
+
+    def _walk_in_rounds(self, source: Iterator[Any], skip: int) -> Iterator[Any]:
+        """Walks over the indices of all processes and gives those of one."""
+        seed, workers, share, replay = self.seed, self.workers, self.share, self.replay
+        assert share is not None
+        marks = self.marks = array("I")
+        mark = 0
+        indices = self._steady(source)
+        if self.limit is not None:
+            indices = islice(indices, self.limit)
+        if not skip:
+            indices = chain(list(islice(indices, 1)), indices)  # draws now, as skipping does
+        for number in count():
+            if number == skip and not workers:
+                yield None  # to `walked`
+            width = share.width(number)
+            given = list(islice(indices, width))
+            if len(given) < (width if share.even else 1):
+                return
+            for index in given if replay else ():
+                mark = _checksum(index, mark)
+            marks.append(mark)
+            if number >= skip and share.rank < len(given):
+                index = given[share.rank]
+                yield seeded(mix(seed, share.number(number)), index) if workers else index
 
     def _steady(self, source: Iterator[Any]) -> Iterator[Any]:
         """Returns the indices in a way that draws the same whatever else is drawn in between."""

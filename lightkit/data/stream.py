@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any, Final
 
 from lightkit.data.loaders import SampleCounts, loader_length, parts, sample_counts
+from lightkit.data.shares import Share
 from lightkit.data.workers import why_ended
 from lightkit.errors import DataError
 
@@ -46,14 +47,15 @@ class BatchStream:
     Args:
         loader: Any iterable of batches. One that is its own iterator (a generator) is continued
             where it stands; when nothing is left of it, the first `fetch` raises `DataError`.
-        limit: Give at most so many batches; None for all.
+        limit: Use at most so many batches of the loader; None for all. Where several processes
+            share them, each gives its part of these.
         skip: Begin so many batches further in, for a run that is resumed. The batches before are
             fetched and dropped, so random states move as they did then.
         epoch: What ``set_epoch`` is called with, on the loader, its samplers and its dataset,
             where they have it. None: it is not called.
         sizes: What `sample_counts` says about the loader. Default: it is asked here.
-        feed: What begins passes over the loader, and is told of this one. Default:
-            ``iter(loader)``, and skipping reads.
+        feed: What begins passes over the loader, and is told of this one; its share says which
+            batches are given. Default: ``iter(loader)``, and skipping reads.
         record: What ``feed.record`` returned where the pass that is continued began.
         name: What to call the loader in messages.
 
@@ -67,12 +69,14 @@ class BatchStream:
     """
 
     __slots__ = (
+        "_alone",
         "_announced",
         "_iterator",
         "_loader",
         "_name",
         "_next",
         "_said",
+        "_share",
         "_sizes",
         "_stop",
         "ended",
@@ -95,12 +99,18 @@ class BatchStream:
         name: str = "loader",
     ) -> None:
         self._loader, self._name = loader, name
-        self._announced = announced = loader_length(loader)
+        announced = loader_length(loader)
+        share = Share(even=True) if feed is None else feed.share
         # A limit that does not shorten the pass is none, so that the loader sees its own end and
         # runs what it has there, as in a plain loop.
         whole = limit is None or (announced is not None and limit >= announced)
-        self._stop: int | None = None if whole else limit
-        self.length = announced if whole else (None if announced is None else limit)
+        self._stop: int | None = None
+        if not whole:  # at least what is done, which may be more than other processes would do
+            self._stop = max(share.length(limit) or 0, skip)
+        self._announced = share.length(announced)
+        self.length = share.length(announced if whole or announced is None else limit)
+        self._share = share
+        self._alone = feed is not None and feed.own and share.even
         self.size: int | None = None
         self.ended = False
         self._sizes = sizes if sizes is not None else sample_counts(loader)
@@ -115,7 +125,7 @@ class BatchStream:
             if feed.stream is not None:
                 self._said = feed.stream._said
             feed.stream = self
-            iterator, left = feed.iterate(record, skip, self._stop)
+            iterator, left = feed.iterate(record, skip, None if whole else limit)
         self._iterator: Iterator[Any] | None = iterator
         self._next = iterator.__next__
         self.wait = _clock() - start
@@ -195,8 +205,14 @@ class BatchStream:
                 f"traceback above for the place."
             ) from error
         given, announced = self.fetched, self._announced
-        if given == 0:
+        # In an evaluation only the first of several processes is sure to get one.
+        if given == 0 and (self._share.even or self._share.rank == 0):
             raise DataError(self._nothing())
+        if self._alone and announced is not None and given < announced:
+            raise DataError(
+                f"The {self._name} of this process gave {given} batches although its len() says "
+                f"{announced}, and the other processes go on. Correct its __len__, or remove it."
+            )
         if announced is not None and announced != given and self._said != (given, announced):
             self._said = given, announced
             _log.warning(
@@ -216,7 +232,14 @@ class BatchStream:
                 f"it gives its batches only once. Give a DataLoader, or an object whose __iter__ "
                 f"starts anew, for more than one pass."
             )
-        return f"The {self._name} ({type(self._loader).__name__}) gave no batch at all."
+        kind, share = type(self._loader).__name__, self._share
+        if share.world > 1 and share.even:
+            return (
+                f"The {self._name} ({kind}) gave fewer batches than there are processes "
+                f"({share.world}), so that not each of them gets one. Use a smaller batch size, "
+                f"more data, or fewer processes."
+            )
+        return f"The {self._name} ({kind}) gave no batch at all."
 
     def _skip(self, skip: int) -> None:
         """Goes ``skip`` batches further in by reading them."""

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from lightkit.distributed.choose import check_strategy, make_strategy
 from lightkit.distributed.devices import resolve_device
-from lightkit.distributed.env import LaunchEnv, job_id, launched, require_single_process, slurm_job
+from lightkit.distributed.env import (
+    LaunchEnv,
+    check_nodes,
+    job_id,
+    launched,
+    require_launcher,
+    slurm_job,
+    torchrun_line,
+)
 from lightkit.distributed.ranks import Ranks, join
 from lightkit.distributed.strategies import SingleDevice, Strategy
 
@@ -13,12 +21,14 @@ __all__ = [
     "Ranks",
     "SingleDevice",
     "Strategy",
+    "check_nodes",
     "check_strategy",
     "job_id",
     "join",
     "launched",
     "make_strategy",
-    "require_single_process",
+    "require_launcher",
     "resolve_device",
     "slurm_job",
+    "torchrun_line",
 ]

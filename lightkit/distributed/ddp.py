@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lightkit.distributed.strategies import Strategy, to_device
+from lightkit.distributed.strategies import Strategy, check_alike, to_device
 from lightkit.errors import ConfigError, OptimizerError, UsageError
 
 _UNUSED = re.compile(r"did not receive grad for rank \d+: ([\d ]+)")
@@ -76,7 +76,7 @@ class DDPStrategy(Strategy):
             self._convert(task)
         to_device(task, self.device)
         state = [*task.named_parameters(), *task.named_buffers()]
-        self._check_alike(state)
+        check_alike(self.ranks, state)
         with torch.no_grad():
             self.ranks.copy_from_zero([tensor for _, tensor in state])
 
@@ -87,18 +87,6 @@ class DDPStrategy(Strategy):
                 "out on the CPU."
             )
         nn.SyncBatchNorm.convert_sync_batchnorm(task)
-
-    def _check_alike(self, state: Sequence[tuple[str, Tensor]]) -> None:
-        """Raises where a rank has built another model: copying would mix up its weights."""
-        text = ";".join(f"{name}{tuple(t.shape)}{t.dtype}" for name, t in state)
-        marks = self.ranks.exchange([zlib.crc32(text.encode())], "comparison of the models")
-        others = [rank for rank, mark in enumerate(marks) if mark != marks[0]]
-        if others:
-            raise UsageError(
-                f"The task of rank {', '.join(map(str, others))} has other parameters than that of "
-                f"rank 0. All processes must build the same model: look for sizes that are drawn, "
-                f"or that are read from data which the ranks split."
-            )
 
     # --- automatic optimization ------------------------------------------------------------------
 

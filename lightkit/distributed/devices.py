@@ -1,4 +1,4 @@
-"""Which device a run uses."""
+"""Which device a process uses: the launcher decides how many processes there are."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from lightkit.distributed.env import LaunchEnv, torchrun_line
 from lightkit.errors import ConfigError, did_you_mean
 
 _ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
@@ -13,30 +14,52 @@ _CPU_ADVICE = 'To run on the CPU: Trainer(gpus=0) or Trainer(accelerator="cpu").
 
 
 def resolve_device(
-    accelerator: str | None = "auto", devices: Any = "auto", gpus: Any = None
+    accelerator: str | None = "auto",
+    devices: Any = "auto",
+    gpus: Any = None,
+    *,
+    env: LaunchEnv = LaunchEnv(),  # noqa: B008  it cannot be changed
+    num_nodes: int | None = None,
 ) -> torch.device:
-    """Chooses the one device of a run: CUDA if there is any, else the CPU.
+    """Chooses the device of this process: CUDA if there is any, else the CPU.
+
+    Each process has one device. How many processes there are is the launcher's decision: under
+    torchrun the process with local rank i takes card i, or the i-th of a list, and a number must
+    be 1 (one for each process) or the number of processes on this machine.
 
     Args:
         accelerator: "auto", "cpu", "gpu" or "cuda" (the same), or "mps", which is taken only when
             named. None is "auto".
-        devices: How many: "auto" or None or 1 for one, -1 for all (if there is one), ``[i]`` or
-            ``"i,"`` for card i.
-        gpus: The short form: 0 is the CPU, 1 a GPU, ``[i]`` card i, -1 all (if there is one),
-            "auto" one if there is any. Excludes ``devices``.
+        devices: How many: "auto" or None or 1 for one, -1 for all, ``[i]`` or ``"i,"`` for card i.
+        gpus: The short form: 0 is the CPU, 1 a GPU, ``[i]`` card i, -1 all, "auto" one if there is
+            any. Excludes ``devices``.
+        env: This process among those that were started.
+        num_nodes: The number of machines, for the command that an error proposes.
 
     Raises:
-        ConfigError: An unknown name, a device that is not there, contradictory arguments, or more
-            than one device, which this version does not do.
+        ConfigError: An unknown name, a device that is not there, contradictory arguments, or
+            another number of devices than of processes.
     """
     accelerator = _accelerator(accelerator)
-    if gpus is None:
-        return _by_devices(accelerator, _count(devices, "devices"), devices)
-    if devices is not None and devices != "auto":
+    if gpus is not None and devices is not None and devices != "auto":
         raise ConfigError(
             f"gpus={gpus!r} and devices={devices!r} both say how many devices to use. Give one."
         )
-    return _by_gpus(accelerator, _count(gpus, "gpus"), gpus)
+    argument, given = ("devices", devices) if gpus is None else ("gpus", gpus)
+    asked = f"{argument}={given!r}"
+    count = _count(given, argument)
+    kind, named = _kind(accelerator, count, gpus is not None, asked)
+    if isinstance(count, list) and kind != "cuda":
+        raise ConfigError(
+            f'{asked} selects a card, but accelerator="{accelerator}" has none to select. '
+            f"Give devices=1."
+        )
+    count = 1 if count == 0 else count  # the CPU, once for each process
+    if kind == "mps":
+        return _mps(count, asked, env)
+    present = _cards(named) if kind == "cuda" else 1
+    _check_count(count, asked, env, present, num_nodes or 1)
+    return _card(count, asked, env, present) if kind == "cuda" else torch.device("cpu")
 
 
 def _accelerator(given: Any) -> str:
@@ -74,74 +97,100 @@ def _count(given: Any, argument: str) -> int | list[int] | None:
     )
 
 
-def _by_gpus(accelerator: str, count: int | list[int] | None, given: Any) -> torch.device:
-    """Resolves the argument ``gpus``."""
-    if count == 0:
+def _kind(
+    accelerator: str, count: int | list[int] | None, by_gpus: bool, asked: str
+) -> tuple[str, str]:
+    """Returns the kind of device, and the words that asked for it."""
+    if by_gpus and count == 0:
         if accelerator not in ("auto", "cpu"):
             raise ConfigError(
                 f'gpus=0 means the CPU, but accelerator="{accelerator}" does not. Remove one.'
             )
-        return torch.device("cpu")
-    if accelerator in ("cpu", "mps"):
+        return "cpu", asked
+    if by_gpus and accelerator in ("cpu", "mps"):
         raise ConfigError(
-            f'gpus={given!r} asks for a CUDA GPU, but accelerator="{accelerator}" does not. '
-            f"Remove one."
+            f'{asked} asks for a CUDA GPU, but accelerator="{accelerator}" does not. Remove one.'
         )
-    if count is None:
-        return _by_devices(accelerator, None, None)
-    return _cuda(count, f"gpus={given!r}")
-
-
-def _by_devices(accelerator: str, count: int | list[int] | None, given: Any) -> torch.device:
-    """Resolves the arguments ``accelerator`` and ``devices``."""
-    asked = f"devices={given!r}"
     if count == 0:
         raise ConfigError('devices=0 leaves nothing to run on. For the CPU: accelerator="cpu".')
     if accelerator in ("gpu", "cuda"):
-        if count is None:
-            return _cuda(1, f'accelerator="{accelerator}"')
-        return _cuda(count, asked)
-    if accelerator == "auto" and (torch.cuda.is_available() or isinstance(count, list)):
-        return _cuda(1 if count is None else count, asked)
-    _check_single(count, asked)
-    if isinstance(count, list):
-        raise ConfigError(
-            f'{asked} selects a card, but accelerator="{accelerator}" has none to select. '
-            f"Give devices=1."
-        )
-    if accelerator == "mps":
-        if not torch.backends.mps.is_available():
+        return "cuda", asked if count is not None else f'accelerator="{accelerator}"'
+    wants_card = isinstance(count, list) or (by_gpus and count is not None)
+    if accelerator == "auto" and (torch.cuda.is_available() or wants_card):
+        return "cuda", asked
+    return ("mps" if accelerator == "mps" else "cpu"), asked
+
+
+def _check_count(
+    count: int | list[int] | None, asked: str, env: LaunchEnv, present: int, nodes: int
+) -> None:
+    """Raises `ConfigError` unless there is one process for each device that is asked for."""
+    number = len(count) if isinstance(count, list) else count
+    if env.launched:
+        here = env.local_world_size
+        # One list for all processes; a list of one card would put all of them onto it.
+        alone = 1 if not isinstance(count, list) else here
+        if number not in (None, -1, alone, here):
             raise ConfigError(
-                f'accelerator="mps" asks for an Apple GPU, but torch sees none. {_CPU_ADVICE}'
+                f"{asked} asks for {number} {_plural('device', number)}, but the launcher started "
+                f"{here} {_plural('process', here)} on this machine (LOCAL_WORLD_SIZE), each with "
+                f"one device. Start {number} (torchrun --nproc-per-node {number}), or leave the "
+                f"number to the launcher: devices=1."
             )
-        return torch.device("mps")
-    return torch.device("cpu")
-
-
-def _check_single(count: int | list[int] | None, asked: str) -> None:
-    """Raises `ConfigError` where more than one device is asked for."""
-    if (isinstance(count, list) and len(count) > 1) or (isinstance(count, int) and count > 1):
+        return
+    number = present if number == -1 else number
+    if number is not None and number > 1:
         raise ConfigError(
-            f"{asked} asks for more than one device, which this version of lightkit does not do. "
-            f"Give 1, or a list with the index of one card."
+            f"{asked} asks for {number} devices, and each needs a process of its own. Start them "
+            f"by torch's launcher:\n  {torchrun_line(number, nodes)}"
         )
 
 
-def _cuda(count: int | list[int], asked: str) -> torch.device:
-    """Returns the CUDA card that is asked for."""
-    _check_single(count, asked)
+def _cards(asked: str) -> int:
+    """Returns how many CUDA cards this process sees, at least one."""
     present = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if present == 0:
         build = " (this torch is built without CUDA)" if torch.version.cuda is None else ""
         raise ConfigError(f"{asked} asks for a GPU, but torch sees none{build}. {_CPU_ADVICE}")
-    if count == -1 and present > 1:
-        raise ConfigError(
-            f"{asked} asks for all {present} GPUs, but this version of lightkit uses one device. "
-            f"Give 1, or a list with the index of one card."
-        )
-    index = count[0] if isinstance(count, list) else 0
-    if index >= present:
+    return present
+
+
+def _card(count: int | list[int] | None, asked: str, env: LaunchEnv, present: int) -> torch.device:
+    """Returns the CUDA card of this process."""
+    listed = isinstance(count, list)
+    index = count[env.local_rank] if isinstance(count, list) else env.local_rank
+    if listed and len(set(count)) < len(count):  # type: ignore[arg-type]
+        raise ConfigError(f"{asked} names a card twice. Each process needs one of its own.")
+    if index < present:
+        return torch.device("cuda", index)
+    if listed:
         raise ConfigError(
             f"{asked} selects card {index}, but there are only {present}: 0 to {present - 1}."
         )
-    return torch.device("cuda", index)
+    raise ConfigError(
+        f"the launcher started {env.local_world_size} processes on this machine "
+        f"(LOCAL_WORLD_SIZE), but torch sees {present} {_plural('GPU', present)}, and each process "
+        f"needs one. Start {present} (torchrun --nproc-per-node {present}), or train on the CPU: "
+        f'Trainer(accelerator="cpu").'
+    )
+
+
+def _mps(count: int | list[int] | None, asked: str, env: LaunchEnv) -> torch.device:
+    """Returns the Apple GPU, which only one process can train on."""
+    if not torch.backends.mps.is_available():
+        raise ConfigError(
+            f'accelerator="mps" asks for an Apple GPU, but torch sees none. {_CPU_ADVICE}'
+        )
+    if env.world_size > 1:
+        raise ConfigError(
+            f'accelerator="mps" trains in one process, but the launcher started {env.world_size}. '
+            f"Start it by plain python. {_CPU_ADVICE}"
+        )
+    if count not in (None, 1, -1):
+        raise ConfigError(f'{asked}, but accelerator="mps" has one device. Give devices=1.')
+    return torch.device("mps")
+
+
+def _plural(word: str, number: int | None) -> str:
+    """Returns a word with the ending for so many."""
+    return word if number == 1 else word + ("es" if word.endswith("s") else "s")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shlex
+import sys
 from dataclasses import dataclass
 
 from lightkit.errors import ConfigError
@@ -23,6 +25,7 @@ class LaunchEnv:
         master_address: Where the processes meet.
         master_port: Likewise.
         agent_store: Whether the launcher serves there, and not rank zero.
+        has_error_file: Whether the launcher wants to be told of an error in a file.
     """
 
     rank: int = 0
@@ -35,6 +38,7 @@ class LaunchEnv:
     master_address: str = "127.0.0.1"
     master_port: int = 29500
     agent_store: bool = False
+    has_error_file: bool = False
 
 
 def launched() -> LaunchEnv:
@@ -54,6 +58,7 @@ def launched() -> LaunchEnv:
         master_address=os.environ.get("MASTER_ADDR", "127.0.0.1"),
         master_port=_number("MASTER_PORT", 29500),
         agent_store=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        has_error_file=os.environ.get("TORCHELASTIC_ERROR_FILE", "") != "",
     )
 
 
@@ -89,10 +94,68 @@ def _number(name: str, default: int) -> int:
         ) from None
 
 
-def require_single_process(env: LaunchEnv) -> None:
-    """Raises `ConfigError` where several processes were started: they would train unsynchronised."""
-    if env.world_size > 1:
+def require_launcher(env: LaunchEnv) -> None:
+    """Raises `ConfigError` where srun started several processes that know nothing of each other.
+
+    Without the variables of torchrun each of them would train by itself, and write the same files.
+    """
+    # A batch script has SLURM_NTASKS too; only srun makes a step.
+    tasks = _number("SLURM_STEP_NUM_TASKS", 1)
+    if "SLURM_STEP_ID" in os.environ:
+        tasks = _number("SLURM_STEP_NUM_TASKS", _number("SLURM_NTASKS", 1))
+    if env.launched or tasks < 2:
+        return
+    nodes = _number("SLURM_STEP_NUM_NODES", _number("SLURM_NNODES", 1))
+    raise ConfigError(
+        f"srun started {tasks} processes, but not by torchrun, so they would train without knowing "
+        f"of each other. Give srun one task for each machine (--ntasks-per-node=1), which starts:\n"
+        f"  {torchrun_line(max(1, tasks // nodes), nodes)}"
+    )
+
+
+def check_nodes(num_nodes: int | None, env: LaunchEnv) -> None:
+    """Raises `ConfigError` unless as many machines take part as ``Trainer(num_nodes=)`` says.
+
+    Args:
+        num_nodes: The number that was given; None leaves it to the launcher.
+        env: This process among those that were started.
+    """
+    there = env.world_size // env.local_world_size
+    if num_nodes in (None, there):
+        return
+    if not env.launched:
         raise ConfigError(
-            f"started by torchrun with WORLD_SIZE={env.world_size}, but this version of lightkit "
-            f"trains in one process: start it with plain python"
+            f"num_nodes={num_nodes}, but plain python starts one process on one machine. Run on "
+            f"each of the {num_nodes} machines:\n  {torchrun_line(1, num_nodes)}"
         )
+    raise ConfigError(
+        f"num_nodes={num_nodes}, but the launcher started {env.world_size} processes, "
+        f"{env.local_world_size} of them on this machine: that is num_nodes={there}. Start it with "
+        f"torchrun --nnodes {num_nodes}, or leave num_nodes out."
+    )
+
+
+def torchrun_line(processes: int, nodes: int = 1) -> str:
+    """Returns the command that starts this very program in several processes.
+
+    Args:
+        processes: How many on each machine.
+        nodes: On how many machines; one line that is right for each of them.
+    """
+    where = f"--nproc-per-node {processes}"
+    if nodes > 1:
+        where = f"--nnodes {nodes} {where} --rdzv-backend c10d --rdzv-endpoint FIRST_MACHINE:29500"
+    return f"torchrun {where} {shlex.join(_program())}"
+
+
+def _program() -> list[str]:
+    """Returns the words after ``torchrun`` that start what this process runs."""
+    script, arguments = sys.argv[0], sys.argv[1:]
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    if spec is not None:  # python -m
+        return ["-m", spec.name.removesuffix(".__main__"), *arguments]
+    if os.path.basename(script) == "lightkit":  # the installed command
+        return ["-m", "lightkit", *arguments]
+    if not os.path.isfile(script) or "ipykernel" in script:
+        return ["train.py"]  # a notebook or a line of code: what torchrun needs is a file
+    return [script, *arguments]

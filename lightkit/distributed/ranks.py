@@ -9,6 +9,10 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import pickle
+import re
+import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -16,12 +20,23 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from lightkit.distributed import told
+from lightkit.distributed.board import FOLLOWED, PATIENCE, Board, connect
 from lightkit.distributed.env import LaunchEnv
-from lightkit.errors import PeerError
+from lightkit.distributed.watchdog import TICK, Watchdog
+from lightkit.errors import LightkitError, PeerError, UsageError
 
 T = TypeVar("T")
 #: Processes that wait for one that never comes end after so long.
 TIMEOUT = timedelta(minutes=10)
+#: Heartbeats that a process may miss before it counts as gone.
+_BEATS = 4
+#: Seconds that a process which only follows another's end leaves to it.
+_AFTER_OTHERS = 0.5
+#: Seconds that connections may take to close after an error.
+_CLOSING = 5.0
+#: What torch's transports say when another process has gone.
+_TRANSPORT = re.compile(r"gloo|NCCL|Connection (closed|reset)|process group", re.IGNORECASE)
 _PIECE = 64 * 2**20  # bytes that are copied together before they are sent
 
 
@@ -82,27 +97,63 @@ class Ranks:
     def copy_from_zero(self, tensors: Sequence[Tensor]) -> None:
         """Gives tensors the values that they have on rank zero, where they are. Collectives."""
 
+    def explain(self, error: BaseException) -> BaseException:
+        """Returns a `PeerError` that says who is missing for an error that only follows from it.
+
+        Torch raises a RuntimeError in the middle of a backward when another process has ended. Any
+        other error is returned as it is. No collective.
+        """
+        return error
+
+    def failed(self, error: BaseException) -> None:
+        """Tells the others and the launcher what ended the run of this process. No collective."""
+
 
 class ProcessRanks(Ranks):
-    """Several processes, or one that a launcher started, over torch's process group."""
+    """Several processes, or one that a launcher started, over torch's process group.
 
-    def __init__(self, env: LaunchEnv, control: Any, store: Any = None) -> None:
+    Args:
+        env: This process among them.
+        control: The process group for what lives in the memory of the CPU.
+        board: Where it is read who is missing; None where there is no store for it.
+        device: Where this process computes.
+        timeout: How long a collective waits for one who does not come.
+    """
+
+    def __init__(
+        self,
+        env: LaunchEnv,
+        control: Any,
+        board: Board | None = None,
+        device: torch.device | None = None,
+        timeout: timedelta = TIMEOUT,
+    ) -> None:
         super().__init__(env)
-        self._control, self._store = control, store
+        self._control, self._board, self._timeout = control, board, timeout
+        self._count = 0
+        self._inside: tuple[int, str] | None = None
+        self._watchdog: Watchdog | None = None
+        if board is not None:
+            where = torch.device("cpu") if device is None else device
+            self._watchdog = Watchdog(env.rank, board, lambda: self._inside, self._missing, where)
+
+    def begin(self) -> None:
+        """Forgets how an earlier run of this program ended."""
+        if self._board is not None and self._watchdog is not None:
+            self._board.recover()
+            self._watchdog.begin()
 
     def share(self, value: T, what: str) -> T:
         """See `Ranks.share`."""
-        held = [value if self.is_zero else None]
-        with self._named(what):
-            torch.distributed.broadcast_object_list(held, src=0, group=self._control)
-        return held[0]  # type: ignore[return-value]
+        packed, error = _packed(value) if self.is_zero else (b"", None)
+        return self._unpack(self._send((packed, error), what), 0, what)
 
     def gather(self, value: T, what: str) -> list[T]:
         """See `Ranks.gather`."""
         found: list[Any] = [None] * self.world_size
         with self._named(what):
-            torch.distributed.all_gather_object(found, value, group=self._control)
-        return found
+            torch.distributed.all_gather_object(found, _packed(value), group=self._control)
+        return [self._unpack(each, rank, what) for rank, each in enumerate(found)]
 
     def decide(self, call: Callable[[], T], what: str) -> T:
         """See `Ranks.decide`."""
@@ -113,13 +164,32 @@ class ProcessRanks(Ranks):
                 result = call()
             except Exception as raised:  # noqa: BLE001  everybody raises it
                 error = raised
-        result, said = self.share((result, None if error is None else (type(error), error.args)), what)
+        packed = _packed((result, None if error is None else _twin(error)))
+        found = self._send(packed, what)
         if error is not None:
             raise error
-        if said is not None:
-            kind, arguments = said
-            raise kind(*arguments)
+        result, raised_there = self._unpack(found, 0, what)
+        if raised_there is not None:
+            raise told.mark(raised_there)
         return result  # type: ignore[no-any-return]
+
+    def _send(self, packed: tuple[bytes, str | None], what: str) -> tuple[bytes, str | None]:
+        """Returns what rank zero has packed, to all."""
+        held = [packed if self.is_zero else None]
+        with self._named(what):
+            torch.distributed.broadcast_object_list(held, src=0, group=self._control)
+        assert held[0] is not None
+        return held[0]
+
+    def _unpack(self, packed: tuple[bytes, str | None], rank: int, what: str) -> Any:
+        """Returns what a rank has packed; raises alike on all ranks where it could not."""
+        data, error = packed
+        if error is not None:
+            raise UsageError(
+                f"{what}: rank {rank} holds what cannot be sent to other processes: {error}. "
+                f"Plain types, tensors and objects that can be pickled can."
+            )
+        return pickle.loads(data)
 
     def exchange(self, numbers: Sequence[float], what: str) -> list[list[float]]:
         """See `Ranks.exchange`."""
@@ -138,14 +208,14 @@ class ProcessRanks(Ranks):
         """See `Ranks.average`."""
         for group in _pieces(tensors):
             flat = torch.cat([tensor.reshape(-1) for tensor in group])
-            with self._named("average of gradients"):
+            with self._named("average of gradients", told=False):
                 torch.distributed.all_reduce(flat)
             _fill(group, flat.div_(self.world_size))
 
     def total(self, tensor: Tensor) -> Tensor:
         """See `Ranks.total`."""
         summed = tensor.clone()
-        with self._named("sum over ranks"):
+        with self._named("sum over ranks", told=False):
             torch.distributed.all_reduce(summed)
         return summed
 
@@ -157,13 +227,83 @@ class ProcessRanks(Ranks):
                 torch.distributed.broadcast(flat, src=0)
             _fill(group, flat)
 
+    def explain(self, error: BaseException) -> BaseException:
+        """See `Ranks.explain`."""
+        if isinstance(error, RuntimeError) and not isinstance(error, LightkitError):
+            if _TRANSPORT.search(str(error)):
+                return self._peer_error("a collective of torch", error)
+        return error
+
+    def failed(self, error: BaseException) -> None:
+        """See `Ranks.failed`."""
+        follows = told.follows(error)
+        if self._board is not None:
+            text = "".join(traceback.format_exception_only(error)).strip()
+            self._board.fail(FOLLOWED + text if follows else text)
+        if follows:
+            # The launcher names the first process that it sees end: let it be the guilty one.
+            time.sleep(_AFTER_OTHERS)
+        elif isinstance(error, Exception) and self.env.has_error_file:
+            from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+            get_error_handler().record_exception(error)
+
+    def close(self) -> None:
+        """Ends the process group with the program; never waits for long after an error."""
+        if not torch.distributed.is_initialized():
+            return
+        if self._board is not None and self._watchdog is not None:
+            if self._board.failing or self._board.another_failed():
+                self._watchdog.closing(_CLOSING)
+            else:
+                self._board.leave("ended its program without an error")
+        torch.distributed.destroy_process_group()
+
     @contextlib.contextmanager
-    def _named(self, what: str) -> Iterator[None]:
-        """Says what a collective was for when it fails."""
+    def _named(self, what: str, *, told: bool = True) -> Iterator[None]:
+        """Says what a collective was for when it fails, and who did not come.
+
+        Args:
+            what: Its name.
+            told: Whether the others can read that this process has come to it.
+        """
+        self._count += 1
+        self._inside = (self._count, what)
+        if told and self._board is not None:
+            self._board.at(self._count, what)
         try:
             yield
         except RuntimeError as error:
-            raise PeerError(f"rank {self.rank} waited in {what!r}: {error}") from error
+            raise self._peer_error(what, error) from error
+        finally:
+            self._inside = None
+
+    def _peer_error(self, what: str, error: BaseException) -> PeerError:
+        late = "imed out" in str(error)
+        missing = self._missing(what, late=late)
+        return PeerError(f"rank {self.rank} waited in {what!r}: {missing or error}")
+
+    def _missing(self, what: str, *, late: bool = False) -> str:
+        """Says who did not come to a collective, and why, as far as it is known."""
+        if self._board is None:
+            return ""
+        before = self._board.look()
+        ends = {rank: seen.end for rank, seen in before.items() if seen.end}
+        guilty = {rank: end for rank, end in ends.items() if not end.startswith(FOLLOWED)}
+        if guilty:
+            return "; ".join(f"rank {rank} {_ending(end)}" for rank, end in guilty.items())
+        time.sleep(_BEATS * TICK)
+        after = self._board.look()
+        silent = [r for r, seen in after.items() if seen.beat == before[r].beat and r not in ends]
+        if silent:
+            return f"{_listed(silent)} ended without a word: killed, or out of memory?"
+        waited = f" within {self._timeout.total_seconds():.0f} s" if late else ""
+        behind = [
+            f"rank {rank} did not come{waited}; it was last in {seen.place!r}"
+            for rank, seen in after.items()
+            if seen.count < self._count or seen.place != what
+        ]
+        return "; ".join(behind) or "; ".join(f"rank {r} {_ending(e)}" for r, e in ends.items())
 
 
 def _pieces(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
@@ -184,43 +324,96 @@ def _fill(tensors: list[Tensor], flat: Tensor) -> None:
     torch._foreach_copy_(tensors, shaped)
 
 
-_joined: Ranks | None = None
+def _packed(value: Any) -> tuple[bytes, str | None]:
+    """Returns a value in bytes, or why that cannot be."""
+    try:
+        return pickle.dumps(value), None
+    except Exception as error:  # noqa: BLE001  whatever an object raises when it is pickled
+        return b"", f"{type(error).__name__}: {error}"
 
 
-def join(env: LaunchEnv, device: torch.device) -> Ranks:
+def _twin(error: Exception) -> Exception:
+    """Returns an error as other processes can raise it: itself, or a `PeerError` with its text."""
+    try:
+        twin = pickle.loads(pickle.dumps(error))
+    except Exception:  # noqa: BLE001  a constructor that takes other arguments raises anything
+        twin = None
+    if type(twin) is type(error) and str(twin) == str(error):
+        return error
+    return PeerError(f"rank 0 ended with {type(error).__name__}: {error}")
+
+
+def _ending(end: str) -> str:
+    """Returns how a process ended, in words."""
+    text = end.removeprefix(FOLLOWED)
+    return text if text.startswith("ended ") else f"ended with {text}"
+
+
+def _listed(ranks: list[int]) -> str:
+    """Returns the numbers of processes in words."""
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    return f"ranks {', '.join(map(str, ranks))}"
+
+
+_joined: ProcessRanks | None = None
+
+
+def join(env: LaunchEnv, device: torch.device, timeout: timedelta = TIMEOUT) -> Ranks:
     """Returns the processes that a launcher started together with this one.
 
     The process group is opened once and ends with the program. One that is there already is used,
     and left alone.
+
+    Args:
+        env: This process among those that were started.
+        device: Where it computes.
+        timeout: How long the others are waited for, here and in every collective.
+
+    Raises:
+        PeerError: Some of them did not come.
     """
     global _joined
-    if _joined is None and env.launched:
-        _joined = _open(env, device)
-    return Ranks(env) if _joined is None else _joined
+    if not env.launched:
+        return Ranks(env)
+    if _joined is None:
+        _joined = _open(env, device, timeout)
+    _joined.begin()
+    return _joined
 
 
-def _open(env: LaunchEnv, device: torch.device) -> Ranks:
+def _open(env: LaunchEnv, device: torch.device, timeout: timedelta) -> ProcessRanks:
     dist = torch.distributed
-    if not dist.is_initialized():
-        cuda = device.type == "cuda"
-        where = {"host_name": env.master_address, "port": env.master_port}
-        server = env.rank == 0 and not env.agent_store
-        store = dist.TCPStore(**where, world_size=env.world_size, is_master=server, timeout=TIMEOUT)
-        # Named after the attempt: what the one before left in the agent's store is stale.
-        store = dist.PrefixStore(f"lightkit/{env.restart}", store)
-        dist.init_process_group(
+    board, ours = None, not dist.is_initialized()
+    if ours:
+        _meet(env, device, timeout)
+    if env.world_size > 1:
+        with contextlib.suppress(RuntimeError):  # a group that was opened by other means
+            board = Board(env, timeout if ours else timedelta(seconds=PATIENCE))
+    control = dist.new_group(backend="gloo", timeout=timeout)
+    ranks = ProcessRanks(env, control, board, device, timeout)
+    ranks.wait("the start of all processes")  # from now on everybody's line can be read
+    if ours:
+        told.install(env.rank)
+        atexit.register(ranks.close)
+    return ranks
+
+
+def _meet(env: LaunchEnv, device: torch.device, timeout: timedelta) -> None:
+    """Opens the process group."""
+    cuda = device.type == "cuda"
+    try:
+        torch.distributed.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo",
-            store=store,
+            store=connect(env, timeout, server=env.rank == 0 and not env.agent_store),
             rank=env.rank,
             world_size=env.world_size,
-            timeout=TIMEOUT,
+            timeout=timeout,
             device_id=device if cuda else None,
         )
-        atexit.register(_close)
-    control = dist.new_group(backend="gloo", timeout=TIMEOUT)
-    return ProcessRanks(env, control)
-
-
-def _close() -> None:
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    except RuntimeError as error:
+        raise PeerError(
+            f"rank {env.rank} did not meet all of the {env.world_size} processes at "
+            f"{env.master_address}:{env.master_port} within {timeout.total_seconds():.0f} s: "
+            f"{error}"
+        ) from error

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import zlib
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from lightkit.distributed.meta import is_meta, materialise
 from lightkit.distributed.ranks import Ranks
+from lightkit.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import nn
+
+    from lightkit.precision import Precision
 
 
 class Strategy(ABC):
@@ -34,6 +39,21 @@ class Strategy(ABC):
 
     name: ClassVar[str] = "base"
     sync_gradients: Callable[[bool], None] | None = None
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each rank has only a part of the model, so that all must write checkpoints."""
+        return False
+
+    @property
+    def data_ranks(self) -> tuple[int, int]:
+        """The number of this rank among those that get batches of their own, and how many."""
+        return self.ranks.rank, self.ranks.world_size
+
+    def adapt(self, precision: Precision) -> Precision:
+        """Returns the precision of the loop, where the strategy does a part of it by itself."""
+        return precision
+
     sync_batchnorm = False
 
     def __init__(self) -> None:
@@ -105,6 +125,17 @@ class Strategy(ABC):
         """Limits each element of the gradients to ``-max_value`` .. ``max_value``."""
         torch.nn.utils.clip_grad_value_(parameters, max_value)
 
+    def total_norm(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Returns the joint 2-norm of tensors, 0-dim on the device. No host sync."""
+        return torch.nn.utils.get_total_norm(tensors)
+
+    def in_step(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Returns the batches of an evaluation, perhaps keeping the ranks in step meanwhile.
+
+        Between one and the next the step runs once. All ranks go on to the end.
+        """
+        return batches
+
     def model_state(self, task: nn.Module) -> dict[str, Any]:
         """Returns the task's state for a checkpoint, under the task's own names."""
         return task.state_dict()
@@ -121,8 +152,35 @@ class SingleDevice(Strategy):
 
 
 def to_device(task: nn.Module, device: torch.device) -> None:
-    """Moves a task to a device, which becomes the current one where it is a CUDA card."""
+    """Moves a task to a device, which becomes the current one where it is a CUDA card.
+
+    What was built on the meta device gets its first values there.
+    """
     if device.type == "cuda":
         # So that device="cuda" in the user's code means the same card.
         torch.cuda.set_device(device)
-    task.to(device)
+    if is_meta(task):
+        materialise(task, device, Ranks())
+    else:
+        task.to(device)
+
+
+def check_alike(ranks: Ranks, state: Sequence[tuple[str, Tensor]]) -> None:
+    """Raises where a rank has built another model: copying would mix up its weights. A collective.
+
+    Args:
+        ranks: The processes.
+        state: Names and tensors of the model.
+
+    Raises:
+        UsageError: On all ranks, naming those that differ from rank zero.
+    """
+    text = ";".join(f"{name}{tuple(t.shape)}{t.dtype}" for name, t in state)
+    marks = ranks.exchange([zlib.crc32(text.encode())], "comparison of the models")
+    others = [rank for rank, mark in enumerate(marks) if mark != marks[0]]
+    if others:
+        raise UsageError(
+            f"The task of rank {', '.join(map(str, others))} has other parameters than that of "
+            f"rank 0. All processes must build the same model: look for sizes that are drawn, "
+            f"or that are read from data which the ranks split."
+        )

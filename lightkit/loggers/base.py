@@ -29,8 +29,9 @@ class Logger:
 
     The trainer calls `open` when a fit begins, the ``log_`` methods while it runs, `mark` for every
     checkpoint, and `close` at the end, also after an exception. Where a fit goes on in the folder of
-    an interrupted run, `rewind` follows `open`. All of them are called on rank zero only. Nothing is
-    written for validate, test, predict and fast_dev_run.
+    an interrupted run, `rewind` follows `open`. All of them are called on rank zero only; on the
+    other ranks there is `follow` instead. Nothing is written for validate, test, predict and
+    fast_dev_run.
 
     Args:
         save_dir: Folder of the user's choice. Rows then go to ``save_dir/name/version``, and the
@@ -45,6 +46,7 @@ class Logger:
     _version: int | str | None = None
     _run_dir: Path | None = None
     _next_dir: Path | None = None
+    _followed: Path | None = None
     _said_unopened: bool = False
     #: What it writes below the run folder; two loggers of one run must not write the same.
     _target: str | None = None
@@ -67,14 +69,15 @@ class Logger:
     @property
     def name(self) -> str | None:
         """The name given, else that of the run folder's parent; None before a run has a folder."""
-        if self._name is None and self._save_dir is None and self._run_dir is not None:
-            return self._run_dir.parent.name
+        folder = self._run_dir or self._followed
+        if self._name is None and self._save_dir is None and folder is not None:
+            return folder.parent.name
         return self._name
 
     @property
     def version(self) -> int | str | None:
         """N where the folder is called ``version_N``, else its name; None before there is one."""
-        folder = self._run_dir or self.next_dir()
+        folder = self._run_dir or self._followed or self.next_dir()
         if folder is None or self._version is not None:
             return self._version
         number = _number(folder)
@@ -83,7 +86,7 @@ class Logger:
     @property
     def log_dir(self) -> str | None:
         """The folder of the run; before one begins, what the user chose, or None."""
-        folder = self._run_dir or self.next_dir()
+        folder = self._run_dir or self._followed or self.next_dir()
         return None if folder is None else str(folder)
 
     def next_dir(self) -> Path | None:
@@ -105,7 +108,7 @@ class Logger:
         Where nothing is open (validate without a fit, fast_dev_run, other ranks) it is an object
         that takes every call and does nothing.
         """
-        if not self._said_unopened:
+        if not self._said_unopened and self._followed is None:
             self._said_unopened = True
             _log.info(
                 "%s has no run folder here: what is sent to .experiment is dropped",
@@ -122,6 +125,14 @@ class Logger:
                 loggers do not need it, for `rewind` is exact; a service that knows steps only may.
         """
         self._run_dir, self._next_dir = Path(run_dir), None
+
+    def follow(self, run_dir: str | Path) -> None:
+        """Called instead of `open` on all ranks but zero: they know the folder and write nothing.
+
+        Args:
+            run_dir: The folder of the run, which rank zero has made.
+        """
+        self._run_dir, self._next_dir, self._followed = None, None, Path(run_dir)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Writes one row.

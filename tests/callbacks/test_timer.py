@@ -22,7 +22,7 @@ TASK: Any = nn.Linear(1, 1)
 class Clock:
     now = 1000.0
 
-    def monotonic(self) -> float:
+    def perf_counter(self) -> float:
         return self.now
 
 
@@ -35,7 +35,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def trainer() -> Any:
     reasons: list[str] = []
-    return SimpleNamespace(stop=reasons.append, reasons=reasons, sanity_checking=False)
+    # What the ranks of a run have agreed on.
+    session = SimpleNamespace(flow=SimpleNamespace(clock=module.time.perf_counter))
+    return SimpleNamespace(
+        stop=reasons.append, reasons=reasons, sanity_checking=False, session=session
+    )
 
 
 def train(timer: Timer, fake: Any, clock: Clock, batches: int) -> None:

@@ -33,6 +33,12 @@ class Part:
     def load_state_dict(self, state):
         self.state = dict(state)
 
+    def settle(self):
+        self.calls.append("settle")
+
+    def local_state(self):
+        return {"window": self.state["sums"]}
+
 
 class Counting(Callback):
     def __init__(self, count: int = 0, key: str = "Counting") -> None:
@@ -173,12 +179,11 @@ def test_what_a_hook_adds_and_cannot_be_stored_is_refused(tmp_path):
 def test_what_a_run_was_about_to_do_travels():
     run, other = Run(1), Run()
     run.flow.stop_reason = "enough"
-    assert collect(run)["flow"] == {
-        "stop_reason": None
-    }  # one more step comes before it is followed
+    # One more step comes before it is followed.
+    assert collect(run)["flow"] == {"stop_reason": None, "batches_per_step": 1}
     run.flow.ending = True
     checkpoint = collect(run)
-    assert checkpoint["flow"] == {"stop_reason": "enough"}
+    assert checkpoint["flow"]["stop_reason"] == "enough"
     other.flow.accumulate = 2
     restore(other, checkpoint)
     assert other.flow.accumulate == 2
