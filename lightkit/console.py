@@ -19,7 +19,14 @@ class ConsoleHandler(logging.Handler):
 
     ``sys.stdout`` is looked up for each line, so a line goes above a progress bar and into
     whatever the output is redirected to.
+
+    Args:
+        rank: The number of this process, which is told on all but the first.
     """
+
+    def __init__(self, rank: int = 0) -> None:
+        super().__init__()
+        self._start = f"rank {rank}: " if rank else ""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Writes one record."""
@@ -30,7 +37,7 @@ class ConsoleHandler(logging.Handler):
             text = self.format(record)
             word = _WORDS.get(record.levelno, "")
             if word:
-                text = f"{word}: {text}"
+                text = f"{self._start}{word}: {text}"
                 if _colored():
                     text = f"{_COLORS[word]}{text}\x1b[0m"
             with contextlib.suppress(OSError):  # a reader that has gone must not end a training
@@ -40,28 +47,24 @@ class ConsoleHandler(logging.Handler):
             self.handleError(record)
 
 
-def install(rank_zero: bool = True) -> None:
+def install(rank: int = 0) -> None:
     """Makes the lines of the "lightkit" logger visible, unless the user has arranged that already.
 
     Does nothing where the logger has handlers, or where the root logger shows INFO on the
     terminal. May be called again and again.
 
     Args:
-        rank_zero: False on the other ranks of a run: what they log is then not shown, because
-            rank zero says it.
+        rank: The number of this process. All but the first show errors alone, with their number:
+            what else they log rank zero says.
     """
     if _log.handlers:
         return
     shown_by_root = any(_writes_to_terminal(handler) for handler in logging.root.handlers)
-    if not rank_zero:
-        # Without any handler, logging would write warnings to stderr by itself.
-        _log.addHandler(logging.NullHandler())
+    if shown_by_root and rank == 0 and _log.isEnabledFor(logging.INFO):
         return
-    if shown_by_root and _log.isEnabledFor(logging.INFO):
-        return
-    _log.addHandler(ConsoleHandler())
+    _log.addHandler(ConsoleHandler(rank))
     if _log.level == logging.NOTSET:
-        _log.setLevel(logging.INFO)
+        _log.setLevel(logging.INFO if rank == 0 else logging.ERROR)
     if shown_by_root:
         _log.propagate = False  # else its warnings would be shown twice
 

@@ -147,6 +147,8 @@ class Weighing:
         else:
             factor = 1.0 / self._total
         if factor is not None and gradients:
+            if self._several:  # of a sharded gradient each rank multiplies its part
+                gradients = [g.to_local() if hasattr(g, "to_local") else g for g in gradients]
             torch._foreach_mul_(gradients, factor)
         return True
 

@@ -250,14 +250,18 @@ def build_fit(trainer: Trainer, session: Session, train: Any, val: Any) -> FitRu
         datamodule=session.datamodule,
         writer=Writer(),
     )
-    session.precision.optimizers = plan.optimizers
-    task._link.precision = session.precision
-    task._link.after_backward = strategy.after_backward(task)
-    task._link.manual = [
-        ManualOptimizer(o, session.precision, lambda o: _before_manual_step(run, o))
-        for o in plan.optimizers
-    ]
+    _tie(session, run)
     return run
+
+
+def _tie(session: Session, run: FitRun) -> None:
+    """Gives the task what it optimizes with by itself."""
+    link, optimizers = run.task._link, run.plan.optimizers
+    link.precision, session.precision.optimizers = run.precision, optimizers
+    link.after_backward = run.strategy.after_backward(run.task)
+    link.manual = [
+        ManualOptimizer(o, run.precision, lambda o: _before_manual_step(run, o)) for o in optimizers
+    ]
 
 
 def _validation_plans(trainer: Trainer, session: Session, given: Any) -> list[LoaderPlan]:

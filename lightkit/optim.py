@@ -281,13 +281,8 @@ class OptimizerPlan:
         For example ``OneCycleLR per step: lr 0.004 -> 0.1 (step 30) -> 4e-07 over 100 steps``.
         Nothing real is moved; see `SchedulerEntry.describe`.
         """
-        return [
-            entry.describe(
-                planned_steps if entry.interval == "step" else planned_epochs,
-                automatic=self.automatic,
-            )
-            for entry in self.schedulers
-        ]
+        planned = {"step": planned_steps, "epoch": planned_epochs}
+        return [e.describe(planned[e.interval], automatic=self.automatic) for e in self.schedulers]
 
 
 # --- reading what configure_optimizers returned ------------------------------------------------

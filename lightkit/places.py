@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightkit import checkpoint
+from lightkit.checkpoint.disk import same
 from lightkit.errors import CheckpointError, ConfigError, UsageError, did_you_mean
 from lightkit.ledger import Ledger, Record, read
 
@@ -244,5 +245,5 @@ def newest_checkpoint(folder: Path, record: Record) -> Path | None:
     ]
     path = max(found)[1] if found else None
     if path is not None and (last := path.with_name("last.ckpt")).exists():
-        return last if last.samefile(path) else path
+        return last if same(last, path) else path
     return path

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from lightkit.data import move_to_device
@@ -63,7 +64,10 @@ def _small(item: Any) -> Any:
     """Replaces parts of larger tensors by copies: what is sent or written takes all of the memory."""
     if isinstance(item, Tensor):
         item = item.detach()
-        whole = item.untyped_storage().nbytes() <= item.numel() * item.element_size()
+        whole = (
+            item.layout is not torch.strided
+            or item.untyped_storage().nbytes() <= item.numel() * item.element_size()
+        )
         return item if whole else item.clone()
     if type(item) in (list, tuple):
         return type(item)(map(_small, item))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightkit import checkpoint, ledger
+from lightkit.checkpoint.disk import same
 from lightkit.checkpoint.files import peek
 from lightkit.distributed import job_id
 from lightkit.errors import CheckpointError, ConfigError, UsageError
@@ -84,7 +85,8 @@ def find(trainer: Trainer, session: Session, given: str | Path | None) -> Start:
 
     def read() -> dict[str, Any]:
         assert start.path is not None
-        return own.saved or checkpoint.read_checkpoint(start.path)
+        mmap = session.strategy.sharded  # each rank needs a part only
+        return own.saved or checkpoint.read_checkpoint(start.path, lazy=True, mmap=mmap)
 
     try:
         path, saved, folder, record, finished = ranks.decide(decided, "where the fit begins")
@@ -118,7 +120,7 @@ def _find(trainer: Trainer, session: Session, given: str | Path | None) -> Start
     if given == "auto":
         return _automatic(trainer, session, record)
     path = find_checkpoint(trainer, session.task, given)
-    start = Start(path, checkpoint.read_checkpoint(path), record=record)
+    start = Start(path, checkpoint.read_checkpoint(path, lazy=True), record=record)
     if "loop" in start.saved and not options.fast_dev_run:
         _choose_folder(start)
         complete = start.folder is None or start.record.status == "finished"
@@ -142,8 +144,7 @@ def _choose_folder(start: Start) -> None:
         return
     newest, why = newest_checkpoint(folder, old), None
     if newest is None or not (
-        newest.samefile(start.path)
-        or peek(newest)["lightkit"]["global_step"] <= header["global_step"]
+        same(newest, start.path) or peek(newest)["lightkit"]["global_step"] <= header["global_step"]
     ):
         why = "there are later checkpoints of it"
     elif changed := ledger.differences(old.settings, start.record.settings):
@@ -240,7 +241,7 @@ def _judge(
             f"ckpt_path='auto': {folder} is finished, but its checkpoints are gone. Begin a new "
             f"run without ckpt_path."
         )
-    saved = checkpoint.read_checkpoint(path)
+    saved = checkpoint.read_checkpoint(path, lazy=True)
     if done and (not ledger.raised(now.limits, old.limits) or _reached(trainer, saved)):
         _log.info(
             "%s is finished (%d epochs, %d steps): nothing is left to train. To train longer raise "

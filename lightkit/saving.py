@@ -38,6 +38,8 @@ def save(
 ) -> Path:
     """Writes a checkpoint of a run as it stands. Over ranks a collective; rank zero writes.
 
+    Of a sharded model each rank writes its part.
+
     Args:
         trainer: The trainer of the run.
         run: The run of a fit, at a save point.
@@ -75,7 +77,8 @@ def save(
     except NonFiniteError as found:  # raised by all ranks, once they know
         problem = found
     contents = checkpoint.collect(run, weights_only=weights_only, problem=problem)
-    if not run.strategy.is_global_zero:
+    strategy = run.strategy
+    if not (strategy.is_global_zero or strategy.sharded):
         return path
     header = contents["lightkit"]
     header["folder"] = "" if trainer.run_dir is None else str(trainer.run_dir.absolute())
@@ -89,10 +92,13 @@ def save(
             contents["loop"]["pending_validation"] = pending
         if run.flow.accumulate != trainer.options.accumulate_grad_batches:  # a hook's own number
             contents["flow"]["accumulate"] = run.flow.accumulate
-        contents["loggers"] = _marks(trainer)
+        contents["loggers"] = _marks(trainer) if strategy.is_global_zero else {}
         for mark in contents["loggers"].values():
             files += [Path(header["folder"], name) for name in mark.get("files", ())]
-    run.writer.write(contents, path, files=files, background=background, then=then, failed=failed)
+    if not strategy.is_global_zero:  # it writes its part of a sharded model, and decides nothing
+        then, failed = None, lambda _: None
+    how: dict[str, Any] = {"background": background, "then": then, "failed": failed}
+    run.writer.write(contents, path, files=files, strategy=strategy, **how)
     return path
 
 
@@ -103,6 +109,8 @@ def check_finite(run: FitRun) -> None:
     """
     trained = [(n, p) for n, p in run.task.named_parameters() if p.requires_grad]
     named = [(name, p.detach()) for name, p in trained if not torch.nn.parameter.is_lazy(p)]
+    # Of a sharded model each rank looks at its part; what it finds is told to all afterwards.
+    named = [(name, p.to_local() if hasattr(p, "to_local") else p) for name, p in named]
     # Nan and infinities never leave a sum of squares. A finite sum may overflow, so that a norm
     # which is not finite asks for a closer look.
     norm = torch.nn.utils.get_total_norm([value for _, value in named])

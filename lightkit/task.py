@@ -229,34 +229,24 @@ class TaskModule(TaskHooks, nn.Module):
             batch_size: The samples that the value is the mean of. Default: as the loader's sampler
                 says, else the first dimension of the batch's tensors.
             add_dataloader_idx: Whether the loader's name is added where there are several.
-            sync_dist: Accepted and needless: values are exact over batches and ranks.
-            rank_zero_only: Whether rank zero alone logs it, and the others drop it. Such a value
-                cannot be monitored.
-            metric_attribute: Accepted and needless.
-            enable_graph: Accepted; values are always detached.
-            sync_dist_group: Accepted and needless.
+            sync_dist: Accepted and needless, like the three last: values are exact over batches and
+                ranks, and always detached.
+            rank_zero_only: Rank zero alone logs it; it cannot be monitored.
+            metric_attribute: See ``sync_dist``.
+            enable_graph: See ``sync_dist``.
+            sync_dist_group: See ``sync_dist``.
 
         Raises:
             LoggingError: In a place where it means nothing, or for a value that is no number.
         """
-        metrics = self._link.metrics
+        metrics, add = self._link.metrics, add_dataloader_idx
         if metrics is None:
             return
         if rank_zero_only:
-            how = (on_step, on_epoch, reduce_fx, add_dataloader_idx, batch_size)
+            how = (on_step, on_epoch, reduce_fx, add, batch_size)
             metrics.log_alone(name, value, prog_bar, logger, *how)
             return
-        metrics.log(
-            name,
-            value,
-            prog_bar,
-            logger,
-            on_step,
-            on_epoch,
-            reduce_fx,
-            add_dataloader_idx,
-            batch_size,
-        )
+        metrics.log(name, value, prog_bar, logger, on_step, on_epoch, reduce_fx, add, batch_size)
 
     def log_dict(self, dictionary: Any, *arguments: Any, **options: Any) -> None:
         """Logs several values at once.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
@@ -317,15 +316,13 @@ class Trainer(TrainerView):
 
     # --- opening and closing a run ---------------------------------------------------------------
 
-    _run: FitRun | EvalRun | None = None
-
     @contextlib.contextmanager
     def _open_fit(
         self, task: TaskModule, train: Any, val: Any, datamodule: Any, ckpt_path: Any
     ) -> Iterator[FitRun]:
         from lightkit import announce, opening, places, resuming, signals
 
-        console.install(rank_zero=True)
+        console.install(launched().rank)
         train, datamodule = opening.as_datamodule(train, datamodule)
         opening.check_task(task, _FIT_NEEDS)
         session = Session(task=task, datamodule=datamodule, stage=Stage.FIT, given_train=train)
@@ -425,7 +422,7 @@ class Trainer(TrainerView):
                 f"This trainer is in the middle of {self.session.stage.value}, so it cannot begin "
                 f"{session.stage.value}. Use another Trainer there, or begin it afterwards."  # type: ignore[union-attr]
             )
-        console.install(rank_zero=True)
+        console.install(launched().rank)
         link, failed = session.task._link, True
         held = link.held()  # another trainer may be in the middle of a call with this task
         try:
@@ -439,9 +436,13 @@ class Trainer(TrainerView):
                 yield
             failed = False
         except BaseException as exception:
+            ranks = session.strategy.ranks
+            error = ranks.explain(exception)  # torch cannot say which process is missing
             for hook in () if session.hooks is None else session.hooks.on_exception:
-                _shielded(hook, exception)
-            # session.strategy.ranks.failed(exception)
+                _shielded(hook, error)
+            ranks.failed(error)
+            if error is not exception:
+                raise error from exception
             raise
         finally:
             link.hold(self)  # the trainer stays known after its call

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from lightkit import signals
 from lightkit.history import History
 from lightkit.readings import CallbackMetrics
+from lightkit.run import FitRun
 from lightkit.schedules import SchedulerEntry
 from lightkit.session import Session
 from lightkit.state import Stage, TrainState
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from lightkit.limits import Limits
     from lightkit.loggers.base import Logger
     from lightkit.options import Options
+    from lightkit.run import EvalRun
     from lightkit.task import TaskModule
 
 
@@ -33,6 +35,7 @@ class TrainerView:
     options: Options
     limits: Limits
     session: Session
+    _run: FitRun | EvalRun | None = None
     _callbacks: list[Callback]
     _loggers: list[Logger]
 
@@ -145,13 +148,14 @@ class TrainerView:
 
     @property
     def num_training_batches(self) -> int | None:
-        """Training batches of an epoch; None where unknown."""
-        return self.session.train_length
+        """Training batches of an epoch for this process; None where unknown."""
+        run = self._run  # which knows of an epoch that another number of processes began
+        return run.train_length if isinstance(run, FitRun) else self.session.train_length
 
     @property
     def is_last_batch(self) -> bool:
         """Whether the training batch under way is the last of its epoch, as far as is known."""
-        return self.session.train_length == self.session.state.batch_idx + 1
+        return self.num_training_batches == self.session.state.batch_idx + 1
 
     @property
     def num_val_batches(self) -> list[int | None]:

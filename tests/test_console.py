@@ -106,11 +106,16 @@ def test_a_level_set_by_the_user_stays(log, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_other_ranks_are_silent(log, capsys):
-    console.install(rank_zero=False)
+@pytest.mark.parametrize("root", [False, True])
+def test_other_ranks_show_errors_alone_with_their_number(log, capsys, root):
+    if root:  # shows everything, on all ranks
+        logging.root.addHandler(logging.StreamHandler(sys.stderr))
+        logging.root.level = logging.INFO
+    console.install(rank=3)
     log.info("a")
     log.warning("b")
-    assert capsys.readouterr() == ("", "")
+    log.error("broken")
+    assert capsys.readouterr() == ("rank 3: error: broken\n", "")
 
 
 def test_a_closed_pipe_raises_nothing(log, monkeypatch):

@@ -142,7 +142,11 @@ def test_checkpoints_are_settled_and_go_on_bit_for_bit(quiet, reading, tmp_path)
 def test_the_rates_that_are_written_are_those_of_the_next_step(quiet, reading, tmp_path):
     monitor = LearningRateMonitor("step")
     t = quiet(
-        precision="16-mixed", logger=CSVLogger(tmp_path), callbacks=monitor, log_every_n_steps=1, max_epochs=1
+        precision="16-mixed",
+        logger=CSVLogger(tmp_path),
+        callbacks=monitor,
+        log_every_n_steps=1,
+        max_epochs=1,
     )
     task = Net()
     t.fit(task, data(BATCHES))

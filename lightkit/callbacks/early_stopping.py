@@ -168,7 +168,9 @@ class EarlyStopping(Callback):
 
     def _check(self, trainer: Trainer, task: TaskModule) -> None:
         # Host sync, once per check; after an epoch the value is reduced and on the CPU already.
-        value = float(trainer.callback_metrics[self.monitor])
+        # Over ranks a collective, for what a hook has logged just now.
+        assert trainer.session.metrics is not None
+        value = float(trainer.session.metrics.reduced(self.monitor))  # type: ignore[arg-type]
         reason = self._judge(value, trainer, task)
         if reason:
             self.stopped_epoch = trainer.current_epoch

@@ -112,6 +112,10 @@ def restore(run: FitRun, checkpoint: dict[str, Any]) -> None:
             f"The checkpoint holds {kind}, so a run cannot go on from it. To start from its "
             f"weights: task.load_weights(path), then fit without ckpt_path."
         )
+    if run.strategy.sharded or "pieces" in checkpoint["lightkit"]:
+        from lightkit.checkpoint import sharded
+
+        checkpoint = sharded.settled(checkpoint, run.task, run.plan.optimizers)
     for hook in run.hooks.on_load_checkpoint:
         hook(checkpoint)
     saved_class = checkpoint.get("task_class", "a task")

@@ -6,6 +6,7 @@ import contextlib
 import logging
 from pathlib import Path
 
+from lightkit.checkpoint.disk import identity
 from lightkit.checkpoint.files import POINTERS, SUFFIX, check_bytes, peek, settle
 from lightkit.errors import CheckpointError
 
@@ -29,8 +30,7 @@ def latest(directory: str | Path, run: str | None = None) -> Path | None:
     paths = Path(directory).glob(f"*{SUFFIX}")
     for path in sorted(paths, key=lambda p: (p.stem not in POINTERS, p.name)):
         with contextlib.suppress(OSError):  # gone in the meantime, or a link to nowhere
-            stat = path.stat()
-            files[stat.st_dev, stat.st_ino] = path  # of several names the file's own comes last
+            files[identity(path)] = path  # of several names the file's own comes last
     found = []
     for path in files.values():
         try:

@@ -120,15 +120,15 @@ class Retention:
 
         def here(path: str) -> str:
             moved = path if same else str(folder / Path(path).name)
-            return moved if Path(moved).is_file() else ""
+            return moved if Path(moved).exists() else ""
 
         self.best = {here(p): score for p, score in self.best.items() if here(p)}
         self.written = {here(p): step for p, step in self.written.items() if here(p)}
         self.newest = here(self.newest) if self.newest else ""
-        self.garbage = [p for p in self.garbage if Path(p).is_file()] if same else []
+        self.garbage = [p for p in self.garbage if Path(p).exists()] if same else []
         if self.best_path:
             self.best_path = here(self.best_path) or self.best_path
-            if not Path(self.best_path).is_file():
+            if not Path(self.best_path).exists():
                 self.best_path = min(self.best, key=self._rank, default="")
                 self.best_score = self.best.get(self.best_path)
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightkit.checkpoint.files import SUFFIX, point, prepare_folder
+from lightkit.checkpoint.disk import point, prepare_folder, remove
+from lightkit.checkpoint.files import SUFFIX
 from lightkit.checkpoint.names import check_template, render
 from lightkit.checkpoint.newest import orphans
 from lightkit.errors import CheckpointError, ConfigError, NonFiniteError, did_you_mean
@@ -222,9 +223,15 @@ def check_monitor(given: ModelCheckpoint, trainer: Trainer, validated: bool) -> 
 
 
 def new_score(given: ModelCheckpoint, trainer: Trainer) -> Tensor | None:
-    """Returns the monitored value if it is new since a file was judged, else None."""
-    value = None if given.monitor is None else trainer.callback_metrics.get(given.monitor)
-    if value is None or (given._from_validation and not given._fresh):
+    """Returns the monitored value if it is new since a file was judged, else None.
+
+    Over ranks a collective: what was logged since the last row is each one's own.
+    """
+    if given.monitor is None or (given._from_validation and not given._fresh):
+        return None
+    assert trainer.session.metrics is not None
+    value = trainer.session.metrics.reduced(given.monitor)
+    if value is None:
         return None
     step = trainer.global_step
     if given._from_validation and given._measured_at != step and not given._told_misaligned:
@@ -282,7 +289,7 @@ def collect_garbage(files: Retention, others: Sequence[ModelCheckpoint]) -> list
     for path in files.garbage:
         try:
             if path not in kept:
-                Path(path).unlink(missing_ok=True)
+                remove(Path(path))
         except OSError as error:
             _log.warning("%s could not be removed: %s", path, error.strerror)
             failed.append(path)

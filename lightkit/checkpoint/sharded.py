@@ -17,7 +17,6 @@ describe parts are accepted.
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
 import pickle
@@ -30,9 +29,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightkit.checkpoint import files
+from lightkit.checkpoint import disk, files
+from lightkit.checkpoint.disk import MARK, REST
 from lightkit.checkpoint.storable import storable
 from lightkit.distributed.meta import fill_part
 from lightkit.errors import CheckpointError
@@ -42,8 +42,6 @@ if TYPE_CHECKING:
 
     from lightkit.distributed import Strategy
 
-REST = "rest.ckpt"
-MARK = ".metadata"
 #: The one key of the mapping that stands for a tensor whose parts are in other files.
 _PLACE = "__lightkit_sharded__"
 _METADATA = "torch.distributed.checkpoint.metadata"
@@ -96,7 +94,7 @@ class Shards:
 
         def begin() -> str:
             self.stored = storable(rest, "checkpoint")
-            return str(files.temporary(path))
+            return str(disk.temporary_name(path))
 
         self.stored: Any = None
         # Collectives; the group has its own, so that a thread may write while the loop goes on.
@@ -141,8 +139,8 @@ class Shards:
                 """Called on rank zero when all have written; its errors are everybody's."""
                 rest()
                 super().finish(metadata, results)
-                files.sync_folder(folder)
-                _replace(folder, self_path)
+                disk.sync_folder(folder)
+                disk.give_name(folder, self_path)
 
         self_path = self.path
         try:
@@ -165,7 +163,7 @@ class Shards:
         """Returns what to say about a folder that could not be written."""
         rank, (cause, _) = min(error.failures.items())
         if isinstance(cause, OSError):
-            text = files.why(cause, self.path, sum(p.nbytes for p in self.parts.values()))
+            text = disk.why(cause, self.path, sum(p.nbytes for p in self.parts.values()))
         else:
             text = f"{self.path} could not be written: {type(cause).__name__}: {cause}"
         return f"rank {rank}: {text}" if rank else text
@@ -175,7 +173,9 @@ def _divided(item: Any, name: str, parts: dict[str, Tensor]) -> Any:
     """Returns ``item`` with marks in the place of parts, which go to ``parts``."""
     if is_part(item):
         if name in parts:
-            raise CheckpointError(f"checkpoint.{name} is there twice, under names that differ in dots.")
+            raise CheckpointError(
+                f"checkpoint.{name} is there twice, under names that differ in dots."
+            )
         parts[name] = item.detach()
         return {_PLACE: name}
     return _mapped(item, name, lambda inner, at: _divided(inner, at, parts))
@@ -194,41 +194,23 @@ def _mapped(item: Any, name: str, change: Callable[[Any, str], Any]) -> Any:
     return made
 
 
-def _replace(new: Path, path: Path) -> None:
-    """Gives a folder its name; what had it before goes."""
-    old = new.with_name(new.name.removesuffix(files.TEMPORARY) + f".old{files.TEMPORARY}")
-    if path.is_dir():
-        os.replace(path, old)  # a folder cannot take the place of another one in one instant
-    elif path.exists():
-        path.unlink()
-    os.replace(new, path)
-    files.sync_folder(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def point(pointer: Path, target: Path) -> None:
     """Makes ``pointer`` a second name of the folder ``target``: its files as hard links.
 
     Raises:
         CheckpointError: The folder cannot be written, or its file system has no links.
     """
-    temporary = files.temporary(pointer)
+    temporary = disk.temporary_name(pointer)
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.copytree(target, temporary, copy_function=os.link)
-        files.sync_folder(temporary)
-        _replace(temporary, pointer)
+        disk.sync_folder(temporary)
+        disk.give_name(temporary, pointer)
     except (OSError, shutil.Error) as error:
         cause = error if error.errno else OSError(0, str(error))
-        raise CheckpointError(files.why(cause, pointer, 0)) from error
+        raise CheckpointError(disk.why(cause, pointer, 0)) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def remove(folder: Path) -> None:
-    """Removes a folder; its mark first, so that no half of it counts."""
-    (folder / MARK).unlink(missing_ok=True)
-    shutil.rmtree(folder)
 
 
 # --- reading ------------------------------------------------------------------------------------
@@ -345,11 +327,6 @@ def _metadata(path: Path) -> Any:
     return metadata
 
 
-def is_folder(path: Path) -> bool:
-    """Tells whether a path is the folder of a checkpoint, whole or not."""
-    return path.is_dir() and ((path / REST).exists() or (path / MARK).exists())
-
-
 def is_valid(path: Path) -> bool:
     """Tells cheaply whether a folder is whole: its files are there, as long as they must be."""
     try:
@@ -392,7 +369,23 @@ def whole(item: Any, name: str = "") -> Any:
 # --- giving parts out -----------------------------------------------------------------------------
 
 
-def placed(weights: Mapping[str, Any], own: Mapping[str, Any]) -> Mapping[str, Any]:
+def settled(contents: Any, task: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
+    """Returns a checkpoint as a run takes it: parts where the run has parts, all else whole.
+
+    Args:
+        contents: What was read, be it a folder or a file.
+        task: The task of the run.
+        optimizers: Its optimizers.
+    """
+    contents["lightkit"].pop("pieces", None)
+    done = {
+        "model": placed(contents["model"], task.state_dict()),
+        "optimizers": placed_states(contents["optimizers"], optimizers),
+    }
+    return {name: done[name] if name in done else whole(inner) for name, inner in contents.items()}
+
+
+def placed(weights: Mapping[str, Any], own: Mapping[str, Any]) -> OrderedDict[str, Any]:
     """Returns weights as a module takes them: its part where it has parts, else whole.
 
     Args:
@@ -422,7 +415,9 @@ def placed_states(saved: Any, optimizers: Sequence[Optimizer]) -> Any:
         numbers = [number for group in one["param_groups"] for number in group["params"]]
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         owners = dict(zip(numbers, parameters, strict=False))
-        state = {number: _state(values, owners.get(number)) for number, values in one["state"].items()}
+        state = {
+            number: _state(values, owners.get(number)) for number, values in one["state"].items()
+        }
         made.append({**one, "state": state})
     return [*made, *map(whole, saved[len(made) :])]
 
@@ -471,21 +466,10 @@ def consolidate(folder: str | Path, file: str | Path) -> Path:
     """
     folder, file = Path(folder), Path(file)
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is no folder of a sharded run, so there is nothing to join.")
+        raise CheckpointError(
+            f"{folder} is no folder of a sharded run, so there is nothing to join."
+        )
     if file.is_dir():
         raise CheckpointError(f"{file} is a folder. Name the file to write.")
     files.write_checkpoint(files.read_checkpoint(folder), file)
     return file
-
-
-def same(one: Path, other: Path) -> bool:
-    """Tells whether two paths name one checkpoint, be it a file or a folder."""
-    with contextlib.suppress(OSError):
-        return identity(one) == identity(other)
-    return False
-
-
-def identity(path: Path) -> tuple[int, int]:
-    """Returns what names of one checkpoint have in common."""
-    stat = (path / MARK if path.is_dir() else path).stat()
-    return stat.st_dev, stat.st_ino

@@ -24,7 +24,7 @@ def part(run: FitRun) -> dict[str, Any]:
         # Those of the checkpoint that is continued, as long as they are not put back.
         "rng": rng.rng_state() if run.rng is None else run.rng,
         "data": run.data_state(),
-        "metrics": run.metrics.local_state() if hasattr(run.metrics, "local_state") else {},
+        "metrics": run.metrics.local_state(),
     }
 
 

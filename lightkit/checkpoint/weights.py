@@ -71,6 +71,7 @@ def apply_weights(
         raise CheckpointError(
             f"No name in {source} begins with {prefix!r}. The names are {_few(weights)}."
         )
+    chosen = _as_held(chosen, module)
     mismatch = _Mismatch(module, chosen)
     if not strict:
         for name in mismatch.shapes:
@@ -88,6 +89,17 @@ def apply_weights(
         ) from None
     if not strict and mismatch.described():
         _log.warning("Loaded what fits of %s: %s.", source, mismatch.described())
+
+
+def _as_held(weights: OrderedDict[str, Any], module: nn.Module) -> OrderedDict[str, Any]:
+    """Returns weights as a module takes them, where it or they are sharded; else themselves."""
+    own = module.state_dict()
+    in_parts = any(hasattr(value, "device_mesh") for value in own.values())
+    if not in_parts and not any(hasattr(value, "whole") for value in weights.values()):
+        return weights
+    from lightkit.checkpoint import sharded
+
+    return sharded.placed(weights, own)
 
 
 class _Mismatch:
@@ -163,7 +175,8 @@ def _without_prefix(weights: Mapping[str, Any], prefix: str) -> OrderedDict[str,
 def _is_state_dict(candidate: Mapping[Any, Any]) -> bool:
     """Tells whether a mapping is from names to tensors (extra states of modules may be others)."""
     return all(isinstance(name, str) for name in candidate) and (
-        not candidate or any(isinstance(value, Tensor) for value in candidate.values())
+        not candidate
+        or any(isinstance(value, Tensor) or hasattr(value, "whole") for value in candidate.values())
     )
 
 

@@ -8,7 +8,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from torch import Tensor
 from lightkit.checkpoint.files import in_flight, settle, write_stored
 from lightkit.checkpoint.storable import storable
 from lightkit.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from lightkit.distributed import Strategy
 
 _log = logging.getLogger("lightkit")
 #: How long to wait before a file that could not be written is tried once more.
@@ -32,6 +35,7 @@ class Writer:
     def __init__(self) -> None:
         self._error: Exception | None = None
         self._buffers = Buffers()
+        self._parts: dict[str, Tensor] = {}
 
     def write(
         self,
@@ -42,8 +46,11 @@ class Writer:
         background: bool = False,
         then: Callable[[], None] | None = None,
         failed: Callable[[Exception], None] | None = None,
+        strategy: Strategy | None = None,
     ) -> None:
         """Writes a checkpoint, once more after a second if that fails.
+
+        Of a sharded run every rank writes its part, so that all of them come here alike.
 
         Args:
             contents: The checkpoint. What cannot be stored is converted or refused here and now.
@@ -53,6 +60,7 @@ class Writer:
             then: Called when the file is complete, in the background by that thread.
             failed: Gets the error of a background save. Without it the next `write` that names
                 nobody either, `wait` or `close` raises the error, whichever comes first.
+            strategy: The strategy of the run.
 
         Raises:
             CheckpointError: Something cannot be stored, or a file could not be written.
@@ -61,15 +69,27 @@ class Writer:
             self.wait()
         else:  # what went wrong with the file of another one is not theirs
             settle()
-        stored = storable(contents, "checkpoint")
+        shards = None
+        if strategy is not None and strategy.sharded:
+            from lightkit.checkpoint.sharded import Shards
+
+            shards = Shards(contents, path, strategy)
+            stored = shards.stored
+        else:
+            stored = storable(contents, "checkpoint")
 
         def work() -> None:
-            _write_twice(stored, path, files)
+            if shards is None:
+                _write_twice(lambda: write_stored(stored, path, files))
+            else:
+                _write_twice(lambda: shards.write(stored, files))
             if then is not None:
                 then()
 
         if background:
             stored = self._buffers.copy(stored)
+            if shards is not None:
+                shards.copy(self._parts)
             self._start(work, failed or self._keep)
         else:
             work()
@@ -126,17 +146,17 @@ class Writer:
                 raise
             _log.error("and in saving before the error: %s", error)
         finally:
-            self._buffers = Buffers()
+            self._buffers, self._parts = Buffers(), {}
 
 
-def _write_twice(stored: Any, path: Path, files: Iterable[Path]) -> None:
+def _write_twice(write: Callable[[], None]) -> None:
     """Writes a file, once more after a while: a network or a full disk may have recovered."""
     try:
-        write_stored(stored, path, files)
+        write()
     except CheckpointError as error:
         _log.warning("%s Trying once more in %g s.", error, RETRY_SECONDS)
         time.sleep(RETRY_SECONDS)
-        write_stored(stored, path, files)
+        write()
 
 
 class Buffers:

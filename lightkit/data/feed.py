@@ -363,14 +363,29 @@ class Feed:
             iterator = iter(self.view)
             watch(iterator)
             left = 0 if plan.walked() else left
+            if plan.share is not None:
+                self._compare(plan.first)
         if self.reads:
             state, self._random = self._random, None
-            if state is None and not self.ranks.is_zero:
-                state = rng.rng_state()  # its own come back, while rank zero reads in those it has
+            if state is None and (placed or not self.ranks.is_zero):
+                state = rng.rng_state()  # its own come back, while rank zero begins in those it has
             iterator = self._reading = Reading(iterator, self.share, skip - left, limit, state)
         elif self.own and self.share.even and loader_length(self.loader) is None:
             iterator = Together(iterator, self.ranks)
         return iterator, left
+
+    def _compare(self, first: int) -> None:
+        """Raises `DataError` on all ranks where they begin with different batches. A collective."""
+        told = self.ranks.exchange([first], "comparison of the order of batches")
+        others = [str(rank) for rank, mark in enumerate(told) if mark != told[0]]
+        if others:
+            kind = type(self.loader).__name__
+            raise DataError(
+                f"The sampler of a loader ({kind}) gives other samples on rank {', '.join(others)} than "
+                f"on rank 0, though it began in the same random states: its weights or its lists "
+                f"differ, or it draws from a random state that it does not show. Make it from the "
+                f"same numbers on all ranks, and from a fixed seed."
+            )
 
     def mark(self, done: int) -> int | None:
         """Returns the hash of the first ``done`` indices of this pass; None where none is known."""

@@ -78,13 +78,14 @@ class Plan(Sampler[Any]):
         silent: Gives nothing and leaves the inner sampler alone.
         walk: The pass under way.
         marks: The hash of all indices up to each one given, or up to the end of its round.
+        first: The hash of the first of all indices, where there is a share; -1 before it is known.
     """
 
     def __init__(
         self, inner: Any, *, workers: bool, replay: bool, share: Share | None = None
     ) -> None:
         self.inner, self.workers, self.replay, self.share = inner, workers, replay, share
-        self.seed, self.skip, self.silent = 0, 0, False
+        self.seed, self.skip, self.silent, self.first = 0, 0, False, -1
         self.limit: int | None = None
         self.walk: Iterator[Any] | None = None
         self.marks = array("I")
@@ -92,7 +93,7 @@ class Plan(Sampler[Any]):
     def begin(self, seed: int, skip: int, limit: int | None = None) -> None:
         """Gets ready for a pass that a loader is about to begin."""
         self.seed, self.skip, self.limit = seed, skip, limit
-        self.walk, self.marks = None, array("I")
+        self.walk, self.marks, self.first = None, array("I"), -1
 
     def walked(self) -> bool:
         """Walks to where the pass goes on, before random states are put back.
@@ -150,8 +151,9 @@ class Plan(Sampler[Any]):
         indices = self._steady(source)
         if self.limit is not None:
             indices = islice(indices, self.limit)
-        if not skip:
-            indices = chain(list(islice(indices, 1)), indices)  # draws now, as skipping does
+        begun = list(islice(indices, 1))  # draws now
+        self.first = _checksum(begun, 0)
+        indices = chain(begun, indices)
         for number in count():
             if number == skip and not workers:
                 yield None  # to `walked`

@@ -113,7 +113,7 @@ class BatchStream:
         self._alone = feed is not None and feed.own and share.even
         self.size: int | None = None
         self.ended = False
-        self._sizes = sizes if sizes is not None else sample_counts(loader)
+        self._sizes = sizes if sizes is not None else sample_counts(loader, share)
         if epoch is not None:
             _set_epoch(epoch, loader, None if feed is None else feed.view)
         self.fetched = -1  # until the pass has begun

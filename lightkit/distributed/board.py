@@ -77,11 +77,6 @@ class Board:
             with contextlib.suppress(RuntimeError):
                 self._written.add("failures", 1)
 
-    @property
-    def failing(self) -> bool:
-        """Whether the run of this process ended by an error."""
-        return self._failed
-
     def leave(self, end: str) -> None:
         """Says how this process ended where that is no failure."""
         self._put("end", end)
@@ -136,16 +131,19 @@ class Board:
 
 
 def connect(env: LaunchEnv, timeout: timedelta, *, server: bool = False) -> Any:
-    """Returns the store by which all processes meet; named after the attempt.
+    """Returns the store by which all processes meet.
 
-    What the attempt before left in the launcher's store would be taken for this one's.
+    In the launcher's store it is named after the attempt: what the one before left there would be
+    taken for this one's. One that rank zero serves is new with every attempt, and a machine that
+    came back counts attempts from zero.
 
     Args:
         env: This process.
         timeout: How long the store is waited for, and what is asked of it.
         server: Whether this process serves it.
     """
-    store = torch.distributed.TCPStore(
+    dist: Any = torch.distributed
+    store = dist.TCPStore(
         env.master_address,
         env.master_port,
         env.world_size,
@@ -153,10 +151,11 @@ def connect(env: LaunchEnv, timeout: timedelta, *, server: bool = False) -> Any:
         timeout=timeout,
         wait_for_workers=False,  # the process group waits for all of them
     )
-    return torch.distributed.PrefixStore(f"lightkit/{env.restart}", store)
+    return dist.PrefixStore(f"lightkit/{env.restart if env.agent_store else 0}", store)
 
 
 def _connect(env: LaunchEnv, timeout: timedelta) -> Any:
-    store = torch.distributed.PrefixStore("board", connect(env, timeout))
+    dist: Any = torch.distributed
+    store = dist.PrefixStore("board", connect(env, timeout))
     store.set_timeout(timedelta(seconds=PATIENCE))
     return store

@@ -12,6 +12,7 @@ import inspect
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("lightkit")
 
+#: How long the slowest disk may take.
+_STORAGE_TIMEOUT = timedelta(hours=1)
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 _END = object()
 _DONE = -2.0  # said by the ranks that have a batch, when they are through with it
@@ -280,10 +283,7 @@ class FSDPStrategy(Strategy):
 
     def total_norm(self, tensors: Sequence[Tensor]) -> Tensor:
         """See `Strategy.total_norm`. A collective on the device for each kind of split."""
-        meshes: dict[Any, list[Tensor]] = {}
-        for tensor in tensors:
-            meshes.setdefault(getattr(tensor, "device_mesh", None), []).append(tensor)
-        norms = [_whole(torch.nn.utils.get_total_norm(group)) for group in meshes.values()]
+        norms = [_whole(torch.nn.utils.get_total_norm(group)) for group in _by_mesh(tensors)]
         return norms[0] if len(norms) == 1 else torch.nn.utils.get_total_norm(norms)
 
     def clip_grad_norm(self, parameters: list[Tensor], max_norm: float) -> Tensor:
@@ -291,8 +291,21 @@ class FSDPStrategy(Strategy):
         if not self.sharded:
             return super().clip_grad_norm(parameters, max_norm)
         norm = self.total_norm([p.grad for p in parameters if p.grad is not None])
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        for group in _by_mesh(parameters):
+            torch.nn.utils.clip_grads_with_norm_(group, max_norm, norm)
         return norm
+
+    def clip_grad_value(self, parameters: list[Tensor], max_value: float) -> None:
+        """See `Strategy.clip_grad_value`."""
+        for group in _by_mesh(parameters):
+            super().clip_grad_value(group, max_value)
+
+    def storage_group(self) -> Any:
+        """See `Strategy.storage_group`. A collective the first time.
+
+        It is of its own and over gloo: a thread writes while the loop goes on.
+        """
+        return _storage_group()
 
     # --- evaluation ------------------------------------------------------------------------------
 
@@ -422,9 +435,22 @@ def _shards(task: nn.Module) -> list[Any]:
     return [module for module in task.modules() if hasattr(module, "unshard")]
 
 
+def _by_mesh(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Returns tensors that are split in one way together: torch's operations on lists need that."""
+    found: dict[Any, list[Tensor]] = {}
+    for tensor in tensors:
+        found.setdefault(getattr(tensor, "device_mesh", None), []).append(tensor)
+    return list(found.values())
+
+
 def _whole(tensor: Tensor) -> Tensor:
     """Returns a sharded tensor as a plain one. A collective on its device."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _storage_group() -> Any:
+    return torch.distributed.new_group(backend="gloo", timeout=_STORAGE_TIMEOUT)
 
 
 @functools.cache

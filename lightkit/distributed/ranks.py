@@ -12,7 +12,6 @@ import contextlib
 import pickle
 import re
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -36,7 +35,7 @@ _AFTER_OTHERS = 0.5
 #: Seconds that connections may take to close after an error.
 _CLOSING = 5.0
 #: What torch's transports say when another process has gone.
-_TRANSPORT = re.compile(r"gloo|NCCL|Connection (closed|reset)|process group", re.IGNORECASE)
+_TRANSPORT = re.compile(r"gloo/|NCCL (error|comm)|Connection (closed|reset) by peer")
 _PIECE = 64 * 2**20  # bytes that are copied together before they are sent
 
 
@@ -132,6 +131,7 @@ class ProcessRanks(Ranks):
         self._control, self._board, self._timeout = control, board, timeout
         self._count = 0
         self._inside: tuple[int, str] | None = None
+        self._ended_by: BaseException | None = None
         self._watchdog: Watchdog | None = None
         if board is not None:
             where = torch.device("cpu") if device is None else device
@@ -139,6 +139,7 @@ class ProcessRanks(Ranks):
 
     def begin(self) -> None:
         """Forgets how an earlier run of this program ended."""
+        self._ended_by = None
         if self._board is not None and self._watchdog is not None:
             self._board.recover()
             self._watchdog.begin()
@@ -146,7 +147,8 @@ class ProcessRanks(Ranks):
     def share(self, value: T, what: str) -> T:
         """See `Ranks.share`."""
         packed, error = _packed(value) if self.is_zero else (b"", None)
-        return self._unpack(self._send((packed, error), what), 0, what)
+        result: T = self._unpack(self._send((packed, error), what), 0, what)
+        return result
 
     def gather(self, value: T, what: str) -> list[T]:
         """See `Ranks.gather`."""
@@ -157,7 +159,7 @@ class ProcessRanks(Ranks):
 
     def decide(self, call: Callable[[], T], what: str) -> T:
         """See `Ranks.decide`."""
-        result: Any = None
+        result: T | None = None
         error: Exception | None = None
         if self.is_zero:
             try:
@@ -171,7 +173,7 @@ class ProcessRanks(Ranks):
         result, raised_there = self._unpack(found, 0, what)
         if raised_there is not None:
             raise told.mark(raised_there)
-        return result  # type: ignore[no-any-return]
+        return result
 
     def _send(self, packed: tuple[bytes, str | None], what: str) -> tuple[bytes, str | None]:
         """Returns what rank zero has packed, to all."""
@@ -189,7 +191,7 @@ class ProcessRanks(Ranks):
                 f"{what}: rank {rank} holds what cannot be sent to other processes: {error}. "
                 f"Plain types, tensors and objects that can be pickled can."
             )
-        return pickle.loads(data)
+        return pickle.loads(data)  # noqa: S301  another process of this very run packed it
 
     def exchange(self, numbers: Sequence[float], what: str) -> list[list[float]]:
         """See `Ranks.exchange`."""
@@ -197,7 +199,7 @@ class ProcessRanks(Ranks):
         found = [torch.empty_like(own) for _ in range(self.world_size)]
         with self._named(what):
             torch.distributed.all_gather(found, own, group=self._control)
-        return torch.stack(found).tolist()  # type: ignore[no-any-return]  # memory of the CPU
+        return torch.stack(found).tolist()  # memory of the CPU
 
     def wait(self, what: str) -> None:
         """See `Ranks.wait`."""
@@ -208,14 +210,14 @@ class ProcessRanks(Ranks):
         """See `Ranks.average`."""
         for group in _pieces(tensors):
             flat = torch.cat([tensor.reshape(-1) for tensor in group])
-            with self._named("average of gradients", told=False):
+            with self._named("average of gradients", tells=False):
                 torch.distributed.all_reduce(flat)
             _fill(group, flat.div_(self.world_size))
 
     def total(self, tensor: Tensor) -> Tensor:
         """See `Ranks.total`."""
         summed = tensor.clone()
-        with self._named("sum over ranks", told=False):
+        with self._named("sum over ranks", tells=False):
             torch.distributed.all_reduce(summed)
         return summed
 
@@ -229,62 +231,67 @@ class ProcessRanks(Ranks):
 
     def explain(self, error: BaseException) -> BaseException:
         """See `Ranks.explain`."""
-        if isinstance(error, RuntimeError) and not isinstance(error, LightkitError):
-            if _TRANSPORT.search(str(error)):
-                return self._peer_error("a collective of torch", error)
-        return error
+        if not _is_transport(error):
+            return error
+        missing = self._missing(None, error)
+        if not missing:
+            return error
+        return PeerError(f"rank {self.rank} waited in a collective of torch: {missing}")
 
     def failed(self, error: BaseException) -> None:
         """See `Ranks.failed`."""
-        follows = told.follows(error)
+        if error is self._ended_by:
+            return
+        self._ended_by, follows = error, told.follows(error)
         if self._board is not None:
-            text = "".join(traceback.format_exception_only(error)).strip()
+            text = told.in_a_line(error)
             self._board.fail(FOLLOWED + text if follows else text)
         if follows:
             # The launcher names the first process that it sees end: let it be the guilty one.
             time.sleep(_AFTER_OTHERS)
         elif isinstance(error, Exception) and self.env.has_error_file:
-            from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
-            get_error_handler().record_exception(error)
+            _record(error)
 
     def close(self) -> None:
         """Ends the process group with the program; never waits for long after an error."""
         if not torch.distributed.is_initialized():
             return
         if self._board is not None and self._watchdog is not None:
-            if self._board.failing or self._board.another_failed():
+            if self._ended_by is not None or self._board.another_failed():
                 self._watchdog.closing(_CLOSING)
             else:
                 self._board.leave("ended its program without an error")
         torch.distributed.destroy_process_group()
 
     @contextlib.contextmanager
-    def _named(self, what: str, *, told: bool = True) -> Iterator[None]:
+    def _named(self, what: str, *, tells: bool = True) -> Iterator[None]:
         """Says what a collective was for when it fails, and who did not come.
 
         Args:
             what: Its name.
-            told: Whether the others can read that this process has come to it.
+            tells: Whether the others can read that this process has come to it.
         """
         self._count += 1
         self._inside = (self._count, what)
-        if told and self._board is not None:
+        if tells and self._board is not None:
             self._board.at(self._count, what)
         try:
             yield
         except RuntimeError as error:
-            raise self._peer_error(what, error) from error
+            if not _is_transport(error):
+                raise
+            missing = self._missing(what, error) or error
+            raise PeerError(f"rank {self.rank} waited in {what!r}: {missing}") from error
         finally:
             self._inside = None
 
-    def _peer_error(self, what: str, error: BaseException) -> PeerError:
-        late = "imed out" in str(error)
-        missing = self._missing(what, late=late)
-        return PeerError(f"rank {self.rank} waited in {what!r}: {missing or error}")
+    def _missing(self, what: str | None, error: BaseException | None = None) -> str:
+        """Says who did not come to a collective, and why; "" where nothing is known.
 
-    def _missing(self, what: str, *, late: bool = False) -> str:
-        """Says who did not come to a collective, and why, as far as it is known."""
+        Args:
+            what: Its name; None for one of torch's own.
+            error: What it ended with, if it has.
+        """
         if self._board is None:
             return ""
         before = self._board.look()
@@ -297,13 +304,20 @@ class ProcessRanks(Ranks):
         silent = [r for r, seen in after.items() if seen.beat == before[r].beat and r not in ends]
         if silent:
             return f"{_listed(silent)} ended without a word: killed, or out of memory?"
+        late = "imed out" in str(error)
         waited = f" within {self._timeout.total_seconds():.0f} s" if late else ""
         behind = [
             f"rank {rank} did not come{waited}; it was last in {seen.place!r}"
             for rank, seen in after.items()
-            if seen.count < self._count or seen.place != what
+            if seen.count < self._count or (what is not None and seen.place != what)
         ]
         return "; ".join(behind) or "; ".join(f"rank {r} {_ending(e)}" for r, e in ends.items())
+
+
+def _is_transport(error: BaseException) -> bool:
+    """Tells whether an error is torch's, about the connections between processes."""
+    mine = isinstance(error, RuntimeError) and not isinstance(error, LightkitError)
+    return mine and _TRANSPORT.search(str(error)) is not None
 
 
 def _pieces(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
@@ -319,9 +333,21 @@ def _pieces(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 def _fill(tensors: list[Tensor], flat: Tensor) -> None:
     """Copies the parts of a flat tensor into tensors."""
-    parts = flat.split([tensor.numel() for tensor in tensors])
+    parts = torch.split(flat, [tensor.numel() for tensor in tensors])
     shaped = [part.view_as(t) for part, t in zip(parts, tensors, strict=True)]
     torch._foreach_copy_(tensors, shaped)
+
+
+def _record(error: Exception) -> None:
+    """Writes an error where torchrun reads what to show of it."""
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    trace = error.__traceback__
+    try:
+        raise error  # torch takes down the exception that is under way
+    except Exception:  # noqa: BLE001
+        error.__traceback__ = trace
+        get_error_handler().record_exception(error)
 
 
 def _packed(value: Any) -> tuple[bytes, str | None]:
@@ -335,7 +361,7 @@ def _packed(value: Any) -> tuple[bytes, str | None]:
 def _twin(error: Exception) -> Exception:
     """Returns an error as other processes can raise it: itself, or a `PeerError` with its text."""
     try:
-        twin = pickle.loads(pickle.dumps(error))
+        twin = pickle.loads(pickle.dumps(error))  # noqa: S301  our own
     except Exception:  # noqa: BLE001  a constructor that takes other arguments raises anything
         twin = None
     if type(twin) is type(error) and str(twin) == str(error):
@@ -383,37 +409,32 @@ def join(env: LaunchEnv, device: torch.device, timeout: timedelta = TIMEOUT) -> 
 
 
 def _open(env: LaunchEnv, device: torch.device, timeout: timedelta) -> ProcessRanks:
+    """Opens the process group, unless there is one, and a second one for what is on the CPU."""
     dist = torch.distributed
-    board, ours = None, not dist.is_initialized()
-    if ours:
-        _meet(env, device, timeout)
-    if env.world_size > 1:
-        with contextlib.suppress(RuntimeError):  # a group that was opened by other means
-            board = Board(env, timeout if ours else timedelta(seconds=PATIENCE))
-    control = dist.new_group(backend="gloo", timeout=timeout)
-    ranks = ProcessRanks(env, control, board, device, timeout)
-    ranks.wait("the start of all processes")  # from now on everybody's line can be read
-    if ours:
-        told.install(env.rank)
-        atexit.register(ranks.close)
-    return ranks
-
-
-def _meet(env: LaunchEnv, device: torch.device, timeout: timedelta) -> None:
-    """Opens the process group."""
-    cuda = device.type == "cuda"
+    board, ours, cuda = None, not dist.is_initialized(), device.type == "cuda"
     try:
-        torch.distributed.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo",
-            store=connect(env, timeout, server=env.rank == 0 and not env.agent_store),
-            rank=env.rank,
-            world_size=env.world_size,
-            timeout=timeout,
-            device_id=device if cuda else None,
-        )
+        if ours:
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if cuda else "gloo",
+                store=connect(env, timeout, server=env.rank == 0 and not env.agent_store),
+                rank=env.rank,
+                world_size=env.world_size,
+                timeout=timeout,
+                device_id=device if cuda else None,
+            )
+        control = dist.new_group(backend="gloo", timeout=timeout)
     except RuntimeError as error:
         raise PeerError(
             f"rank {env.rank} did not meet all of the {env.world_size} processes at "
             f"{env.master_address}:{env.master_port} within {timeout.total_seconds():.0f} s: "
             f"{error}"
         ) from error
+    if env.world_size > 1:
+        with contextlib.suppress(RuntimeError):  # a group that was opened by other means
+            board = Board(env, timeout if ours else timedelta(seconds=PATIENCE))
+    ranks = ProcessRanks(env, control, board, device, timeout)
+    ranks.wait("the start of all processes")  # from now on everybody's line can be read
+    if ours:
+        told.install(env.rank, ranks.failed)
+        atexit.register(ranks.close)
+    return ranks

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import zlib
-from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from lightkit.distributed.meta import is_meta, materialise
 from lightkit.distributed.ranks import Ranks
 from lightkit.errors import UsageError
 
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from lightkit.precision import Precision
 
 
-class Strategy(ABC):
+class Strategy:
     """The seam between the loop and the devices.
 
     The loop calls `setup` before optimizers are made, `bind_training` and `bind` once per step
@@ -74,9 +73,9 @@ class Strategy(ABC):
         """Whether this process is the first of all."""
         return self.ranks.is_zero
 
-    @abstractmethod
     def setup(self, task: nn.Module) -> None:
         """Brings the task to where it runs, with the same weights on all ranks."""
+        to_device(task, self.device)
 
     def bind(self, task: nn.Module, name: str) -> Callable[..., Any]:
         """Returns what is called for the step method ``name`` of an evaluation."""
@@ -129,6 +128,10 @@ class Strategy(ABC):
         """Returns the joint 2-norm of tensors, 0-dim on the device. No host sync."""
         return torch.nn.utils.get_total_norm(tensors)
 
+    def storage_group(self) -> Any:
+        """Returns the processes that write a checkpoint together, where `sharded`."""
+        return None
+
     def in_step(self, batches: Iterator[Any]) -> Iterator[Any]:
         """Returns the batches of an evaluation, perhaps keeping the ranks in step meanwhile.
 
@@ -146,10 +149,6 @@ class SingleDevice(Strategy):
 
     name = "single_device"
 
-    def setup(self, task: nn.Module) -> None:
-        """Moves the task to the device, and makes a chosen CUDA card the current one."""
-        to_device(task, self.device)
-
 
 def to_device(task: nn.Module, device: torch.device) -> None:
     """Moves a task to a device, which becomes the current one where it is a CUDA card.
@@ -159,7 +158,9 @@ def to_device(task: nn.Module, device: torch.device) -> None:
     if device.type == "cuda":
         # So that device="cuda" in the user's code means the same card.
         torch.cuda.set_device(device)
-    if is_meta(task):
+    if any(t.is_meta for t in itertools.chain(task.parameters(), task.buffers())):
+        from lightkit.distributed.meta import materialise
+
         materialise(task, device, Ranks())
     else:
         task.to(device)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import traceback
+from collections.abc import Callable
 from types import TracebackType
 
 from lightkit.errors import PeerError
@@ -21,18 +23,34 @@ def follows(error: BaseException) -> bool:
     return isinstance(error, PeerError) or getattr(error, _MARK, False)
 
 
-def install(rank: int) -> None:
-    """Lets such an error end a program with one line; all others are shown as before."""
+def in_a_line(error: BaseException) -> str:
+    """Returns the kind and the text of an error in one line."""
+    lines = "".join(traceback.format_exception_only(error)).strip().splitlines()
+    first, last = lines[0][:300], lines[-1].strip()[:300]
+    return first if len(lines) == 1 else f"{first} ... {last}"
+
+
+def install(rank: int, failed: Callable[[BaseException], None]) -> None:
+    """Lets such an error end a program with one line; all others are shown as before.
+
+    Args:
+        rank: The number of this process.
+        failed: Learns of every error that ends the program.
+    """
     before = sys.excepthook
 
     def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if not follows(error):
+        if follows(error):
+            sys.stderr.write(f"{_line(rank, error)}\n")
+        else:
             before(kind, error, trace)
-            return
-        text = (
-            str(error) if isinstance(error, PeerError) else f"{kind.__name__} of rank 0, see there"
-        )
-        start = "" if text.startswith(f"rank {rank} ") else f"rank {rank}: "
-        sys.stderr.write(f"{start}{text}\n")
+        failed(error)
 
     sys.excepthook = show
+
+
+def _line(rank: int, error: BaseException) -> str:
+    if not isinstance(error, PeerError):
+        return f"rank {rank} ended with rank 0: {type(error).__name__}"
+    text = str(error)
+    return text if text.startswith(f"rank {rank} ") else f"rank {rank}: {text}"

@@ -193,7 +193,7 @@ def _listen() -> Callable[[float], int]:
     Who listened there before hears it still. Other threads than the main one cannot listen.
     """
     if threading.current_thread() is not threading.main_thread():
-        return lambda seconds: time.sleep(seconds) or 0
+        return _sleep
     read, write = os.pipe()
     os.set_blocking(read, False)
     os.set_blocking(write, False)
@@ -209,6 +209,11 @@ def _listen() -> Callable[[float], int]:
         return next((number for number in came if number in _ENDING), 0)
 
     return wait
+
+
+def _sleep(seconds: float) -> int:
+    time.sleep(seconds)
+    return 0
 
 
 def _forget(before: int) -> None:

@@ -30,6 +30,8 @@ class FakeTrainer(SimpleNamespace):
             state=SimpleNamespace(batch_idx=10),
             reasons=[],
         )
+        reduced = SimpleNamespace(reduced=lambda name: self.callback_metrics.get(name))
+        self.session = SimpleNamespace(metrics=reduced)
 
     def stop(self, reason: str) -> None:
         self.reasons.append(reason)

@@ -16,6 +16,7 @@ from lightkit.callbacks.lr_monitor import LearningRateMonitor
 from lightkit.errors import ConfigError
 from lightkit.loggers.base import Logger
 from lightkit.schedules import SchedulerEntry
+from lightkit.session import Session
 from lightkit.task import TaskModule
 from lightkit.trainer import Trainer
 
@@ -39,6 +40,7 @@ def trainer(optimizers: list[Optimizer], entries: list[SchedulerEntry]) -> Any:
         fast_dev_run=False,
         global_step=0,
         log_every_n_steps=3,
+        session=Session(),
     )
 
 

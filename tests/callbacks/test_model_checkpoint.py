@@ -16,28 +16,35 @@ from torch import Tensor, nn
 from lightkit.callbacks import model_checkpoint
 from lightkit.callbacks.model_checkpoint import ModelCheckpoint
 from lightkit.checkpoint import Writer, latest, read_checkpoint
+from lightkit.distributed import Ranks
 from lightkit.errors import CheckpointError, ConfigError
 from lightkit.session import Session
 from lightkit.state import TrainState
+from tests import threads
 
 
 class Trainer:
     """The attributes that the callback reads, and a loop that calls it as the real one does."""
 
-    def __init__(self, folder: pathlib.Path | None, *callbacks: ModelCheckpoint) -> None:
+    def __init__(
+        self, folder: pathlib.Path | None, *callbacks: ModelCheckpoint, ranks: Ranks | None = None
+    ) -> None:
         self.run_dir = folder
         self.callbacks = list(callbacks)
         self.task = nn.Linear(1, 1, bias=False)
         self.callback_metrics: dict[str, Tensor] = {}
         self.state = TrainState()
         self.session = Session(state=self.state)
-        self.is_global_zero = True
+        if ranks is not None:
+            self.session.strategy.ranks = ranks
+        self.is_global_zero = self.session.strategy.is_global_zero
         self.interrupted: str | None = None
         self.num_val_batches: list[int | None] = [1]
         self.sanity_checking = False
         self.saves: list[str] = []
         self.fail = False
         self.writer = Writer()
+        self.session.metrics = types.SimpleNamespace(reduced=lambda n: self.callback_metrics.get(n))
 
     @property
     def global_step(self) -> int:
@@ -61,6 +68,9 @@ class Trainer:
         if self.fail:
             raise CheckpointError(f"{path} could not be written: disk full")
         header = {"format": 1, "version": "0", "global_step": self.global_step, "exact": exact}
+        self.saves.append(pathlib.Path(path).name)
+        if not self.is_global_zero:
+            return pathlib.Path(path)
         if self.session.ledger is not None:
             header["run"] = self.session.ledger.record.id
         contents = {"lightkit": header, "model": self.task.state_dict()}
@@ -70,7 +80,6 @@ class Trainer:
         self.writer.write(
             contents, pathlib.Path(path), background=background, then=then, failed=failed
         )
-        self.saves.append(pathlib.Path(path).name)
         return pathlib.Path(path)
 
     def call(self, hook: str, *args) -> None:
@@ -339,10 +348,11 @@ def test_intervals_may_be_combined(tmp_path):
 
 
 @pytest.mark.parametrize("interval", [timedelta(seconds=60), "1 min"])
-def test_by_time(tmp_path, monkeypatch, interval):
+def test_by_time(tmp_path, interval):
     now = [100.0]
-    monkeypatch.setattr("lightkit.callbacks.model_checkpoint.time.monotonic", lambda: now[0])
-    trainer = Trainer(tmp_path, ModelCheckpoint(train_time_interval=interval)).start()
+    trainer = Trainer(tmp_path, ModelCheckpoint(train_time_interval=interval))
+    trainer.session.flow.clock = lambda: now[0]
+    trainer.start()
     for seconds in (30, 31, 30, 30, 59):
         now[0] += seconds
         trainer.step()
@@ -844,15 +854,76 @@ def test_other_entry_points_forget_nothing(tmp_path):
     assert callback.best_model_path.endswith("step_000002.ckpt")
 
 
-def test_only_rank_zero_touches_files(tmp_path):
-    trainer = Trainer(tmp_path, ModelCheckpoint(monitor="val_loss"))
-    trainer.is_global_zero = False
-    trainer.save_checkpoint = lambda path, weights_only=False, **how: trainer.saves.append(path)
-    trainer.start()
-    trainer.epoch(2.0)
-    trainer.epoch(1.0)
-    assert len(trainer.saves) == 2  # every rank takes part in a save
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("background", [False, True])
+def test_only_rank_zero_touches_files_and_all_know_the_same(tmp_path, background):
+    def train(ranks):
+        callback = ModelCheckpoint(monitor="val_loss", save_top_k=2, async_save=background)
+        trainer = Trainer(tmp_path, callback, ranks=ranks).start()
+        known = []
+        for loss in (3.0, 1.0, 2.0):
+            trainer.epoch(loss)
+            known.append(callback.best_model_path)
+        trainer.call("on_fit_end")
+        known.append((callback.best_model_path, callback.last_model_path, callback.best_k_models))
+        return trainer.saves, known, {path.name for path in tmp_path.rglob("*.ckpt")}
+
+    (saves, known, there), other = threads.together(2, train)
+    assert saves == ["step_000002.ckpt", "step_000004.ckpt", "step_000006.ckpt"]
+    assert other[0] == saves, "every rank takes part in a save"
+    assert other[1][-1] == known[-1]
+    if not background:
+        assert other[1] == known
+    assert there == {"last.ckpt", "best.ckpt", "step_000004.ckpt", "step_000006.ckpt"}
+
+
+def test_a_file_that_rank_zero_cannot_write_leads_all_ranks_alike(tmp_path):
+    def train(ranks, on_error):
+        callback = ModelCheckpoint(monitor="val_loss", save_top_k=1, on_error=on_error)
+        trainer = Trainer(tmp_path / on_error, callback, ranks=ranks).start()
+        trainer.epoch(2.0)
+        trainer.fail = ranks.is_zero
+        trainer.epoch(1.0)
+        after = callback.best_model_path, callback._files.newest
+        trainer.fail = False
+        trainer.epoch(1.5)  # better than the best there is
+        trainer.call("on_fit_end")
+        return after, trainer.saves, callback.best_model_path
+
+    zero, one = threads.together(2, lambda ranks: train(ranks, "warn"))
+    assert zero[0] == one[0]
+    assert zero[0][0].endswith("step_000002.ckpt")
+    assert zero[2] == one[2]
+    assert zero[2].endswith("step_000006.ckpt")
+
+    def fails(ranks):
+        with pytest.raises(CheckpointError, match="disk full"):
+            train(ranks, "raise")
+        return True
+
+    assert threads.together(2, fails) == [True, True]
+
+
+def test_after_an_exception_several_ranks_do_not_wait_for_each_other(tmp_path):
+    def train(ranks):
+        trainer = Trainer(tmp_path, ModelCheckpoint(), ranks=ranks).start()
+        trainer.epoch(1.0)
+        trainer.step()
+        if ranks.is_zero:
+            trainer.call("on_exception", ValueError("mine"))
+        return trainer.saves
+
+    assert threads.together(2, train) == [["step_000002.ckpt"]] * 2
+
+
+def test_a_folder_that_cannot_be_written_is_told_by_all_ranks(tmp_path):
+    (tmp_path / "file").touch()
+
+    def begin(ranks):
+        with pytest.raises(CheckpointError, match="cannot be made"):
+            Trainer(tmp_path / "file", ModelCheckpoint(), ranks=ranks).start()
+        return True
+
+    assert threads.together(3, begin) == [True] * 3
 
 
 def test_a_step_at_which_nothing_is_due_is_cheap(tmp_path):

@@ -297,9 +297,8 @@ def test_a_failed_fit_waits_and_tells_what_went_wrong_behind_it(tmp_path, full, 
 # ---- by time
 
 
-def test_by_default_the_newest_file_is_never_older_than_minutes(tmp_path, monkeypatch):
+def test_by_default_the_newest_file_is_never_older_than_minutes(tmp_path):
     clock = [0.0]
-    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     ages, saved = [], []
 
     class Slow(Net):
@@ -314,7 +313,10 @@ def test_by_default_the_newest_file_is_never_older_than_minutes(tmp_path, monkey
             saved.append(found.stem)
             ages.append(t.global_step - int(found.stem[5:]))
 
-    t = trainer(tmp_path, LambdaCallback(on_train_batch_end=age), max_epochs=1)
+    def begin(t, _):
+        t.session.flow.clock = lambda: clock[0]
+
+    t = trainer(tmp_path, LambdaCallback(on_train_batch_end=age, on_fit_start=begin), max_epochs=1)
     t.fit(Slow(), loader(80))
     assert list(dict.fromkeys(saved)) == ["step_000005", "step_000010", "step_000015"]
     assert max(ages) == 5

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from lightkit.callbacks import LambdaCallback
 from lightkit.callbacks import timer as module
 from lightkit.callbacks.timer import Timer
 from lightkit.errors import ConfigError
@@ -179,7 +180,10 @@ def test_a_fit_ends_at_the_next_step(tmp_path: Path, clock: Clock) -> None:
             clock.now += 1
 
     timer = Timer("25 s")
-    trainer = real(tmp_path, max_epochs=5, callbacks=[timer], num_sanity_val_steps=1)
+    agreed = LambdaCallback(
+        on_fit_start=lambda t, _: setattr(t.session.flow, "clock", clock.perf_counter)
+    )
+    trainer = real(tmp_path, max_epochs=5, callbacks=[agreed, timer], num_sanity_val_steps=1)
     trainer.fit(Slow(), loader(4), DataLoader([1.0, 2.0]))
     assert trainer.global_step == 3
     assert timer.time_elapsed() == 30

@@ -14,11 +14,10 @@ import time
 import pytest
 import torch
 
-from lightkit.checkpoint import files, newest
+from lightkit.checkpoint import disk, files, newest
+from lightkit.checkpoint.disk import point, prepare_folder
 from lightkit.checkpoint.files import (
     is_valid,
-    point,
-    prepare_folder,
     read_any,
     read_checkpoint,
     save_file,
@@ -239,7 +238,7 @@ def test_kill_9_while_writing_leaves_the_old_file(tmp_path, place):
 
 
 def test_temporary_files_that_may_have_a_writer_stay(tmp_path):
-    mine = files._temporary(tmp_path / "a.ckpt")
+    mine = disk.temporary_name(tmp_path / "a.ckpt")
     other = tmp_path / ".b.ckpt.elsewhere.123.lightkit-tmp"
     user = tmp_path / "c.tmp"
     for path in (mine, other, user):

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from lightkit.checkpoint import newest
-from lightkit.checkpoint.files import in_flight, point, write_checkpoint
+from lightkit.checkpoint.disk import point
+from lightkit.checkpoint.files import in_flight, write_checkpoint
 from lightkit.checkpoint.newest import latest, orphans
 
 

@@ -34,6 +34,11 @@ class Member(Ranks):
         self.heard += 1
         return self.said[self.heard - 1]
 
+    def exchange(self, numbers: Any, what: str) -> Any:
+        """Compares with what rank zero said."""
+        found = self.share(list(numbers), what)
+        return [found, list(numbers)]
+
 
 class Samples(Dataset[Any]):
     """Its samples are their numbers and a little noise; ``loaded`` counts in this process."""
@@ -127,6 +132,7 @@ LOADERS: dict[str, Any] = {
     "unbatched": lambda n: DataLoader(Samples(n), batch_size=None, shuffle=True),
     "list": lambda n: [[torch.tensor(float(i))] for i in range(n)],
     "iterable": lambda n: DataLoader(Shuffling(n), batch_size=1),
+    "own iter": lambda n: Looping(Samples(n), shuffle=True),
 }
 #: Loaders that every rank has to read, as their order is known to them alone.
 READ = {"list", "iterable", "buffered", "own iter"}

@@ -70,10 +70,10 @@ def test_an_evaluation_gets_everything(kind: str) -> None:
             assert len(parts[-1]) == -(-(length - rank) // world)
             assert stream.length in (None, len(parts[-1]))
         assert in_turn(parts) == whole
-        assert len(said) == 1  # one word of rank zero for the whole pass
+        assert len(said) == 1 + (kind not in READ)  # two words of rank zero for the whole pass
 
 
-@pytest.mark.parametrize("kind", [k for k in LOADERS if k != "iterable"])
+@pytest.mark.parametrize("kind", [k for k in LOADERS if k not in ("iterable", "own iter")])
 def test_rank_zero_is_where_one_process_is(kind: str) -> None:
     """Behind a pass over as many batches the random states are those of one process."""
     if kind != "list":
@@ -95,6 +95,25 @@ def test_rank_zero_is_where_one_process_is(kind: str) -> None:
     assert states[0][1:] == states[1][1:]
 
 
+def test_ranks_with_parts_of_one_model_get_the_same_batches() -> None:
+    """As in tensor parallelism: 4 ranks, of which two and two have one share."""
+    make = lambda: LOADERS["shuffled"](22)  # noqa: E731
+    whole = alone(make)
+    said: list[Any] = []
+    parts = []
+    for rank in range(4):
+        feed = feed_of(make(), Member(rank, 4, said), place=(rank // 2, 2))
+        parts.append(train(feed)[1])
+        assert feed.world == 2
+    assert parts[0] == parts[1]
+    assert parts[2] == parts[3]
+    assert in_turn(parts[::2]) == whole
+    said = []
+    for rank in range(2):  # both of them have all
+        feed = feed_of(make(), Member(rank, 2, said), place=(0, 1))
+        assert train(feed)[1] == whole
+
+
 def test_generators_of_a_loader_end_alike_on_all_ranks() -> None:
     make = lambda: LOADERS["generator"](22)  # noqa: E731
     one = make()
@@ -102,6 +121,18 @@ def test_generators_of_a_loader_end_alike_on_all_ranks() -> None:
     _, feeds = together(make, 4)
     for feed in feeds:
         assert torch.equal(feed.loader.generator.get_state(), one.generator.get_state())
+
+
+def test_samplers_of_other_weights_are_an_error() -> None:
+    said: list[Any] = []
+    for rank in range(2):
+        sampler = WeightedRandomSampler([1.0] * 20 + [1.0 + 9 * rank] * 22, 42)
+        feed = feed_of(DataLoader(Samples(42), 2, sampler=sampler), Member(rank, 2, said))
+        if rank:
+            with pytest.raises(DataError, match="gives other samples on rank 1 than on rank 0"):
+                train(feed)
+        else:
+            train(feed)
 
 
 def test_states_of_samplers_are_those_of_rank_zero() -> None:
@@ -216,19 +247,14 @@ def test_samples_in_the_batches_of_a_rank(world: int) -> None:
 
 def test_an_evaluation_rank_without_a_batch() -> None:
     loader = DataLoader(Samples(2))
+    said: list[Any] = []
     for rank, wanted in ((0, 1), (2, 0), (3, 0)):
-        stream = BatchStream(
-            loader, feed=feed_of(loader, Member(rank, 4, _said(loader)), even=False)
-        )
-        assert len(list(stream)) == wanted
+        feed = feed_of(loader, Member(rank, 4, said), even=False)
+        assert len(list(BatchStream(loader, feed=feed))) == wanted
     empty = DataLoader(Shuffling(0))
     stream = BatchStream(empty, feed=feed_of(empty, Member(0, 4, []), even=False))
     with pytest.raises(DataError, match="gave no batch"):
         stream.fetch()
-
-
-def _said(loader: Any) -> list[Any]:
-    return [order_of({"generators": [], **Feed(loader).record(1)})]
 
 
 def test_too_few_batches_to_train_on() -> None:
@@ -242,7 +268,7 @@ def test_too_few_batches_to_train_on() -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", ["shuffled", "generator", "per index", "batches", "list", "iterable"]
+    "kind", ["shuffled", "generator", "per index", "batches", "list", "iterable", "own iter"]
 )
 def test_other_numbers_of_ranks_go_on_in_the_same_order(kind: str) -> None:
     """4 ranks do a part of an epoch, then 2, 1 and 8; nothing is lost or comes twice."""
@@ -275,7 +301,7 @@ def test_other_numbers_of_ranks_go_on_in_the_same_order(kind: str) -> None:
             record["hash"] = marks[done] = mark
     assert got == whole[:done]
     assert length - done < 4
-    if kind not in READ:
+    if kind not in ("list", "iterable"):
         assert len(marks) == 6
         record["hash"] = 1
         with pytest.raises(DataError, match="gives other samples"):

@@ -36,7 +36,7 @@ class Node:
         self.name, self.address, self.first = name, address, first
 
     def torchrun(
-        self, target: str, root: Path, nodes: str, *flags: str, **arguments
+        self, target: str, root: Path, nodes: str, *flags: str, processes: int = 2, **arguments
     ) -> subprocess.Popen[str]:
         """Starts torchrun over ``module:function`` with two processes; arguments are plain types.
 
@@ -45,9 +45,9 @@ class Node:
         """
         root.mkdir(parents=True, exist_ok=True)
         meeting = f"is_host={int(self.address == self.first)},keep_alive_interval=1"
-        meeting += ",keep_alive_max_attempt=2,last_call_timeout=1"
+        meeting += ",keep_alive_max_attempt=5,last_call_timeout=1"
         command = ["ip", "netns", "exec", self.name, sys.executable, "-W", "error"]
-        command += ["-m", "torch.distributed.run", f"--nnodes={nodes}", "--nproc-per-node=2"]
+        command += ["-m", "torch.distributed.run", f"--nnodes={nodes}", f"--nproc-per-node={processes}"]
         command += ["--rdzv-backend=c10d", f"--rdzv-endpoint={self.first}:{PORT}"]
         command += ["--rdzv-id=job", f"--local-addr={self.address}", f"--rdzv-conf={meeting}"]
         command += [*flags, "-m", "tests.distributed.member", target, json.dumps(arguments)]

@@ -18,7 +18,7 @@ BATCHES = [3.0, 1.0, 2.0, LARGE, 1.0, 4.0, 0.5, -LARGE, 2.0, 2.0, 1.0, 6.0]
 
 
 class Net(lk.TaskModule):
-    """Its gradient is the mean of the batch: exact in every format."""
+    """Its gradient is the mean of the batch, over samples or tokens: exact in every format."""
 
     def __init__(self, weighted=False):
         super().__init__()
@@ -26,8 +26,11 @@ class Net(lk.TaskModule):
         self.weighted, self.rates = weighted, []
 
     def training_step(self, batch):
-        loss = (self.weight * batch).mean()
-        return {"loss": loss, "weight": batch.clamp(0.5, 2.0).sum()} if self.weighted else loss
+        if not self.weighted:
+            return (self.weight * batch).mean()
+        tokens = batch.clamp(0.5, 2.0)  # so many in each sample
+        total = tokens.sum()
+        return {"loss": (self.weight * batch * tokens).sum() / total, "weight": total}
 
     def on_before_optimizer_step(self, optimizer):
         self.rates.append(optimizer.param_groups[0]["lr"])

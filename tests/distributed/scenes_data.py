@@ -21,8 +21,6 @@ import lightkit as lk
 from lightkit.distributed import launched
 from lightkit.errors import DataError
 
-WORLD = launched().world_size
-
 
 class Numbers(Dataset):
     def __init__(self, length=42):
@@ -171,7 +169,9 @@ def others():
     found["overfit"] = fit("shuffled", overfit_batches=2, num_sanity_val_steps=0)
     found["overfit part"] = fit("shuffled", overfit_batches=0.5, num_sanity_val_steps=0)
     found["limit"] = fit("shuffled", limit_train_batches=2)
-    found["fraction"] = fit("shuffled", validation(), limit_train_batches=0.5, limit_val_batches=0.5)
+    found["fraction"] = fit(
+        "shuffled", validation(), limit_train_batches=0.5, limit_val_batches=0.5
+    )
     found["dev run"] = fit("shuffled", validation(), fast_dev_run=1)
     module, task = Module(), Task()
     trainer(reload_dataloaders_every_n_epochs=1).fit(task, datamodule=module)
@@ -183,9 +183,15 @@ def others():
     torch.manual_seed(rank)
     parts = random_split(Numbers(24), [0, 24])
     found["split of validation"] = error(lambda: fit("shuffled", DataLoader(parts[1], 2)))
+    sampler = WeightedRandomSampler([1.0] * 20 + [1.0 + rank] * 22, 42)
+    found["weights"] = error(lambda: fit(DataLoader(Numbers(), 2, sampler=sampler)))
     sampler = DistributedSampler(data, world + 1, rank)
     found["sampler of others"] = error(lambda: fit(DataLoader(data, 2, sampler=sampler)))
     return found
+
+
+def everything():
+    return {"fits": fits(), "others": others()}
 
 
 def begin(path, steps, kind="shuffled", accumulate=1):

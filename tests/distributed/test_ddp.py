@@ -63,6 +63,7 @@ def test_it_equals_a_loop_by_hand(ranks, world):
             optimizer.zero_grad()
             net.loss(batch).backward()
             optimizer.step()
+        iter(scenes.loader(world, shuffle=False))  # a validation draws a seed for workers
     close(ranks[0]["plain"]["weights"], net.state_dict())
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightkit.distributed import Ranks, SingleDevice, Strategy
+from lightkit.distributed import Ranks, SingleDevice
 
 
 class Net(nn.Module):
@@ -61,7 +61,5 @@ def test_clipping_by_value_has_the_bits_of_plain_torch() -> None:
     assert max(p.grad.abs().max() for p in ours.parameters() if p.grad is not None) <= 0.1
 
 
-def test_a_strategy_must_answer_everything() -> None:
-    with pytest.raises(TypeError, match="abstract"):
-        Strategy()  # type: ignore[abstract]
+def test_a_strategy_can_be_copied() -> None:
     assert copy.copy(SingleDevice()).device.type == "cpu"
