@@ -11,6 +11,7 @@ import typing
 
 from lightkit import errors, loggers
 from lightkit.data import DataModule
+from lightkit.distributed import rank_zero_only
 from lightkit.errors import LightkitError
 from lightkit.history import History
 from lightkit.hooks import Callback, not_a_hook
@@ -20,14 +21,20 @@ from lightkit.trainer import Trainer
 
 if typing.TYPE_CHECKING:
     from lightkit import callbacks
+    from lightkit.distributed.ddp import DDPStrategy
+    from lightkit.distributed.fsdp import FSDPStrategy
 else:
 
     def __getattr__(name: str) -> object:
-        """Imports ``lightkit.callbacks`` when it is first asked for."""
+        """Imports ``lightkit.callbacks`` and the strategies when they are first asked for."""
         if name == "callbacks":
             import lightkit.callbacks
 
             return lightkit.callbacks
+        if name in ("DDPStrategy", "FSDPStrategy"):
+            from importlib import import_module
+
+            return getattr(import_module(f"lightkit.distributed.{name[:-8].lower()}"), name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
     def __dir__() -> list[str]:
@@ -38,7 +45,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Callback",
+    "DDPStrategy",
     "DataModule",
+    "FSDPStrategy",
     "History",
     "LightkitError",
     "TaskModule",
@@ -47,5 +56,6 @@ __all__ = [
     "errors",
     "loggers",
     "not_a_hook",
+    "rank_zero_only",
     "seed_everything",
 ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import shlex
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -17,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import lightkit
 from lightkit import console
+from lightkit.distributed import launched, processes, report
 from lightkit.errors import ConfigError, LightkitError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
-    from lightkit.config import Sources
+    from lightkit.config import Config, Sources
 
 _log = logging.getLogger("lightkit")
 
@@ -30,11 +32,13 @@ COMMANDS = {
     "test": "run the test loop once",
     "predict": "predict and save the predictions",
     "new": "start a project from a template",
+    "export": "join the checkpoint of a sharded run into one file",
 }
 _USAGE = """\
 usage: lightkit fit|validate|test|predict --config FILE [--config FILE ...] [--KEY VALUE ...]
        lightkit new TEMPLATE FOLDER
        lightkit new --list
+       lightkit export FOLDER FILE
 """
 _OPTIONS = {
     "--config FILE": "YAML with the keys trainer, data, task, ckpt_path; may be given several "
@@ -58,6 +62,7 @@ class _Words:
 
     positional: list[str] = dataclasses.field(default_factory=list)
     switches: set[str] = dataclasses.field(default_factory=set)
+    given: tuple[str, ...] = ()
     files: list[str] = dataclasses.field(default_factory=list)
     values: dict[str, str] = dataclasses.field(default_factory=dict)
 
@@ -82,7 +87,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LightkitError as error:
         if _passes_through_user_code(error):
             raise
-        sys.stderr.write(f"error: {error}\n")
+        from lightkit.distributed.told import is_rank_zeros
+
+        if not is_rank_zeros(error):  # else it is there already
+            start = f"rank {launched().rank}: " if launched().rank else ""
+            sys.stderr.write(f"{start}error: {error}\n")
+        report(error)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         return 130
@@ -92,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _split(argv: Sequence[str]) -> _Words:
-    words = _Words()
+    words = _Words(given=tuple(argv))
     rest = list(argv)
     while rest:
         word = rest.pop(0)
@@ -136,6 +146,8 @@ def _run(words: _Words) -> int:
         raise ConfigError(f"command line: {command} has no flag {', '.join(wrong)}")
     if command == "new":
         return _say(_help()) if wants_help else _new(words, others)
+    if command == "export":
+        return _say(_help()) if wants_help else _export(words, others)
     if others:
         is_file = others[0].endswith((".yaml", ".yml"))
         hint = f"Did you mean --config {others[0]}?" if is_file else ""
@@ -161,6 +173,16 @@ def _new(words: _Words, others: list[str]) -> int:
     )
 
 
+def _export(words: _Words, others: list[str]) -> int:
+    from lightkit.checkpoint.sharded import consolidate
+
+    if len(others) != 2 or words.values or words.files:
+        given = " ".join(["lightkit export", *others])
+        allowed = "lightkit export FOLDER FILE, where FOLDER is the checkpoint of a sharded run"
+        raise ConfigError(f"command line: wrong use\n  given:   {given}\n  allowed: {allowed}")
+    return _say(f"written: {consolidate(*others)}")
+
+
 def _entry_point(command: str, words: _Words, wants_help: bool) -> int:
     from lightkit.config import build, read_sources, resolve
 
@@ -173,19 +195,38 @@ def _entry_point(command: str, words: _Words, wants_help: bool) -> int:
     config = resolve(sources)
     if "--print_config" in words.switches:
         return _say(config.to_yaml())
-    console.install()
+    if not launched().launched:
+        _launch(config, words)
+    console.install(launched().rank)
     run = build(config)
     if command != "fit" and config.ckpt_path is None:
         _log.warning("untrained weights: no ckpt_path was given.%s", _checkpoint_near(words.files))
     call = getattr(run.trainer, command)
     result = call(run.task, datamodule=run.data, ckpt_path=config.ckpt_path)
-    if command == "predict":
+    if command == "predict" and run.trainer.is_global_zero:
         from lightkit.checkpoint import save_file
 
         path = Path(output or Path(run.trainer.default_root_dir) / "predictions.pt")
         save_file(result, path)
         _say(f"predictions: {path}")
     return 0
+
+
+def _launch(config: Config, words: _Words) -> None:
+    """Goes on under torch's own launcher where the configuration asks for several processes.
+
+    Does not return then: the launcher takes the place of this process, and starts the same command
+    in each of its own.
+    """
+    given = config.trainer.arguments
+    where = (given.get("accelerator", "auto"), given.get("devices", "auto"), given.get("gpus"))
+    number = processes(*where, given.get("num_nodes"))
+    if number < 2:
+        return
+    words_after = ["-m", "lightkit", *words.given]
+    _say(f"starting: torchrun --standalone --nproc-per-node {number} {shlex.join(words_after)}")
+    run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(number)]
+    os.execv(sys.executable, [sys.executable, *run, *words_after])  # noqa: S606  this very command
 
 
 def _checkpoint_near(files: list[str]) -> str:

@@ -146,7 +146,9 @@ class Column:
     def fold(self, values: list[float], weights: list[float]) -> None:
         """Takes the values of a window, read by now, into the sums, and empties the window."""
         self.keep(values, weights)
-        self.settle([self.part])
+        amount, weight, _ = self.part
+        self.part = NOTHING
+        self._take(amount, weight)
 
     def keep(self, values: list[float], weights: list[float]) -> None:
         """Takes them into this rank's part and empties the window; `settle` is to follow."""
@@ -178,20 +180,25 @@ class Column:
         if not parts:
             return False
         amounts = [amount for amount, _, _ in parts]
+        if self.reduce in ("mean", "sum"):
+            self._take(_sum(amounts), _sum(weight for _, weight, _ in parts))
+        else:
+            self._take(self._extreme(amounts), 0.0)
+        return True
+
+    def _take(self, amount: float, weight: float) -> None:
+        """Makes window and total of what all ranks have together."""
         if self.reduce == "mean":
-            top, weight = _sum(amounts), _sum(weight for _, weight, _ in parts)
-            self.window = top / weight if weight else math.nan
-            self._sum += top
+            self.window = amount / weight if weight else math.nan
+            self._sum += amount
             self._weight += weight
             self.total = self._sum / self._weight if self._weight else math.nan
         elif self.reduce == "sum":
-            self.window = _sum(amounts)
-            self.total = self.window + (self.total or 0.0)
+            self.window = amount
+            self.total = amount + (self.total or 0.0)
         else:
-            self.window = self._extreme(amounts)
-            so_far = [] if self.total is None else [self.total]
-            self.total = self._extreme([*so_far, self.window])
-        return True
+            self.window = amount
+            self.total = amount if self.total is None else self._extreme([self.total, amount])
 
     def last_part(self, value: float, weight: float) -> Part:
         """Returns the part that its last value alone would be."""

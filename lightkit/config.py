@@ -32,6 +32,7 @@ from lightkit.config_types import (
     shown,
 )
 from lightkit.data import DataModule
+from lightkit.distributed import Ranks, join, launched, resolve_device
 from lightkit.errors import ConfigError, did_you_mean
 from lightkit.signatures import arguments
 from lightkit.task import TaskModule
@@ -193,11 +194,10 @@ def build(config: Config) -> Built:
     folder.
     """
     trainer = make(config.trainer)
-    if config.seed_drawn and config.ckpt_path is not None:
-        from lightkit.resuming import earlier_seed
-
-        seed = earlier_seed(trainer, config.task.target.__name__, config.ckpt_path)
-        if seed is not None:
+    if config.seed_drawn:
+        drawn = config.trainer.arguments["seed"]
+        seed = _ranks(trainer).decide(lambda: _earlier_seed(trainer, config), "the drawn seed")
+        if seed != drawn:
             config.trainer.arguments["seed"] = seed
             trainer = make(config.trainer)
     # Without the checkpoint: what repeats the run begins where it began.
@@ -205,6 +205,27 @@ def build(config: Config) -> Built:
     trainer.seed_drawn = config.seed_drawn
     data = make(config.data)
     return Built(trainer, data, make(config.task))
+
+
+def _ranks(trainer: Any) -> Ranks:
+    """Returns the processes that were started with this one, which must begin with one seed."""
+    env = launched()
+    if not env.launched:
+        return Ranks(env)
+    options = trainer.options
+    where = (options.accelerator, options.devices, options.gpus)
+    return join(env, resolve_device(*where, env=env, num_nodes=options.num_nodes))
+
+
+def _earlier_seed(trainer: Any, config: Config) -> int:
+    """Returns the seed of the run that the checkpoint continues; else the drawn one."""
+    drawn: int = config.trainer.arguments["seed"]
+    if config.ckpt_path is None:
+        return drawn
+    from lightkit.resuming import earlier_seed
+
+    seed = earlier_seed(trainer, config.task.target.__name__, config.ckpt_path)
+    return drawn if seed is None else seed
 
 
 def instantiate(spec: Any, base: Any = object) -> Any:

@@ -45,6 +45,10 @@ class MetricLog(Recorder, Callback):
 
     Attributes:
         row: The floats of the last row, as written to the loggers.
+
+    The argument ``share`` is the number of this rank among those that get batches of their own, and
+    how many these are. Where they are fewer than all, as in tensor parallelism, the first one of a
+    group counts and the others, which see the same batches, are silent.
     """
 
     order = 40
@@ -60,14 +64,16 @@ class MetricLog(Recorder, Callback):
         scaled: bool = False,
         results: CallbackMetrics | None = None,
         ranks: Ranks | None = None,
-        silent: bool = False,
+        share: tuple[int, int] | None = None,
     ) -> None:
         super().__init__(state, ranks)
-        self.silent = silent
+        own, world = self.ranks.rank, self.ranks.world_size
+        self._share = (own, world) if share is None else share
+        self.silent = own % (world // self._share[1]) != 0
         # None in one process, where sums are those of all anyway.
         self._totals = None
-        if self.ranks.world_size > 1:
-            self._totals = Totals(self.ranks, silent=silent)
+        if world > 1:
+            self._totals = Totals(self.ranks, silent=self.silent)
         self.loggers, self.history, self.every = loggers, history, every
         self.stop_on_nan, self._scaled = stop_on_nan, scaled
         self.callback_metrics = CallbackMetrics() if results is None else results
@@ -147,10 +153,14 @@ class MetricLog(Recorder, Callback):
             what: What they are, for messages.
         """
         assert self._totals is not None
-        names = {id(metric): name for name, metric in metric_objects.objects(self._task).items()}
         adopt = self._adopt if self._columns is self._eval else None
+        names = self._metric_names
         shared = self._totals.settle(columns, what, adopt=adopt, seen=self.seen, names=names)
         return shared + [column for column in folded if column.alone]
+
+    def _metric_names(self) -> dict[int, str]:
+        """Returns the names of the metric objects that are modules of the task, by their id."""
+        return {id(m): name for name, m in metric_objects.objects(self._task).items()}
 
     def _adopt(self, described: dict[str, Any]) -> Column:
         """Returns a column of an evaluation that other ranks have, and this one without a batch."""
@@ -251,8 +261,8 @@ class MetricLog(Recorder, Callback):
         if column is not None:
             weight = column.weights[-1] if column.weights else column.last_weight
             assert column.live is not None
-            value, weight = read([column.live, weight])  # host sync: the value is compared
-            last = (value, weight)
+            number, weight = read([column.live, weight])  # host sync: the value is compared
+            last = (number, weight)
         here = 2 if column is not None else 0 if own is None else 1
         value = self._totals.reduced(column, last, here, name)
         return own if value is None else torch.tensor(value)
@@ -329,6 +339,7 @@ class MetricLog(Recorder, Callback):
         self._fold(late)
         if self._totals is not None:
             late = self._settle(columns, late, "hooks of the end")
+            columns = [*columns, *(c for c in late if c not in columns)]  # those of other ranks
         self._store(late)
         metric_objects.reset(columns)
         self._write_eval_rows()
@@ -380,7 +391,7 @@ class MetricLog(Recorder, Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns means and sums, which are those of all ranks; nothing is flushed."""
-        names = {id(m): name for name, m in metric_objects.objects(self._task).items()}
+        names = self._metric_names()
         known = [c for c in self.train.values() if c.metric is None or id(c.metric) in names]
         return {
             "results": dict(self.callback_metrics.results),
@@ -396,8 +407,10 @@ class MetricLog(Recorder, Callback):
         """Returns what this rank alone has: open windows (rows must not move), metric objects.
 
         The tensors are the live ones. A checkpoint holds those of all ranks, as "ranks" in the
-        state that `load_state_dict` gets.
+        state that `load_state_dict` gets. Empty on a rank that repeats another.
         """
+        if self.silent:
+            return {}
         return {
             "windows": {name: c.window_state() for name, c in self.train.items() if c.values},
             "loss": self.loss.window_state(),
@@ -413,7 +426,8 @@ class MetricLog(Recorder, Callback):
         """
         metrics = metric_objects.objects(self._task)
         states = state_dict["ranks"] if "ranks" in state_dict else [_of_one_process(state_dict)]
-        own = _share(states[self.ranks.rank :: self.ranks.world_size], metrics)
+        first, step = self._share
+        own = _merged([state for state in states if state][first::step], metrics)
         metric_objects.load_states(metrics, own["objects"])
         self.callback_metrics.results.update(state_dict["results"])
         self.bar.update(state_dict["bar"])
@@ -445,7 +459,7 @@ def _of_one_process(state: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _share(states: Sequence[dict[str, Any]], metrics: Mapping[str, Any]) -> dict[str, Any]:
+def _merged(states: Sequence[dict[str, Any]], metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the own parts of several ranks of before as that of one rank."""
     if len(states) == 1:
         return states[0]

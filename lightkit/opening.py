@@ -48,7 +48,6 @@ from lightkit.state import Stage
 from lightkit.task import overrides, require_steps
 
 if TYPE_CHECKING:
-    from lightkit.distributed import Strategy
     from lightkit.session import Session
     from lightkit.trainer import Trainer
 
@@ -109,18 +108,12 @@ def equip(trainer: Trainer, session: Session) -> None:
         scaled=session.precision.has_scaler,
         results=session.results,
         ranks=session.strategy.ranks,
-        silent=_repeats(session.strategy),
+        share=session.strategy.data_ranks,
     )
     session.metrics.note = session.precision.note
     session.metrics.epoch_time = lambda: time.perf_counter() - session.flow.epoch_started
     session.callbacks = _all_callbacks(trainer, session)
     session.hooks = HookTable(trainer, task, [*session.callbacks, session.metrics])
-
-
-def _repeats(strategy: Strategy) -> bool:
-    """Tells whether a rank before this one gets the same batches, as in tensor parallelism."""
-    rank, size = strategy.ranks.rank, strategy.ranks.world_size // strategy.data_ranks[1]
-    return rank % size != 0
 
 
 def _all_callbacks(trainer: Trainer, session: Session) -> list[Callback]:

@@ -58,24 +58,8 @@ def save(
             keeping. All ranks raise it.
     """
     path = Path(path)
-    error = None if exact else sys.exc_info()[1]
-    if at_an_end(error):
-        raise CheckpointError(
-            "the error came out of a hook at the end of a validation or an epoch, which would count "
-            "twice if it came again. The last save remains the one to go on from."
-        )
-    broken = in_validation(error)
-    if broken and run.validation is not None and not may_break_off(run.validation):
-        raise CheckpointError(
-            "the error came out of a validation, for which a hook may have put other weights in"
-        )
-    problem: NonFiniteError | None = None
-    try:
-        run.metrics.check_window()
-        if trainer.options.terminate_on_nan:
-            check_finite(run)
-    except NonFiniteError as found:  # raised by all ranks, once they know
-        problem = found
+    broken = not exact and _in_validation(run)
+    problem = _not_finite(trainer, run)
     contents = checkpoint.collect(run, weights_only=weights_only, problem=problem)
     strategy = run.strategy
     if not (strategy.is_global_zero or strategy.sharded):
@@ -100,6 +84,52 @@ def save(
     how: dict[str, Any] = {"background": background, "then": then, "failed": failed}
     run.writer.write(contents, path, files=files, strategy=strategy, **how)
     return path
+
+
+def finish(run: FitRun) -> None:
+    """Waits at the end of a fit until all files are complete. Over ranks a collective.
+
+    Raises:
+        CheckpointError: One could not be written; on all ranks.
+    """
+    ranks = run.strategy.ranks
+    if not ranks.is_zero:
+        run.writer.close(failed=False)
+    ranks.decide(lambda: run.writer.close(failed=False), "the end of writing")
+
+
+def _in_validation(run: FitRun) -> bool:
+    """Tells whether the exception under way came out of a validation, which is to come again.
+
+    Raises:
+        CheckpointError: It came from where no state is left that could be saved.
+    """
+    error = sys.exc_info()[1]
+    if at_an_end(error):
+        raise CheckpointError(
+            "the error came out of a hook at the end of a validation or an epoch, which would count "
+            "twice if it came again. The last save remains the one to go on from."
+        )
+    broken = in_validation(error)
+    if broken and run.validation is not None and not may_break_off(run.validation):
+        raise CheckpointError(
+            "the error came out of a validation, for which a hook may have put other weights in"
+        )
+    return broken
+
+
+def _not_finite(trainer: Trainer, run: FitRun) -> NonFiniteError | None:
+    """Returns why the state of this rank is not worth keeping; None where it is.
+
+    Not raised here: over ranks it may be so on one of them, and all of them are to raise it.
+    """
+    try:
+        run.metrics.check_window()
+        if trainer.options.terminate_on_nan:
+            check_finite(run)
+    except NonFiniteError as found:
+        return found
+    return None
 
 
 def check_finite(run: FitRun) -> None:

@@ -39,7 +39,7 @@ class Totals:
         *,
         adopt: Adopt | None = None,
         seen: Iterable[int] = (),
-        names: Mapping[int, str] | None = None,
+        names: Callable[[], Mapping[int, str]] = dict,
     ) -> list[Column]:
         """Gives columns the sums of all ranks over what was folded since the last time. Collective.
 
@@ -49,7 +49,7 @@ class Totals:
             adopt: Makes a column that others have and this rank has not, because it had no batch;
                 None where every rank has batches.
             seen: The loaders of which this rank had a batch.
-            names: Names of metric objects that are modules of the task, by their id.
+            names: Returns the names of metric objects that are modules of the task, by their id.
 
         Returns:
             The columns that got new values on any rank.
@@ -60,7 +60,7 @@ class Totals:
         own = [column for column in columns if not column.alone]
         found = self._exchanged(own, what)
         if len({(row[0], row[1]) for row in found}) > 1:
-            own += self._missing(own, what, adopt, seen, names or {})
+            own += self._missing(own, what, adopt, seen, names())
             found = self._exchanged(own, what)
         fresh = []
         for number, column in enumerate(_in_order(own)):
@@ -71,7 +71,7 @@ class Totals:
 
     def reduced(
         self, column: Column | None, last: tuple[float, float], here: int, name: str
-    ) -> Any:
+    ) -> float | None:
         """Returns the last value of one name over all ranks; see `MetricLog.reduced`. Collective.
 
         Args:
@@ -142,7 +142,7 @@ class Totals:
 
         union: dict[str, dict[str, Any]] = {}
         for one in known:
-            union = {**one, **union}
+            union |= {name: described for name, described in one.items() if name not in union}
         text = []
         for name, described in union.items():
             lack = [r for r, one in enumerate(known) if name not in one]
@@ -159,8 +159,8 @@ class Totals:
         if text or adopt is None:
             raise LoggingError(
                 f"The ranks logged different names ({what}): {'. '.join(text)}. Log the same names "
-                f"on all ranks, in the same way (with batch_size=0 where there is nothing to count), "
-                f"or use self.log(..., rank_zero_only=True) for what rank 0 alone has."
+                f"on all ranks, in the same way (a mean with batch_size=0 counts for nothing), or "
+                f"use self.log(..., rank_zero_only=True) for what rank 0 alone has."
             )
         return [adopt(described) for name, described in union.items() if name not in own]
 

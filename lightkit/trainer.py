@@ -275,11 +275,13 @@ class Trainer(TrainerView):
     ) -> Path:
         """Writes a checkpoint now; only at the end of a step, while fit runs.
 
+        With several processes all of them must call it; rank zero writes the file.
+
         Args:
             filepath: The file; an existing one is replaced as a whole.
             weights_only: Leave out what is only needed to go on with the run.
             background: Copy the state and return, while a thread writes the file.
-            then: Called when the file is complete; in the background by that thread.
+            then: Called when the file is complete, on rank zero; in the background by that thread.
             failed: Gets the error of a background save. Without it the next such call or the end
                 of the fit raises it.
             exact: False saves the last completed step, also in the middle of the next one.
@@ -320,7 +322,7 @@ class Trainer(TrainerView):
     def _open_fit(
         self, task: TaskModule, train: Any, val: Any, datamodule: Any, ckpt_path: Any
     ) -> Iterator[FitRun]:
-        from lightkit import announce, opening, places, resuming, signals
+        from lightkit import announce, opening, places, resuming, saving, signals
 
         console.install(launched().rank)
         train, datamodule = opening.as_datamodule(train, datamodule)
@@ -362,7 +364,7 @@ class Trainer(TrainerView):
                 run.writer.close(failed=True)
                 raise
             else:
-                run.writer.close(failed=False)
+                saving.finish(run)
             finally:
                 gc.unfreeze()
 

@@ -233,7 +233,7 @@ def test_every_shipped_overlay_fits_the_trainer(here):
     from lightkit._share import share_dir
 
     overlays = sorted((share_dir("configs") / "trainer").glob("*.yaml"))
-    assert [file.stem for file in overlays] == ["cpu", "debug", "gpu"]
+    assert [file.stem for file in overlays] == ["cpu", "ddp", "debug", "gpu"]
     for file in overlays:
         load_config(file, overrides={"task": "here.Task"})
 

@@ -157,3 +157,26 @@ def test_the_lock_of_another_process_ends_with_it(tmp_path):
 def test_a_folder_that_cannot_be_written(tmp_path):
     with pytest.raises(ConfigError, match="cannot be written.*default_root_dir"):
         Ledger(tmp_path / "missing", Record())
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "same"),
+    [
+        ((4, 1), (2, 2), True),
+        ((4, 1), (1, 4), True),
+        ((4, 1), (2, 1), True),
+        ((2, 2), (2, 4), False),
+    ],
+)
+def test_a_run_goes_on_with_another_number_of_processes(before, now, same):
+    """As (processes, batches of each per step); those of a step may be kept by other batches."""
+    names = ("processes", "trainer.accumulate_grad_batches")
+    old, new = (dict(zip(names, values, strict=True)) for values in (before, now))
+    lines = ledger.differences(old, new)
+    assert lines == ([] if same else ["trainer.accumulate_grad_batches: 2 in the run, 4 now"])
+
+
+def test_a_record_of_before_there_were_several_processes_is_that_of_one():
+    old = {"trainer.accumulate_grad_batches": 4}
+    assert not ledger.differences(old, {**old, "processes": 2})
+    assert not ledger.differences(old, {"trainer.accumulate_grad_batches": 2, "processes": 2})

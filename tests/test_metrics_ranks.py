@@ -184,8 +184,8 @@ def ranks(size, does, make=Net, **options):
 
 
 def batches(samples, size=4):
-    torch.manual_seed(samples)
-    return list(torch.randn(samples, dtype=torch.float64).split(size))
+    generator = torch.Generator().manual_seed(samples)  # one state for each thread
+    return list(torch.randn(samples, dtype=torch.float64, generator=generator).split(size))
 
 
 # --- means ---------------------------------------------------------------------------------------
@@ -550,7 +550,7 @@ class Ordered(Metric):
 
     def compute(self):
         seen = torch.cat([*self.seen]) if isinstance(self.seen, list) else self.seen
-        return (seen * torch.arange(len(seen))).sum()
+        return (seen * torch.arange(len(seen), device=seen.device)).sum()
 
 
 def all_metrics():
@@ -623,6 +623,34 @@ def test_metric_objects_equal_one_process(count, size, how):
             assert not metric.update_called  # begun anew
     gathers = [what for what in run.told if "metric objects" in what]
     assert len(gathers) == 1  # one collective for all of them
+
+
+@pytest.mark.gpu
+def test_states_on_a_card_are_merged_and_put_back_there():
+    device = torch.device("cuda")
+
+    def step(rank, batch, number):
+        scores, target = batch[0].to(device), batch[1].to(device)
+        objects = rank.task.objects
+        objects["accuracy"].update(scores, target)
+        objects["auroc"].update(scores[:, 1].sigmoid(), target == 1)
+        objects["ordered"].update(scores[:, 0])
+        for name, metric in objects.items():
+            rank.task.log(name, metric)
+        rank.task.log("mean", scores.mean())
+
+    def does(rank):
+        rank.evaluate(samples(23), step=step)
+        assert all(metric.device.type == "cuda" for metric in rank.task.objects.values())
+        return rank
+
+    def make():
+        metrics = {"accuracy": MulticlassAccuracy(3), "auroc": BinaryAUROC()}
+        return Net(ordered=Ordered(), **metrics).to(device)
+
+    (alone,), several = ranks(1, does, make), ranks(2, does, make)
+    for rank in several:
+        assert rank.results[0] == pytest.approx(alone.results[0], rel=1e-6)
 
 
 def test_counts_beyond_the_range_of_floats_are_exact():
@@ -779,8 +807,12 @@ def test_a_rank_that_repeats_another_counts_for_nothing():
         rank.task.log("count", 1.0, reduce_fx="sum")
 
     def does(rank):
-        silent = rank.rank % 2 == 1
-        again = Rank(rank.ranks, rank.task, silent=silent)
+        again = Rank(rank.ranks, rank.task, share=(rank.rank // 2, 1))
+        again.log.begin_epoch()
+        rank.task.log("open", float(rank.rank))
+        states = rank.ranks.gather(again.log.local_state(), "a checkpoint")
+        assert [bool(state) for state in states] == [True, False]
+        again.log.load_state_dict({**again.log.state_dict(), "ranks": states})
         return again.evaluate(batches(16), step=step)
 
     several = ranks(2, does, lambda: Net(mean=MeanMetric()))

@@ -123,7 +123,7 @@ def test_no_loader_for_an_evaluation(quiet, stage):
         getattr(quiet(), stage)(Net())
 
 
-def test_several_processes_are_refused(quiet, monkeypatch):
+def test_several_processes_without_a_number_are_refused(quiet, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="WORLD_SIZE=2"):
         quiet().fit(Net(), loader())

@@ -45,7 +45,7 @@ class ThreadRanks(Ranks):
         if self.is_zero:
             try:
                 result = call()
-            except Exception as raised:
+            except Exception as raised:  # noqa: BLE001  everybody raises it
                 error = raised
         sent, said = self.share((result, error), what)
         if said is not None:
@@ -66,7 +66,7 @@ def together(size: int, call: Callable[[Ranks], Any]) -> list[Any]:
     def run(rank: int) -> None:
         try:
             results[rank] = call(ThreadRanks(rank, size, table))
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001  raised below
             errors.append(error)
             table.barrier.abort()
 

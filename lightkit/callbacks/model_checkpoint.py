@@ -68,8 +68,7 @@ class ModelCheckpoint(Callback):
     A file that cannot be written is tried once more after a second; those of before stay intact. A
     fit that was asked to save and could not even once ends with an error.
 
-    Every rank comes to every save, and rank zero decides, writes and removes for all; after an
-    exception nothing is saved with several ranks.
+    Every rank comes to every save, and rank zero decides, writes and removes for all.
 
     Args:
         dirpath: The folder. Default: ``checkpoints`` in the folder of the run.
@@ -101,7 +100,7 @@ class ModelCheckpoint(Callback):
         on_error: "raise" ends the fit with the error of a file that could not be written; "warn"
             says it and trains on.
         save_on_exception: Save the last completed step when your code raises (if ``save_last``, or
-            without a monitor). Such a file says ``"exact": False``: what the failed step had begun
+            without a monitor; with one process). Such a file says ``"exact": False``: what the failed step had begun
             stays in it (random states, running statistics, logged values), so a run that goes on
             from it is sound, but not bit by bit the one that would have been. Nothing is saved
             where the error came out of the update; in manual optimization, optimizers that stepped

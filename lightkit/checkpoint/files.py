@@ -199,7 +199,11 @@ def is_valid(path: str | Path) -> bool:
     if is_sharded(Path(path)):
         from lightkit.checkpoint import sharded
 
-        return sharded.is_valid(Path(path))
+        try:
+            sharded.check_whole(Path(path))
+        except CheckpointError:
+            return False
+        return True
     try:
         with zipfile.ZipFile(path) as file:
             index = [name for name in file.namelist() if name.endswith("/data.pkl")]
@@ -220,11 +224,10 @@ def _read_folder(path: Path, *, lazy: bool) -> dict[str, Any]:
     """Returns the checkpoint of a sharded run; see `read_checkpoint`."""
     from lightkit.checkpoint import sharded
 
-    if not is_valid(path):
-        raise CheckpointError(
-            f"{path} is no whole checkpoint: the parts of some ranks are missing or truncated. "
-            f"Choose another one{_others(path)}"
-        )
+    try:
+        sharded.check_whole(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} Choose another one{_others(path)}") from None
     rest = read_checkpoint(path / REST)
     contents: dict[str, Any] = sharded.pieces(path, rest)
     if not lazy:

@@ -18,6 +18,7 @@ describe parts are accepted.
 from __future__ import annotations
 
 import io
+import math
 import os
 import pickle
 import shutil
@@ -89,14 +90,15 @@ class Shards:
     """
 
     def __init__(self, contents: dict[str, Any], path: Path, strategy: Strategy) -> None:
-        self.path, self.parts = path, {}
+        self.path = path
+        self.parts: dict[str, Tensor] = {}
+        self.stored: Any = None
         rest = _divided(contents, "", self.parts)
 
         def begin() -> str:
             self.stored = storable(rest, "checkpoint")
             return str(disk.temporary_name(path))
 
-        self.stored: Any = None
         # Collectives; the group has its own, so that a thread may write while the loop goes on.
         self._temporary = Path(strategy.ranks.decide(begin, "the start of a checkpoint"))
         self._group, self._zero = strategy.storage_group(), strategy.is_global_zero
@@ -126,25 +128,26 @@ class Shards:
             CheckpointError: On all ranks, if one of them could not write. What was there under this
                 name is untouched.
         """
-        from torch.distributed import checkpoint as dcp
         from torch.distributed.checkpoint.api import CheckpointException
+        from torch.distributed.checkpoint.filesystem import FileSystemWriter
+        from torch.distributed.checkpoint.state_dict_saver import save
 
         folder, rest = self._temporary, lambda: self._finish_rest(stored, others)
 
-        class Folder(dcp.FileSystemWriter):
+        class Folder(FileSystemWriter):
             def storage_meta(self) -> None:  # it would name the temporary folder
                 return None
 
             def finish(self, metadata: Any, results: Any) -> None:
                 """Called on rank zero when all have written; its errors are everybody's."""
-                rest()
+                rest()  # type: ignore[no-untyped-call]
                 super().finish(metadata, results)
                 disk.sync_folder(folder)
                 disk.give_name(folder, self_path)
 
         self_path = self.path
         try:
-            dcp.save(self.parts, storage_writer=Folder(folder), process_group=self._group)
+            save(self.parts, storage_writer=Folder(folder), process_group=self._group)
         except CheckpointException as error:  # no Exception, by torch's choice
             self._discard()
             raise CheckpointError(self._why(error)) from None
@@ -229,6 +232,9 @@ class Piece:
         self._folder, self.name = folder, name
         about = folder.metadata.state_dict_metadata[name]
         self.shape, self.dtype, self._chunks = about.size, about.properties.dtype, about.chunks
+        there = sum(math.prod(chunk.sizes) for chunk in self._chunks)
+        if there != math.prod(self.shape):
+            raise CheckpointError(f"{folder.path} lacks parts of {name}.")
 
     def whole(self) -> Tensor:
         """Returns all of it, on the CPU."""
@@ -265,16 +271,34 @@ class _Folder:
 
     def __init__(self, path: Path) -> None:
         self.path, self.metadata = path, _metadata(path)
-        self._entries = {
-            (index.fqn, tuple(index.offset)): entry
-            for index, entry in self.metadata.storage_data.items()
-            if index.offset is not None
-        }
+        try:
+            self._entries = {
+                (index.fqn, tuple(index.offset)): entry
+                for index, entry in self.metadata.storage_data.items()
+                if index.offset is not None
+            }
+            names = {str(entry.relative_path) for entry in self._entries.values()}
+        except (AttributeError, TypeError) as error:
+            raise CheckpointError(f"{path / MARK} does not describe parts: {error}.") from None
+        for name in names:
+            if os.path.basename(name) != name:
+                raise CheckpointError(f"{path} names a file outside of itself: {name!r}.")
 
     def read(self, name: str, offsets: Sequence[int]) -> Tensor:
         """Returns a part as it was written."""
-        data = self._bytes(self._entries[name, tuple(offsets)])
+        entry = self._entries.get((name, tuple(offsets)))
+        if entry is None:
+            raise CheckpointError(f"{self.path} lacks the part of {name} at {tuple(offsets)}.")
+        data = self._bytes(entry)
         return files.load_bytes(io.BytesIO(data), self.path)  # type: ignore[no-any-return]
+
+    def ends(self) -> dict[str, int]:
+        """Returns the files of the parts, and how long each must be at least."""
+        found: dict[str, int] = {}
+        for entry in self._entries.values():
+            name = str(entry.relative_path)
+            found[name] = max(found.get(name, 0), entry.offset + entry.length)
+        return found
 
     def check(self) -> None:
         """Reads every part and compares its checksums."""
@@ -283,8 +307,6 @@ class _Folder:
 
     def _bytes(self, entry: Any) -> bytes:
         name = str(entry.relative_path)
-        if os.path.basename(name) != name:
-            raise CheckpointError(f"{self.path} names a file outside of itself: {name!r}.")
         try:
             with open(self.path / name, "rb") as file:
                 file.seek(entry.offset)
@@ -327,18 +349,21 @@ def _metadata(path: Path) -> Any:
     return metadata
 
 
-def is_valid(path: Path) -> bool:
-    """Tells cheaply whether a folder is whole: its files are there, as long as they must be."""
-    try:
-        found = _Folder(path)
-        ends: dict[str, int] = {}
-        for entry in found._entries.values():
-            name = str(entry.relative_path)
-            ends[name] = max(ends.get(name, 0), entry.offset + entry.length)
-        long_enough = all((path / name).stat().st_size >= end for name, end in ends.items())
-        return long_enough and files.is_valid(path / REST)
-    except (CheckpointError, OSError):
-        return False
+def check_whole(path: Path) -> None:
+    """Raises where a folder is not whole, cheaply: files that are missing, or too short.
+
+    Raises:
+        CheckpointError: Says what is wrong.
+    """
+    if not files.is_valid(path / REST):
+        raise CheckpointError(f"{path / REST} is missing or damaged.")
+    for name, end in _Folder(path).ends().items():
+        try:
+            size = (path / name).stat().st_size
+        except OSError as error:
+            raise CheckpointError(f"{path / name} cannot be read: {error.strerror}.") from error
+        if size < end:
+            raise CheckpointError(f"{path / name} is truncated: {size} of {end} bytes.")
 
 
 def check_bytes(path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from lightkit import rng
@@ -20,12 +21,24 @@ T = TypeVar("T")
 
 def part(run: FitRun) -> dict[str, Any]:
     """Returns what this rank alone knows of a run: random states, its data, its open windows."""
+    # Those of the checkpoint that is continued, as long as they are not put back.
+    state = rng.rng_state() if run.rng is None else run.rng
     return {
-        # Those of the checkpoint that is continued, as long as they are not put back.
-        "rng": rng.rng_state() if run.rng is None else run.rng,
+        "rng": state if run.strategy.world_size == 1 else with_own_card(state, run.device),
         "data": run.data_state(),
         "metrics": run.metrics.local_state(),
     }
+
+
+def with_own_card(state: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Returns random states in which every card has that of this rank's one.
+
+    A rank uses one card. On other machines that may be one of another number.
+    """
+    if device.type != "cuda" or "cuda" not in state:
+        return state
+    cards = state["cuda"]
+    return {**state, "cuda": [cards[device.index or 0]] * len(cards)}
 
 
 def gathered(ranks: Ranks, own: dict[str, Any], problem: Exception | None) -> list[dict[str, Any]]:

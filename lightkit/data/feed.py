@@ -91,7 +91,7 @@ class Feed:
         self.own = ranks.world_size > 1 and (divided or part is not None)
         self._common = ranks.world_size > 1 and not self.own
         self.share = Share(rank, world, resumable) if self._common else Share(even=resumable)
-        self.reads = self._common
+        self.reads, self._by_workers = self._common, False
         self._reading: Reading | None = None
         self._random: dict[str, Any] | None = None
         self._fetcher: Any = None
@@ -112,6 +112,8 @@ class Feed:
         shared = self._common and walkable
         self._walks = walkable and (replay or shared)
         self.reads = self._common and not walkable
+        # All that a plain loader does for an iterable dataset is done in the workers.
+        self._by_workers = self._iterable and workers and owners <= {"torch", "torchdata"}
         if not workers and not replay and not shared:
             return
         batched = loader.batch_sampler is not None
@@ -367,9 +369,12 @@ class Feed:
                 self._compare(plan.first)
         if self.reads:
             state, self._random = self._random, None
-            if state is None and (placed or not self.ranks.is_zero):
+            draws = not isinstance(self.loader, (list, tuple)) and not self._by_workers
+            if draws and state is None and (placed or not self.ranks.is_zero):
                 state = rng.rng_state()  # its own come back, while rank zero begins in those it has
-            iterator = self._reading = Reading(iterator, self.share, skip - left, limit, state)
+            iterator = self._reading = Reading(
+                iterator, self.share, skip - left, limit, state, draws
+            )
         elif self.own and self.share.even and loader_length(self.loader) is None:
             iterator = Together(iterator, self.ranks)
         return iterator, left

@@ -109,9 +109,10 @@ class Reading:
         done: Rounds that are over already, so that they do not come.
         limit: How many batches of the order of all are read at most; None for all.
         state: Random states in which the next round is read; None for the present ones.
+        draws: Whether the loader may draw in this process at all; changing states takes its time.
 
     Attributes:
-        state: Likewise, after what was read.
+        state: Random states after what was read; None where nothing is drawn.
     """
 
     def __init__(
@@ -121,8 +122,9 @@ class Reading:
         done: int = 0,
         limit: int | None = None,
         state: dict[str, Any] | None = None,
+        draws: bool = True,
     ) -> None:
-        self._iterator, self._share, self._limit = iterator, share, limit
+        self._iterator, self._share, self._limit, self._draws = iterator, share, limit, draws
         self._round, self._read = done, share.before(done)
         self._end: StopIteration | None = None
         self.state = state
@@ -133,6 +135,8 @@ class Reading:
     def __next__(self) -> Any:
         if self._end is not None:
             raise self._end
+        if not self._draws:
+            return self._next()
         if self.state is None:
             batch = self._next()
             self.state = rng.rng_state()

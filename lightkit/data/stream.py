@@ -105,8 +105,10 @@ class BatchStream:
         # runs what it has there, as in a plain loop.
         whole = limit is None or (announced is not None and limit >= announced)
         self._stop: int | None = None
-        if not whole:  # at least what is done, which may be more than other processes would do
-            self._stop = max(share.length(limit) or 0, skip)
+        if limit is not None and not whole:
+            # At least what is done, which may be more than a new number of processes would do.
+            limit = max(limit, share.before(skip))
+            self._stop = share.length(limit)
         self._announced = share.length(announced)
         self.length = share.length(announced if whole or announced is None else limit)
         self._share = share

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from lightkit.distributed.choose import check_strategy, make_strategy
-from lightkit.distributed.devices import resolve_device
+from lightkit.distributed.devices import processes, resolve_device
 from lightkit.distributed.env import (
     LaunchEnv,
     check_nodes,
     job_id,
     launched,
+    rank_zero_only,
     require_launcher,
     slurm_job,
     torchrun_line,
 )
-from lightkit.distributed.ranks import Ranks, join
+from lightkit.distributed.ranks import Ranks, join, report
 from lightkit.distributed.strategies import SingleDevice, Strategy
 
 __all__ = [
@@ -27,6 +28,9 @@ __all__ = [
     "join",
     "launched",
     "make_strategy",
+    "processes",
+    "rank_zero_only",
+    "report",
     "require_launcher",
     "resolve_device",
     "slurm_job",

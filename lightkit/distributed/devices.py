@@ -40,6 +40,37 @@ def resolve_device(
         ConfigError: An unknown name, a device that is not there, contradictory arguments, or
             another number of devices than of processes.
     """
+    kind, count, asked, present = _chosen(accelerator, devices, gpus)
+    if kind == "mps":
+        return _mps(count, asked, env)
+    _check_count(count, asked, env, present, num_nodes or 1)
+    return _card(count, asked, env, present) if kind == "cuda" else torch.device("cpu")
+
+
+def processes(
+    accelerator: str | None, devices: Any, gpus: Any, num_nodes: int | None = None
+) -> int:
+    """Returns how many processes these arguments of the Trainer ask for on this machine.
+
+    Raises:
+        ConfigError: As `resolve_device`; and for several machines, on each of which somebody has
+            to start a launcher.
+    """
+    kind, count, _, present = _chosen(accelerator, devices, gpus)
+    number = len(count) if isinstance(count, list) else 1 if count is None else count
+    number = present if number == -1 else number
+    if num_nodes is not None and num_nodes > 1:
+        raise ConfigError(
+            f"num_nodes={num_nodes}: a command starts processes on its own machine only. Run on "
+            f"each of the {num_nodes} machines:\n  {torchrun_line(number, num_nodes)}"
+        )
+    return 1 if kind == "mps" else number
+
+
+def _chosen(
+    accelerator: Any, devices: Any, gpus: Any
+) -> tuple[str, int | list[int] | None, str, int]:
+    """Returns the kind of device, how many, the words that asked for them, and how many there are."""
     accelerator = _accelerator(accelerator)
     if gpus is not None and devices is not None and devices != "auto":
         raise ConfigError(
@@ -55,11 +86,7 @@ def resolve_device(
             f"Give devices=1."
         )
     count = 1 if count == 0 else count  # the CPU, once for each process
-    if kind == "mps":
-        return _mps(count, asked, env)
-    present = _cards(named) if kind == "cuda" else 1
-    _check_count(count, asked, env, present, num_nodes or 1)
-    return _card(count, asked, env, present) if kind == "cuda" else torch.device("cpu")
+    return kind, count, asked, _cards(named) if kind == "cuda" else 1
 
 
 def _accelerator(given: Any) -> str:

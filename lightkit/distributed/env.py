@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import os
-import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 from lightkit.errors import ConfigError
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +50,18 @@ def launched() -> LaunchEnv:
     """Reads what torchrun says about this process; one process of one where it was not used.
 
     Raises:
-        ConfigError: A variable that holds no number.
+        ConfigError: A variable that holds no number, or several processes without their numbers.
     """
+    world_size = _number("WORLD_SIZE", 1)
+    if world_size > 1 and "RANK" not in os.environ:
+        raise ConfigError(
+            f"The environment says WORLD_SIZE={world_size}, but not which of these processes this "
+            f"is (RANK). Start the program by torchrun, which sets both, or unset WORLD_SIZE."
+        )
     return LaunchEnv(
         rank=_number("RANK", 0),
         local_rank=_number("LOCAL_RANK", 0),
-        world_size=_number("WORLD_SIZE", 1),
+        world_size=world_size,
         local_world_size=_number("LOCAL_WORLD_SIZE", 1),
         node=_number("GROUP_RANK", 0),
         restart=_number("TORCHELASTIC_RESTART_COUNT", 0),
@@ -135,6 +146,22 @@ def check_nodes(num_nodes: int | None, env: LaunchEnv) -> None:
     )
 
 
+def rank_zero_only(call: Callable[P, R]) -> Callable[P, R | None]:
+    """Makes a function that only rank zero of several processes runs; the others get None.
+
+    For what prints or writes in the user's own code::
+
+        @lk.rank_zero_only
+        def report(text): ...
+    """
+
+    @functools.wraps(call)
+    def alone(*args: P.args, **kwargs: P.kwargs) -> R | None:
+        return call(*args, **kwargs) if launched().rank == 0 else None
+
+    return alone
+
+
 def torchrun_line(processes: int, nodes: int = 1) -> str:
     """Returns the command that starts this very program in several processes.
 
@@ -142,6 +169,8 @@ def torchrun_line(processes: int, nodes: int = 1) -> str:
         processes: How many on each machine.
         nodes: On how many machines; one line that is right for each of them.
     """
+    import shlex  # only where an error or a command says it
+
     where = f"--nproc-per-node {processes}"
     if nodes > 1:
         where = f"--nnodes {nodes} {where} --rdzv-backend c10d --rdzv-endpoint FIRST_MACHINE:29500"

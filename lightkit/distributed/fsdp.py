@@ -445,7 +445,7 @@ def _by_mesh(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
 
 def _whole(tensor: Tensor) -> Tensor:
     """Returns a sharded tensor as a plain one. A collective on its device."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[no-any-return]
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 @functools.cache

@@ -54,7 +54,10 @@ def materialise(task: nn.Module, device: torch.device, ranks: Ranks) -> None:
                 f"values of {', '.join(without[:5])}. Define init_weights(self) in the task, or "
                 f"reset_parameters(self) in the modules."
             )
-    task._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
+    empty = torch.empty_like
+    task._apply(  # type: ignore[no-untyped-call]
+        lambda t: empty(t, device=device) if t.is_meta else t.to(device)
+    )
     seed = ranks.share(int(torch.randint(2**62, ())), "seed of the first weights")
     with rng.preserved(), torch.no_grad():
         here = dict(_state(task))
@@ -62,7 +65,7 @@ def materialise(task: nn.Module, device: torch.device, ranks: Ranks) -> None:
             here[name].fill_(torch.nan)  # to notice what is left out
         torch.manual_seed(seed)
         if own:
-            with _WholeDraws():
+            with _WholeDraws():  # type: ignore[no-untyped-call]
                 task.init_weights()  # type: ignore[operator]
         else:
             for _, module in modules:
@@ -119,11 +122,11 @@ def _reset(module: nn.Module) -> None:
         fill_part(own[name], whole)
 
 
-class _WholeDraws(TorchDispatchMode):
+class _WholeDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Random values that are drawn into a sharded tensor are drawn for all of it."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        part = args[0] if args else None
+        part: Any = args[0] if args else None
         if func.overloadpacket in _DRAWS and hasattr(part, "__create_chunk_list__"):
             whole = torch.empty(part.shape, dtype=part.dtype, device=part.device)
             func(whole, *args[1:], **(kwargs or {}))
@@ -143,4 +146,4 @@ def _state(task: nn.Module) -> list[tuple[str, Tensor]]:
 
 def _local(tensor: Tensor) -> Tensor:
     """Returns what this rank has of a tensor, sharing its memory."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[no-any-return]
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

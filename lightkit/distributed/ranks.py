@@ -7,36 +7,21 @@ an error says when somebody did not come. All ranks make the same calls in the s
 
 from __future__ import annotations
 
-import atexit
-import contextlib
-import pickle
-import re
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 
-from lightkit.distributed import told
-from lightkit.distributed.board import FOLLOWED, PATIENCE, Board, connect
 from lightkit.distributed.env import LaunchEnv
-from lightkit.distributed.watchdog import TICK, Watchdog
-from lightkit.errors import LightkitError, PeerError, UsageError
+
+if TYPE_CHECKING:
+    from lightkit.distributed.processes import ProcessRanks
 
 T = TypeVar("T")
 #: Processes that wait for one that never comes end after so long.
 TIMEOUT = timedelta(minutes=10)
-#: Heartbeats that a process may miss before it counts as gone.
-_BEATS = 4
-#: Seconds that a process which only follows another's end leaves to it.
-_AFTER_OTHERS = 0.5
-#: Seconds that connections may take to close after an error.
-_CLOSING = 5.0
-#: What torch's transports say when another process has gone.
-_TRANSPORT = re.compile(r"gloo/|NCCL (error|comm)|Connection (closed|reset) by peer")
-_PIECE = 64 * 2**20  # bytes that are copied together before they are sent
 
 
 class Ranks:
@@ -108,280 +93,6 @@ class Ranks:
         """Tells the others and the launcher what ended the run of this process. No collective."""
 
 
-class ProcessRanks(Ranks):
-    """Several processes, or one that a launcher started, over torch's process group.
-
-    Args:
-        env: This process among them.
-        control: The process group for what lives in the memory of the CPU.
-        board: Where it is read who is missing; None where there is no store for it.
-        device: Where this process computes.
-        timeout: How long a collective waits for one who does not come.
-    """
-
-    def __init__(
-        self,
-        env: LaunchEnv,
-        control: Any,
-        board: Board | None = None,
-        device: torch.device | None = None,
-        timeout: timedelta = TIMEOUT,
-    ) -> None:
-        super().__init__(env)
-        self._control, self._board, self._timeout = control, board, timeout
-        self._count = 0
-        self._inside: tuple[int, str] | None = None
-        self._ended_by: BaseException | None = None
-        self._watchdog: Watchdog | None = None
-        if board is not None:
-            where = torch.device("cpu") if device is None else device
-            self._watchdog = Watchdog(env.rank, board, lambda: self._inside, self._missing, where)
-
-    def begin(self) -> None:
-        """Forgets how an earlier run of this program ended."""
-        self._ended_by = None
-        if self._board is not None and self._watchdog is not None:
-            self._board.recover()
-            self._watchdog.begin()
-
-    def share(self, value: T, what: str) -> T:
-        """See `Ranks.share`."""
-        packed, error = _packed(value) if self.is_zero else (b"", None)
-        result: T = self._unpack(self._send((packed, error), what), 0, what)
-        return result
-
-    def gather(self, value: T, what: str) -> list[T]:
-        """See `Ranks.gather`."""
-        found: list[Any] = [None] * self.world_size
-        with self._named(what):
-            torch.distributed.all_gather_object(found, _packed(value), group=self._control)
-        return [self._unpack(each, rank, what) for rank, each in enumerate(found)]
-
-    def decide(self, call: Callable[[], T], what: str) -> T:
-        """See `Ranks.decide`."""
-        result: T | None = None
-        error: Exception | None = None
-        if self.is_zero:
-            try:
-                result = call()
-            except Exception as raised:  # noqa: BLE001  everybody raises it
-                error = raised
-        packed = _packed((result, None if error is None else _twin(error)))
-        found = self._send(packed, what)
-        if error is not None:
-            raise error
-        result, raised_there = self._unpack(found, 0, what)
-        if raised_there is not None:
-            raise told.mark(raised_there)
-        return result
-
-    def _send(self, packed: tuple[bytes, str | None], what: str) -> tuple[bytes, str | None]:
-        """Returns what rank zero has packed, to all."""
-        held = [packed if self.is_zero else None]
-        with self._named(what):
-            torch.distributed.broadcast_object_list(held, src=0, group=self._control)
-        assert held[0] is not None
-        return held[0]
-
-    def _unpack(self, packed: tuple[bytes, str | None], rank: int, what: str) -> Any:
-        """Returns what a rank has packed; raises alike on all ranks where it could not."""
-        data, error = packed
-        if error is not None:
-            raise UsageError(
-                f"{what}: rank {rank} holds what cannot be sent to other processes: {error}. "
-                f"Plain types, tensors and objects that can be pickled can."
-            )
-        return pickle.loads(data)  # noqa: S301  another process of this very run packed it
-
-    def exchange(self, numbers: Sequence[float], what: str) -> list[list[float]]:
-        """See `Ranks.exchange`."""
-        own = torch.tensor(list(numbers), dtype=torch.float64)
-        found = [torch.empty_like(own) for _ in range(self.world_size)]
-        with self._named(what):
-            torch.distributed.all_gather(found, own, group=self._control)
-        return torch.stack(found).tolist()  # memory of the CPU
-
-    def wait(self, what: str) -> None:
-        """See `Ranks.wait`."""
-        with self._named(what):
-            torch.distributed.barrier(group=self._control)
-
-    def average(self, tensors: Sequence[Tensor]) -> None:
-        """See `Ranks.average`."""
-        for group in _pieces(tensors):
-            flat = torch.cat([tensor.reshape(-1) for tensor in group])
-            with self._named("average of gradients", tells=False):
-                torch.distributed.all_reduce(flat)
-            _fill(group, flat.div_(self.world_size))
-
-    def total(self, tensor: Tensor) -> Tensor:
-        """See `Ranks.total`."""
-        summed = tensor.clone()
-        with self._named("sum over ranks", tells=False):
-            torch.distributed.all_reduce(summed)
-        return summed
-
-    def copy_from_zero(self, tensors: Sequence[Tensor]) -> None:
-        """See `Ranks.copy_from_zero`."""
-        for group in _pieces(tensors):
-            flat = torch.cat([tensor.reshape(-1) for tensor in group])
-            with self._named("copy from rank 0"):
-                torch.distributed.broadcast(flat, src=0)
-            _fill(group, flat)
-
-    def explain(self, error: BaseException) -> BaseException:
-        """See `Ranks.explain`."""
-        if not _is_transport(error):
-            return error
-        missing = self._missing(None, error)
-        if not missing:
-            return error
-        return PeerError(f"rank {self.rank} waited in a collective of torch: {missing}")
-
-    def failed(self, error: BaseException) -> None:
-        """See `Ranks.failed`."""
-        if error is self._ended_by:
-            return
-        self._ended_by, follows = error, told.follows(error)
-        if self._board is not None:
-            text = told.in_a_line(error)
-            self._board.fail(FOLLOWED + text if follows else text)
-        if follows:
-            # The launcher names the first process that it sees end: let it be the guilty one.
-            time.sleep(_AFTER_OTHERS)
-        elif isinstance(error, Exception) and self.env.has_error_file:
-            _record(error)
-
-    def close(self) -> None:
-        """Ends the process group with the program; never waits for long after an error."""
-        if not torch.distributed.is_initialized():
-            return
-        if self._board is not None and self._watchdog is not None:
-            if self._ended_by is not None or self._board.another_failed():
-                self._watchdog.closing(_CLOSING)
-            else:
-                self._board.leave("ended its program without an error")
-        torch.distributed.destroy_process_group()
-
-    @contextlib.contextmanager
-    def _named(self, what: str, *, tells: bool = True) -> Iterator[None]:
-        """Says what a collective was for when it fails, and who did not come.
-
-        Args:
-            what: Its name.
-            tells: Whether the others can read that this process has come to it.
-        """
-        self._count += 1
-        self._inside = (self._count, what)
-        if tells and self._board is not None:
-            self._board.at(self._count, what)
-        try:
-            yield
-        except RuntimeError as error:
-            if not _is_transport(error):
-                raise
-            missing = self._missing(what, error) or error
-            raise PeerError(f"rank {self.rank} waited in {what!r}: {missing}") from error
-        finally:
-            self._inside = None
-
-    def _missing(self, what: str | None, error: BaseException | None = None) -> str:
-        """Says who did not come to a collective, and why; "" where nothing is known.
-
-        Args:
-            what: Its name; None for one of torch's own.
-            error: What it ended with, if it has.
-        """
-        if self._board is None:
-            return ""
-        before = self._board.look()
-        ends = {rank: seen.end for rank, seen in before.items() if seen.end}
-        guilty = {rank: end for rank, end in ends.items() if not end.startswith(FOLLOWED)}
-        if guilty:
-            return "; ".join(f"rank {rank} {_ending(end)}" for rank, end in guilty.items())
-        time.sleep(_BEATS * TICK)
-        after = self._board.look()
-        silent = [r for r, seen in after.items() if seen.beat == before[r].beat and r not in ends]
-        if silent:
-            return f"{_listed(silent)} ended without a word: killed, or out of memory?"
-        late = "imed out" in str(error)
-        waited = f" within {self._timeout.total_seconds():.0f} s" if late else ""
-        behind = [
-            f"rank {rank} did not come{waited}; it was last in {seen.place!r}"
-            for rank, seen in after.items()
-            if seen.count < self._count or (what is not None and seen.place != what)
-        ]
-        return "; ".join(behind) or "; ".join(f"rank {r} {_ending(e)}" for r, e in ends.items())
-
-
-def _is_transport(error: BaseException) -> bool:
-    """Tells whether an error is torch's, about the connections between processes."""
-    mine = isinstance(error, RuntimeError) and not isinstance(error, LightkitError)
-    return mine and _TRANSPORT.search(str(error)) is not None
-
-
-def _pieces(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Yields tensors of one device and type together, so many as fit into one message."""
-    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for tensor in tensors:
-        group = alike.setdefault((tensor.device, tensor.dtype), [])
-        group.append(tensor)
-        if sum(t.nbytes for t in group) > _PIECE:
-            yield alike.pop((tensor.device, tensor.dtype))
-    yield from alike.values()
-
-
-def _fill(tensors: list[Tensor], flat: Tensor) -> None:
-    """Copies the parts of a flat tensor into tensors."""
-    parts = torch.split(flat, [tensor.numel() for tensor in tensors])
-    shaped = [part.view_as(t) for part, t in zip(parts, tensors, strict=True)]
-    torch._foreach_copy_(tensors, shaped)
-
-
-def _record(error: Exception) -> None:
-    """Writes an error where torchrun reads what to show of it."""
-    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
-    trace = error.__traceback__
-    try:
-        raise error  # torch takes down the exception that is under way
-    except Exception:  # noqa: BLE001
-        error.__traceback__ = trace
-        get_error_handler().record_exception(error)
-
-
-def _packed(value: Any) -> tuple[bytes, str | None]:
-    """Returns a value in bytes, or why that cannot be."""
-    try:
-        return pickle.dumps(value), None
-    except Exception as error:  # noqa: BLE001  whatever an object raises when it is pickled
-        return b"", f"{type(error).__name__}: {error}"
-
-
-def _twin(error: Exception) -> Exception:
-    """Returns an error as other processes can raise it: itself, or a `PeerError` with its text."""
-    try:
-        twin = pickle.loads(pickle.dumps(error))  # noqa: S301  our own
-    except Exception:  # noqa: BLE001  a constructor that takes other arguments raises anything
-        twin = None
-    if type(twin) is type(error) and str(twin) == str(error):
-        return error
-    return PeerError(f"rank 0 ended with {type(error).__name__}: {error}")
-
-
-def _ending(end: str) -> str:
-    """Returns how a process ended, in words."""
-    text = end.removeprefix(FOLLOWED)
-    return text if text.startswith("ended ") else f"ended with {text}"
-
-
-def _listed(ranks: list[int]) -> str:
-    """Returns the numbers of processes in words."""
-    if len(ranks) == 1:
-        return f"rank {ranks[0]}"
-    return f"ranks {', '.join(map(str, ranks))}"
-
-
 _joined: ProcessRanks | None = None
 
 
@@ -403,38 +114,14 @@ def join(env: LaunchEnv, device: torch.device, timeout: timedelta = TIMEOUT) -> 
     if not env.launched:
         return Ranks(env)
     if _joined is None:
-        _joined = _open(env, device, timeout)
+        from lightkit.distributed.processes import open_processes  # one process needs none of it
+
+        _joined = open_processes(env, device, timeout)
     _joined.begin()
     return _joined
 
 
-def _open(env: LaunchEnv, device: torch.device, timeout: timedelta) -> ProcessRanks:
-    """Opens the process group, unless there is one, and a second one for what is on the CPU."""
-    dist = torch.distributed
-    board, ours, cuda = None, not dist.is_initialized(), device.type == "cuda"
-    try:
-        if ours:
-            dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if cuda else "gloo",
-                store=connect(env, timeout, server=env.rank == 0 and not env.agent_store),
-                rank=env.rank,
-                world_size=env.world_size,
-                timeout=timeout,
-                device_id=device if cuda else None,
-            )
-        control = dist.new_group(backend="gloo", timeout=timeout)
-    except RuntimeError as error:
-        raise PeerError(
-            f"rank {env.rank} did not meet all of the {env.world_size} processes at "
-            f"{env.master_address}:{env.master_port} within {timeout.total_seconds():.0f} s: "
-            f"{error}"
-        ) from error
-    if env.world_size > 1:
-        with contextlib.suppress(RuntimeError):  # a group that was opened by other means
-            board = Board(env, timeout if ours else timedelta(seconds=PATIENCE))
-    ranks = ProcessRanks(env, control, board, device, timeout)
-    ranks.wait("the start of all processes")  # from now on everybody's line can be read
-    if ours:
-        told.install(env.rank, ranks.failed)
-        atexit.register(ranks.close)
-    return ranks
+def report(error: BaseException) -> None:
+    """Tells the other processes what ends this program, if it has met them. No collective."""
+    if _joined is not None:
+        _joined.failed(error)

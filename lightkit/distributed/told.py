@@ -20,7 +20,12 @@ def mark(error: Exception) -> Exception:
 
 def follows(error: BaseException) -> bool:
     """Tells whether an error only follows from what another process has shown."""
-    return isinstance(error, PeerError) or getattr(error, _MARK, False)
+    return isinstance(error, PeerError) or is_rank_zeros(error)
+
+
+def is_rank_zeros(error: BaseException) -> bool:
+    """Tells whether rank zero has shown the same error, and this is another rank."""
+    return getattr(error, _MARK, False)
 
 
 def in_a_line(error: BaseException) -> str:
@@ -42,7 +47,7 @@ def install(rank: int, failed: Callable[[BaseException], None]) -> None:
     def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if follows(error):
             sys.stderr.write(f"{_line(rank, error)}\n")
-        else:
+        elif not (rank and kind is KeyboardInterrupt):  # Ctrl-C reaches all: rank zero's is enough
             before(kind, error, trace)
         failed(error)
 

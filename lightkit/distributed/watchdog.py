@@ -34,7 +34,15 @@ AFTER_FAILURE = 5.0
 #: Share of a processor that a thread uses at most while it waits.
 _IDLE = 0.5
 #: Python code of torch below which a thread may wait for other processes without a name of ours.
-_TORCH = ("/torch/autograd/", "/torch/nn/parallel/distributed.py", "/torch/distributed/")
+#: Not that of its checkpoints, where a thread waits for a disk.
+_TORCH = (
+    "/torch/autograd/",
+    "/torch/nn/parallel/distributed.py",
+    "/torch/distributed/distributed_c10d.py",
+    "/torch/distributed/_functional_collectives.py",
+    "/torch/distributed/fsdp/",
+)
+_WAKE = b"\0"  # no signal has this number
 _ENDING = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -65,45 +73,59 @@ class Watchdog:
         self._beats: dict[int, str] = {}
         self._standing, self._since = _NOWHERE, 0.0
         self._thread = threading.get_ident()  # the one that trains
-        self._clock, self._spent, self._looked = _clock_of(self._thread), 0.0, 0.0
-        self._listen = _listen()
-        threading.Thread(target=self._watch, name="lightkit-watchdog", daemon=True).start()
+        self._clock, self._spent, self._looked = _clock_of(self._thread), 0.0, time.monotonic()
+        self._listen, self._wake = _listen()
+        self._stopped = False
+        self._watcher = threading.Thread(target=self._watch, name="lightkit-watchdog", daemon=True)
+        self._watcher.start()
 
     def begin(self) -> None:
         """Forgets a signal of before: a run begins."""
         self._heard, self._deadline = 0, float("inf")
+
+    def stop(self) -> None:
+        """Ends the thread: one that is in C++ when Python ends takes the process down by SIGABRT."""
+        self._stopped = True
+        self._wake()
+        self._watcher.join()
 
     def closing(self, seconds: float) -> None:
         """Gives the process so long to end after a failure."""
         self._deadline = time.monotonic() + seconds
 
     def _watch(self) -> None:
-        while True:
+        while not self._stopped:
             self._heard = self._listen(TICK) or self._heard
             self._look(time.monotonic())
 
     def _look(self, now: float) -> None:
-        """Looks once; no frame of the thread is held when it returns, unless something is wrong."""
+        """Looks once; frames of the thread are held, and a GPU is asked, only if something is wrong."""
         if now >= self._deadline:
             self._say("ended: its connections to the other processes did not close\n")
             os._exit(1)
-        place = self._place(now)
-        self._board.beat(waits=place.name != "")
+        spent, took = self._clock(), now - self._looked
+        idle = (spent - self._spent) / max(took, 1e-9) < _IDLE
+        self._spent, self._looked = spent, now
         failed = self._board.another_failed()
-        if not (self._heard or failed) or not place.name:
+        if not (self._heard or failed):
+            self._board.beat(waits=self._inside() is not None)
+            self._standing = _NOWHERE
+            return
+        place = self._place(idle)
+        self._board.beat(waits=place.name != "")
+        if not place.name:
             self._standing = _NOWHERE
         elif not place.same(self._standing) or self._others_move():
             self._standing, self._since = place, now
         elif now - self._since >= (AFTER_FAILURE if failed else AFTER_SIGNAL):
             self._end(place, now - self._since)
 
-    def _place(self, now: float) -> _Place:
-        """Returns where the main thread waits for others; without a name where it does not."""
-        spent = self._clock()
-        took, idle = now - self._looked, False
-        if self._looked and took > 0:
-            idle = (spent - self._spent) / took < _IDLE
-        self._spent, self._looked = spent, now
+    def _place(self, idle: bool) -> _Place:
+        """Returns where the thread waits for others; without a name where it does not.
+
+        Args:
+            idle: Whether it has computed nothing since the last look.
+        """
         inside, frame = self._inside(), sys._current_frames().get(self._thread)
         if frame is None:
             return _NOWHERE
@@ -186,14 +208,16 @@ def _clock_of(thread: int) -> Callable[[], float]:
     return time.process_time
 
 
-def _listen() -> Callable[[float], int]:
-    """Returns what waits for a signal that ends programs and returns its number, 0 for none.
+def _listen() -> tuple[Callable[[float], int], Callable[[], object]]:
+    """Returns what waits for a signal that ends programs, and what wakes it up.
 
-    C code writes the number of a signal into a pipe when it comes, whatever the main thread does.
-    Who listened there before hears it still. Other threads than the main one cannot listen.
+    It returns the number of the signal, 0 for none. C code writes that number into a pipe when the
+    signal comes, whatever the main thread does. Who listened there before hears it still. Other
+    threads than the main one cannot listen.
     """
     if threading.current_thread() is not threading.main_thread():
-        return _sleep
+        event = threading.Event()
+        return lambda seconds: 0 * event.wait(seconds), event.set
     read, write = os.pipe()
     os.set_blocking(read, False)
     os.set_blocking(write, False)
@@ -203,17 +227,12 @@ def _listen() -> Callable[[float], int]:
     def wait(seconds: float) -> int:
         ready, _, _ = select.select([read], [], [], seconds)
         came = os.read(read, 4096) if ready else b""
-        if came and before != -1:
+        if came.strip(_WAKE) and before != -1:
             with contextlib.suppress(OSError):
-                os.write(before, came)
+                os.write(before, came.strip(_WAKE))
         return next((number for number in came if number in _ENDING), 0)
 
-    return wait
-
-
-def _sleep(seconds: float) -> int:
-    time.sleep(seconds)
-    return 0
+    return wait, lambda: os.write(write, _WAKE)
 
 
 def _forget(before: int) -> None:

@@ -18,10 +18,11 @@ PACKAGES: dict[str, set[str]] = {
     "matplotlib": {"history.py"},
     "pandas": {"history.py"},
     "argparse": {"cli.py", "hparams.py"},  # hparams: its Namespace
-    "torch.distributed": {"distributed/"},
+    # checkpoint/sharded: the parts of sharded checkpoints, by torch.distributed.checkpoint
+    "torch.distributed": {"distributed/", "checkpoint/sharded.py"},
     "sklearn": set(),
-    # checkpoint: its errors; ranks: tries whether a value can be sent before all wait for it
-    "pickle": {"checkpoint/", "distributed/ranks.py"},
+    # checkpoint: its errors; processes: tries whether a value can be sent before all wait for it
+    "pickle": {"checkpoint/", "distributed/processes.py"},
 }
 #: Expressions as they are written, and the only files that may contain them.
 EXPRESSIONS: dict[str, set[str]] = {
@@ -29,7 +30,8 @@ EXPRESSIONS: dict[str, set[str]] = {
     r"torch\.distributed\.": {"distributed/"},
     r"(torch\.)?(amp\.|cuda\.amp\.)?(autocast|GradScaler)\(": {"precision.py"},
     r"torch\.(save|load)\(": {"checkpoint/"},
-    r".*\.(item|tolist)$": {"readings.py", "checkpoint/"},  # each waits for the device
+    # Each waits for the device; distributed: numbers in the memory of the CPU.
+    r".*\.(item|tolist)$": {"readings.py", "checkpoint/", "distributed/"},
     r"torch\.load\(.*weights_only=False": set(),
     r"signal\.signal": {"signals.py", "data/"},  # data: in worker processes
     r"torch\.inference_mode": set(),

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
 from lightkit import rng
 from lightkit.data import BatchStream, Feed, order_of, sample_counts
@@ -239,7 +239,7 @@ def test_samples_in_the_batches_of_a_rank(world: int) -> None:
                 feed = feed_of(loader, Member(rank, world, said), even=even)
                 counts = sample_counts(loader, feed.share)
                 assert counts is not None
-                stream = BatchStream(loader, feed=feed, record=None, sizes=counts)
+                stream = BatchStream(loader, feed=feed)
                 for batch in stream:
                     assert stream.size == len(batch[0]) == counts.of(stream.fetched - 1)
                 assert counts.batches == stream.fetched
@@ -306,6 +306,33 @@ def test_other_numbers_of_ranks_go_on_in_the_same_order(kind: str) -> None:
         record["hash"] = 1
         with pytest.raises(DataError, match="gives other samples"):
             train(feeds[0], record=record, skip=rounds_done)
+
+
+def test_what_is_said_where_another_number_of_ranks_goes_on(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", "lightkit")
+    feed = feed_of(LOADERS["list"](23), Member(0, 4, []))
+    assert feed.go_on({}, 8, 2, None) == 2
+    assert feed.length() == 5
+    assert caplog.messages[-1] == (
+        "8 of 23 batches of the epoch were done by 2 processes; 4 processes take the rest: 3 left "
+        "out at its end"
+    )
+    assert feed.go_on({}, 6, 1, 20) == 2  # the first 6 count as 2 rounds
+    assert feed.length(20) == 5
+    assert "6 of 20 batches of the epoch were done by 1 process;" in caplog.text
+    alone = Feed(LOADERS["list"](23), resumable=True)
+    assert alone.go_on({}, 6, 4, None) == 6
+    assert caplog.messages[-1].endswith("one takes the rest: 0 left out at its end")
+    said = len(caplog.messages)
+    assert alone.go_on({}, 6, 1, None) == 6
+    assert len(caplog.messages) == said
+    # Fewer batches than are done, as a limit of each process may say: the epoch is over.
+    assert feed.go_on({}, 21, 2, 16) == 6
+    record = order_of({"generators": [], **feed.record(1)})
+    stream = BatchStream(feed.loader, feed=feed, record=record, skip=6, limit=16)
+    assert list(stream) == []
 
 
 def test_one_that_knows_where_it_is_goes_on_elsewhere() -> None:

@@ -36,25 +36,35 @@ class Node:
         self.name, self.address, self.first = name, address, first
 
     def torchrun(
-        self, target: str, root: Path, nodes: str, *flags: str, processes: int = 2, **arguments
+        self, target: str, root: Path, nodes: str, *flags: str, patience: int = 2, **arguments
     ) -> subprocess.Popen[str]:
         """Starts torchrun over ``module:function`` with two processes; arguments are plain types.
 
         The machines have one host name, that of the real one, so each says what torchrun would
         else find by names: its address, and whether it is the one where the others are awaited.
+
+        Args:
+            target: The function.
+            root: Where its processes leave what it returns.
+            nodes: How many machines take part, as torchrun is told.
+            flags: More for torchrun.
+            patience: Seconds after which a silent machine counts as gone.
+            arguments: Of the function.
         """
         root.mkdir(parents=True, exist_ok=True)
-        meeting = f"is_host={int(self.address == self.first)},keep_alive_interval=1"
-        meeting += ",keep_alive_max_attempt=5,last_call_timeout=1"
+        meeting = f"is_host={int(self.address == self.first)},last_call_timeout=1"
+        meeting += f",keep_alive_interval=1,keep_alive_max_attempt={patience}"
         command = ["ip", "netns", "exec", self.name, sys.executable, "-W", "error"]
-        command += ["-m", "torch.distributed.run", f"--nnodes={nodes}", f"--nproc-per-node={processes}"]
+        command += ["-m", "torch.distributed.run", f"--nnodes={nodes}", "--nproc-per-node=2"]
         command += ["--rdzv-backend=c10d", f"--rdzv-endpoint={self.first}:{PORT}"]
         command += ["--rdzv-id=job", f"--local-addr={self.address}", f"--rdzv-conf={meeting}"]
         command += [*flags, "-m", "tests.distributed.member", target, json.dumps(arguments)]
+        # torch 2.13 lets a machine that comes later wait for ever where the store is shared.
+        more = {"GLOO_SOCKET_IFNAME": INTERFACE, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         return subprocess.Popen(
             [*command, str(root)],
             cwd=ROOT,
-            env=environment({"GLOO_SOCKET_IFNAME": INTERFACE}),
+            env=environment(more),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -7,8 +7,8 @@ import signal
 import sys
 import threading
 import time
-from pathlib import Path
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -38,7 +38,7 @@ class Unpicklable(Exception):
 def raised(call) -> tuple[str, str]:
     try:
         call()
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001
         return type(error).__name__, str(error)
     return "", ""
 
@@ -68,6 +68,28 @@ def words():
     }
     ranks.wait("the end")
     return found
+
+
+def given():
+    """A process group that the program opened itself is used, and left alone."""
+    torch.distributed.init_process_group("gloo")
+    ranks = join(launched(), CPU)
+    found = {
+        "shared": ranks.share(f"from {ranks.rank}", "a test"),
+        "seen": [seen.place for seen in ranks._board.look().values()],
+    }
+    ranks.close(destroy=False)
+    found["open"] = torch.distributed.is_initialized()
+    torch.distributed.destroy_process_group()
+    return found
+
+
+def alone():
+    """One of two processes; the other one is never started."""
+    said = raised(lambda: join(launched(), CPU, timedelta(seconds=2)))
+    sys.stdout.write(": ".join(said) + "\n")
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def late():
@@ -111,6 +133,8 @@ def raw(how: str, place: str, rank: int = 1):
 def end(how: str) -> None:
     """Ends this process, or what it does."""
     Path(sys.argv[3], "at").write_text(str(time.time()))
+    if how == "mark":
+        return
     if how == "raise":
         raise ValueError("boom")
     if how == "kill":
@@ -119,8 +143,6 @@ def end(how: str) -> None:
         sys.exit(3)
     if how == "memory":
         raise MemoryError("no room for the batch")
-    if how == "hang":
-        time.sleep(1000)
     raise AssertionError(how)
 
 
@@ -188,6 +210,17 @@ def fit(how: str, place: str, workers: int = 0, root: str = ""):
     trainer.fit(Net(how, place), loader, val)
 
 
+def unclosed():
+    """Rank 1 fails, and its connections, as those of a GPU may, cannot be closed."""
+    ranks = join(launched(), CPU)
+    if ranks.rank == 1:
+        never = threading.Lock()
+        never.acquire()
+        torch.distributed.destroy_process_group = never.acquire
+        raise ValueError("boom")
+    ranks.wait("the end")
+
+
 def stuck(how: str, place: str = "named"):
     """The main thread of rank 0 waits in C++ for what never comes; rank 1 ends or works.
 
@@ -231,18 +264,4 @@ def stuck(how: str, place: str = "named"):
         return None
     with ranks._named("something else"):
         never.acquire()
-
-
-def dbg(**k):
-    import faulthandler
-
-    if os.environ["RANK"] == "0":
-        def loop():
-            while not Path(sys.argv[3], "at").exists():
-                time.sleep(0.1)
-            while True:
-                sys.stderr.write(f"== {time.time() - float(Path(sys.argv[3], 'at').read_text() or 0):.1f}\n")
-                faulthandler.dump_traceback()
-                time.sleep(1)
-        threading.Thread(target=loop, daemon=True).start()
-    fit(**k)
+    return None

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torchmetrics
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 from torchmetrics import MeanMetric, Metric, MetricCollection, SumMetric
 from torchmetrics.classification import (
     BinaryAUROC,
@@ -149,6 +149,7 @@ def everything(folder: str) -> dict:
     found = {count: measured(count, folder) for count in COUNTS}
     found["few"] = few()
     found["loaders"] = several_loaders()
+    found["own"] = own_loaders(folder)
     found["plateau"] = plateau()
     found["wrong"] = different_names()
     return found
@@ -226,6 +227,16 @@ def several_loaders() -> dict:
         "test": plain(one.test(task, loaders, verbose=False)),
         "predictions": one.predict(task, loaders),
     }
+
+
+def own_loaders(folder: str) -> list[list[int]]:
+    """Loaders that give each rank its own share: the samples in the order of ranks."""
+    writer = PredictionWriter(Path(folder) / "own", batches_per_file=1)
+    one = trainer(use_distributed_sampler=False, callbacks=[writer])
+    rank = torch.distributed.get_rank()
+    own = Subset(data(40), range(10 * rank, 10 * rank + 10 - rank))
+    found = [one.predict(Net(), DataLoader(own, 4)), PredictionWriter.load(writer.output_dir)]
+    return [torch.cat([batch["index"] for batch in batches]).tolist() for batches in found]
 
 
 class Plateau(Net):

@@ -13,21 +13,22 @@ import lightkit as lk
 from tests.distributed import scenes_ddp
 
 EPOCHS = 3
-DIES = 7  # the step in which the machine dies
+STEPS = 15  # of 4 processes
+DIES = 7  # the step in which the machine dies, between two saves
 
 
 class Net(scenes_ddp.Net):
     """With dropout: what is drawn on each rank must come back too."""
 
-    def __init__(self):
+    def __init__(self, dropout: float):
         super().__init__()
         self.net = nn.Sequential(
-            nn.Linear(scenes_ddp.FEATURES, 8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 1)
+            nn.Linear(scenes_ddp.FEATURES, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 1)
         )
 
 
 class Dying(lk.Callback):
-    """On the last rank: says where it has come to, and waits there until its machine is killed."""
+    """On the last rank: leaves a mark, and waits there until its machine is killed."""
 
     def __init__(self, mark: Path, step: int):
         self.mark, self.step = mark, step
@@ -49,7 +50,13 @@ class Slow(lk.Callback):
         time.sleep(self.seconds)
 
 
-def train(folder: str, dies: int | None = None, epochs: int = EPOCHS, slow: float = 0.0):
+def train(
+    folder: str,
+    dies: int | None = None,
+    epochs: int = EPOCHS,
+    slow: float = 0.0,
+    dropout: float = 0.2,
+):
     """Trains with a save after every second step, and goes on where there is something.
 
     Args:
@@ -57,9 +64,10 @@ def train(folder: str, dies: int | None = None, epochs: int = EPOCHS, slow: floa
         dies: The step in which the last rank waits to be killed.
         epochs: Epochs to train.
         slow: Seconds that each step takes longer.
+        dropout: The rate of the network's dropout.
 
     Returns:
-        Weights, history and where this process was.
+        Weights, history, and what else must be as if nothing had happened.
     """
     root = Path(folder)
     callbacks = [lk.callbacks.ModelCheckpoint(every_n_train_steps=2)]
@@ -72,7 +80,7 @@ def train(folder: str, dies: int | None = None, epochs: int = EPOCHS, slow: floa
         callbacks=callbacks,
         fused=False,
     )
-    task = Net()
+    task = Net(dropout)
     loaders = scenes_ddp.loader(1), scenes_ddp.loader(1, shuffle=False)
     history = trainer.fit(task, *loaders, ckpt_path="auto")
     entries = [{k: v for k, v in entry.items() if k != "time"} for entry in history]
@@ -82,5 +90,5 @@ def train(folder: str, dies: int | None = None, epochs: int = EPOCHS, slow: floa
         "step": trainer.global_step,
         "folder": trainer.run_dir.name,
         "place": (trainer.global_rank, trainer.local_rank, trainer.world_size),
-        "drawn": torch.get_rng_state(),
+        "random": torch.get_rng_state(),
     }

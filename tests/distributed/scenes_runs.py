@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,7 @@ class Samples(Dataset[Any]):
 class Net(lk.TaskModule):
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
-        self.net = nn.Sequential(
-            nn.Linear(3, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 1)
-        )
+        self.net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 1))
 
     def training_step(self, batch, batch_idx):
         x, y, _ = batch
@@ -65,11 +64,12 @@ class Diary(lk.Callback):
 
     Args:
         root: Where the notes go, a file for each rank.
-        dies: After so many batches of this life rank one is killed, if it was not before.
+        dies: After so many batches of this life a rank is killed, if it was not before.
+        who: Which rank.
     """
 
-    def __init__(self, root: Path, dies: int = 0) -> None:
-        self.root, self.dies, self.batches, self.open = root, dies, 0, []
+    def __init__(self, root: Path, dies: int = 0, who: int = 1) -> None:
+        self.root, self.dies, self.who, self.batches, self.open = root, dies, who, 0, []
 
     def on_train_start(self, trainer, task):
         self.path = self.root / f"diary_{trainer.global_rank}.jsonl"
@@ -84,7 +84,7 @@ class Diary(lk.Callback):
         self.open += batch[2].tolist()
         self.step = trainer.global_step
         mark = self.root / "died"
-        if self.dies and self.batches == self.dies and trainer.global_rank == 1:
+        if self.dies and self.batches == self.dies and trainer.global_rank == self.who:
             if not mark.exists():
                 mark.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -111,7 +111,7 @@ def live(place: str, *, workers: int, dies: int = 0) -> None:
         log_every_n_steps=2,
         logger=[JSONLLogger(), CSVLogger(), TensorBoardLogger()],
         callbacks=[
-            Diary(folder, dies),
+            Diary(folder, dies, who=0 if workers else 1),
             EarlyStopping("val_loss", patience=20),
             ModelCheckpoint(monitor="val_loss", every_n_train_steps=2, save_top_k=2),
         ],
@@ -170,7 +170,9 @@ def part_of_a_run(place: str, *, until: int, accumulate: int = 1) -> dict[str, A
     )
     task = Net()
     trainer.fit(task, DataLoader(Samples(48), 2, shuffle=True), ckpt_path="auto")
-    rows = [json.loads(line) for line in (trainer.run_dir / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (trainer.run_dir / "metrics.jsonl").read_text().splitlines()
+    ]
     return {
         "model": task.state_dict(),
         "losses": {row["step"]: row["train_loss_step"] for row in rows if "train_loss_step" in row},
@@ -188,23 +190,41 @@ def observed(place: str) -> dict[str, Any]:
     errors = {}
     saver = ModelCheckpoint(monitor="val_loss", every_n_train_steps=2, async_save=True)
     logger = TensorBoardLogger(save_dir=folder / "logs", name="mine")
-    trainer = lk.Trainer(
-        seed=5,
-        max_epochs=2,
-        default_root_dir=folder / "runs",
-        logger=[logger, JSONLLogger()],
-        callbacks=[saver, LambdaCallback(on_train_epoch_end=_by_hand(folder, errors))],
-        enable_model_summary=False,
-        enable_progress_bar=False,
-    )
+
+    def make(epochs: int, *callbacks: lk.Callback) -> lk.Trainer:
+        return lk.Trainer(
+            seed=5,
+            max_epochs=epochs,
+            default_root_dir=folder / "runs",
+            logger=[logger, JSONLLogger()],
+            callbacks=list(callbacks),
+            enable_model_summary=False,
+            enable_progress_bar=False,
+        )
+
+    # What is due by the clock is due on all ranks.
+    timed = ModelCheckpoint(folder / "timed", train_time_interval=timedelta(milliseconds=1))
+    by_hand = LambdaCallback(on_train_epoch_end=_by_hand(folder, errors))
+    trainer = make(2, saver, timed, by_hand)
     task = Net()
     train, val = DataLoader(Samples(20), 2), DataLoader(Samples(9), 2)
     trainer.fit(task, train, val)
     best = trainer.validate(task, val, ckpt_path="best", verbose=False)
+    found = {
+        "run_dir": str(trainer.run_dir),
+        "log_dirs": [logger.log_dir, trainer.loggers[1].log_dir, trainer.log_dir],
+        "best": (saver.best_model_path, saver.last_model_path, float(saver.best_model_score)),
+        "ledger": trainer.session.ledger is not None,
+    }
+    later = make(3, ModelCheckpoint(monitor="val_loss", every_n_train_steps=2))
+    history = later.fit(Net(), train, val, ckpt_path=saver.last_model_path)
+    assert [row["epoch"] for row in history] == [1, 2, 3]
     missing = folder / "nowhere.ckpt"
     for name, call in {
         "missing": lambda: trainer.validate(task, val, ckpt_path=missing),
-        "unknown": lambda: lk.Trainer(default_root_dir=folder / "x").fit(task, train, ckpt_path="last"),
+        "unknown": lambda: lk.Trainer(default_root_dir=folder / "x").fit(
+            task, train, ckpt_path="last"
+        ),
         "unwritable": lambda: lk.Trainer(max_steps=1, default_root_dir="/proc/x").fit(task, train),
     }.items():
         try:
@@ -212,12 +232,10 @@ def observed(place: str) -> dict[str, Any]:
         except lk.errors.LightkitError as error:
             errors[name] = f"{type(error).__name__}: {error}"
     return {
-        "run_dir": str(trainer.run_dir),
-        "log_dirs": [logger.log_dir, trainer.loggers[1].log_dir, trainer.log_dir],
+        **found,
+        "later": str(later.run_dir),
         "version": logger.version,
         "image": type(logger.experiment).__name__,
-        "best": (saver.best_model_path, saver.last_model_path, float(saver.best_model_score)),
-        "ledger": trainer.session.ledger is not None,
         "validated": best,
         "errors": errors,
     }

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from lightkit.loggers import CSVLogger, JSONLLogger, Logger, TensorBoardLogger
-from lightkit.loggers.base import flatten
+from lightkit.loggers.base import NullExperiment, flatten
 
 
 @pytest.mark.parametrize("kind", [TensorBoardLogger, CSVLogger])
@@ -171,3 +171,31 @@ def test_a_run_that_was_killed_and_rewound_has_the_files_of_one_that_was_not(tmp
 def test_flatten():
     nested = {"lr": 0.1, "net": {"width": 8, "more": {"depth": 2}}, "empty": {}}
     assert flatten(nested) == {"lr": 0.1, "net/width": 8, "net/more/depth": 2, "empty": {}}
+
+
+def test_on_other_ranks_a_logger_knows_the_folder_and_writes_nothing(tmp_path):
+    (tmp_path / "logs" / "version_0").mkdir(parents=True)  # by rank zero
+    for kind in (TensorBoardLogger, JSONLLogger, CSVLogger):
+        for given in ({}, {"save_dir": tmp_path / "logs"}):
+            logger = kind(**given)
+            logger.follow(tmp_path / "logs" / "version_0")
+            assert logger.log_dir == str(tmp_path / "logs" / "version_0")
+            assert logger.version == 0
+            logger.log_metrics({"loss": 1.0}, 1)
+            logger.log_hyperparams({"lr": 1.0})
+            assert isinstance(logger.experiment, NullExperiment)
+            logger.experiment.add_image("a", None, 3).anything()
+            assert logger.mark() == {}
+            logger.close()
+            assert logger.name == ("logs" if not given else None)
+    assert [p.name for p in tmp_path.rglob("*")] == ["logs", "version_0"]
+
+
+def test_a_logger_that_followed_may_write_in_a_later_run(tmp_path):
+    logger = JSONLLogger()
+    logger.follow(tmp_path / "a")
+    logger.open(tmp_path / "b")
+    logger.log_metrics({"loss": 1.0}, 1)
+    logger.close()
+    assert logger.log_dir == str(tmp_path / "b")
+    assert (tmp_path / "b" / "metrics.jsonl").read_text()

@@ -1,0 +1,144 @@
+"""Folders of sharded checkpoints as one process reads them; test_fsdp.py writes them on ranks."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import warnings
+from collections import OrderedDict
+
+import pytest
+import torch
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from lightkit.checkpoint import is_valid, load_weights, read_checkpoint, sharded
+from lightkit.checkpoint.disk import MARK, REST, point
+from lightkit.checkpoint.files import FORMAT, peek, read_any, write_checkpoint
+from lightkit.errors import CheckpointError
+
+WEIGHT = torch.arange(6.0).reshape(2, 3)
+
+
+class Folder(FileSystemWriter):
+    def storage_meta(self):  # as lightkit writes it: without the path
+        return None
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A checkpoint whose weight and momentum are in other files than the rest."""
+    path = tmp_path / "step_000003.ckpt"
+    model = OrderedDict(weight={"__lightkit_sharded__": "model.weight"}, bias=torch.ones(2))
+    moved = {"exp_avg": {"__lightkit_sharded__": "optimizers.0.state.0.exp_avg"}}
+    contents = {
+        "lightkit": {"format": FORMAT, "version": "0", "run": "r", "global_step": 3, "epoch": 0},
+        "model": model,
+        "optimizers": [{"state": {0: moved}, "param_groups": [{"params": [0, 1]}]}],
+        "loop": {"global_step": 3},
+    }
+    parts = {"model.weight": WEIGHT, "optimizers.0.state.0.exp_avg": WEIGHT.bfloat16() + 1}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        save(parts, storage_writer=Folder(path), no_dist=True)
+    write_checkpoint(contents, path / REST)
+    return path
+
+
+def test_it_reads_as_the_single_file_would(folder):
+    contents = read_checkpoint(folder)
+    assert torch.equal(contents["model"]["weight"], WEIGHT)
+    assert torch.equal(contents["model"]["bias"], torch.ones(2))
+    state = contents["optimizers"][0]["state"][0]["exp_avg"]
+    assert state.dtype == torch.bfloat16
+    assert torch.equal(state, WEIGHT.bfloat16() + 1)
+    assert is_valid(folder)
+
+
+def test_its_tensors_stay_on_the_disk_until_they_are_asked_for(folder):
+    for contents in (read_checkpoint(folder, lazy=True), read_any(folder)):
+        piece = contents["model"]["weight"]
+        assert (piece.shape, piece.dtype) == ((2, 3), torch.float32)
+        assert torch.equal(piece.whole(), WEIGHT)
+    assert peek(folder)["loop"] == {"global_step": 3}
+
+
+def test_its_weights_load_into_a_layer(folder):
+    layer = torch.nn.Linear(3, 2)
+    load_weights(layer, folder)
+    assert torch.equal(layer.weight, WEIGHT)
+    with pytest.raises(CheckpointError, match=r"weight \(file \(2, 3\), here \(2, 4\)\)"):
+        load_weights(torch.nn.Linear(4, 2), folder)
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+@pytest.mark.parametrize("what", [Evil(), {"a": Evil()}, os.system, print, torch.load])
+def test_nothing_in_it_is_executed(folder, tmp_path, monkeypatch, what):
+    monkeypatch.chdir(tmp_path)
+    (folder / MARK).write_bytes(pickle.dumps(what))
+    assert not is_valid(folder)
+    for read in (read_checkpoint, sharded.check_bytes):
+        with pytest.raises(CheckpointError, match="nothing was executed"):
+            read(folder)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_it_reads_no_file_outside_of_itself(folder, tmp_path):
+    (tmp_path / "secret").write_bytes(b"x" * 1000)
+    metadata = sharded._metadata(folder)
+    for entry in metadata.storage_data.values():
+        entry.relative_path = "../secret"
+    (folder / MARK).write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match="names a file outside of itself"):
+        read_checkpoint(folder)
+
+
+@pytest.mark.parametrize("gone", [MARK, REST, "__0_0.distcp"])
+def test_one_that_is_not_whole(folder, gone):
+    (folder / gone).unlink()
+    assert not is_valid(folder)
+    with pytest.raises(CheckpointError, match=gone):
+        read_checkpoint(folder)
+
+
+def test_a_mark_without_its_part(folder):
+    rest = read_checkpoint(folder / REST)
+    rest["model"]["bias"] = {"__lightkit_sharded__": "model.bias"}
+    write_checkpoint(rest, folder / REST)
+    with pytest.raises(CheckpointError, match=r"lacks the parts of model\.bias"):
+        read_checkpoint(folder)
+
+
+def test_a_second_name_shares_the_files(folder):
+    last = folder.with_name("last.ckpt")
+    point(last, folder)
+    assert (last / REST).samefile(folder / REST)
+    again = folder.with_name("other.ckpt")
+    write_checkpoint({"lightkit": {"format": FORMAT}, "model": {}}, again)
+    for target in (again, folder, again):  # files and folders take each other's place
+        point(last, target)
+        assert last.is_dir() == target.is_dir()
+    assert sorted(p.name for p in folder.parent.iterdir()) == [
+        "last.ckpt",
+        "other.ckpt",
+        "step_000003.ckpt",
+    ]
+
+
+def test_joining(folder, tmp_path):
+    file = sharded.consolidate(folder, tmp_path / "joined.ckpt")
+    assert torch.equal(read_checkpoint(file)["model"]["weight"], WEIGHT)
+    with pytest.raises(CheckpointError, match="is a folder. Name the file to write"):
+        sharded.consolidate(folder, tmp_path)
+    with pytest.raises(CheckpointError, match="no folder of a sharded run"):
+        sharded.consolidate(tmp_path / "nowhere", file)
+
+
+def test_a_file_in_the_place_of_a_folder(folder):
+    write_checkpoint({"lightkit": {"format": FORMAT}, "model": {}}, folder)
+    assert folder.is_file()
+    assert [p.name for p in folder.parent.iterdir()] == ["step_000003.ckpt"]

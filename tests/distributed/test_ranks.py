@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+import lightkit as lk
+from lightkit.distributed import LaunchEnv, Ranks, join, launched
+from tests.distributed.harness import torchrun
+
+
+def test_one_process_has_nobody_to_wait_for() -> None:
+    ranks = join(LaunchEnv(), torch.device("cpu"))
+    assert type(ranks) is Ranks
+    assert (ranks.rank, ranks.world_size, ranks.is_zero) == (0, 1, True)
+    value, tensor = object(), torch.ones(2)
+    assert ranks.share(value, "x") is value
+    assert ranks.gather(value, "x") == [value]
+    assert ranks.decide(lambda: value, "x") is value
+    assert ranks.exchange([1, 2.5], "x") == [[1.0, 2.5]]
+    assert ranks.total(tensor) is tensor
+    ranks.average([tensor])
+    ranks.copy_from_zero([tensor])
+    ranks.wait("x")
+    assert torch.equal(tensor, torch.ones(2))
+    error = RuntimeError("Connection closed by peer")
+    assert ranks.explain(error) is error
+    ranks.failed(error)
+    with pytest.raises(KeyError):
+        ranks.decide(lambda: {}["k"], "x")
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_every_collective(tmp_path, world) -> None:
+    found = torchrun("tests.distributed.scenes_ranks:collectives", world, tmp_path)
+    mean = sum(range(world)) / world
+    for rank, told in enumerate(found):
+        assert told["share"] == "from 0"
+        assert told["gather"] == [{"rank": each} for each in range(world)]
+        assert told["exchange"] == [[float(each), 0.5] for each in range(world)]
+        first, second, third = told["average"]
+        assert torch.equal(first, torch.full((2, 3), mean)), rank
+        assert torch.equal(second, torch.tensor(10 * mean))
+        assert torch.equal(third, torch.ones(2).double())
+        assert told["total"] == sum(range(1, world + 1))
+        assert torch.equal(told["copied"], torch.zeros(3))
+
+
+def test_rank_zero_only(monkeypatch) -> None:
+    @lk.rank_zero_only
+    def report(text: str, *, times: int = 1) -> str:
+        """Says something."""
+        return text * times
+
+    assert report.__doc__ == "Says something."
+    assert report("a", times=2) == "aa"
+    monkeypatch.setenv("RANK", "1")
+    assert launched().rank == 1
+    assert report("a", times=2) is None
