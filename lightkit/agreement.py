@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lightkit.distributed import Ranks
-    from lightkit.run import Flow
+    from lightkit.flow import Flow
 
 _SECOND = 1.0
 

@@ -43,10 +43,21 @@ class Closure:
             self._compute()
         self._called = True
         total = sum(self._weights)
+        if self._run.several:
+            return self._over_ranks()
         if len(self._losses) == 1 or (not isinstance(total, Tensor) and not total):
             return self._losses[-1]
         terms = zip(self._losses, self._weights, strict=True)
         return torch.stack([loss * weight for loss, weight in terms]).sum() / total
+
+    def _over_ranks(self) -> Tensor:
+        """Returns the mean loss of all ranks: what it decides (a line search) all decide alike."""
+        terms = zip(self._losses, self._weights, strict=True)
+        loss = torch.stack([loss.double() * weight for loss, weight in terms]).sum()
+        weight = torch.as_tensor(sum(self._weights), dtype=loss.dtype, device=loss.device)
+        # A collective on the device, without a host sync.
+        total, count = self._run.strategy.ranks.total(torch.stack([loss, weight])).unbind()
+        return torch.where(count > 0, total / count, total).to(self._losses[-1].dtype)
 
     def _compute(self) -> None:
         """Computes losses and gradients again, with the weights as they are now."""

@@ -15,7 +15,8 @@ from lightkit.hooks import Callback
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from lightkit.run import EvalRun, Flow, LoaderPlan
+    from lightkit.flow import Flow
+    from lightkit.run import EvalRun, LoaderPlan
     from lightkit.task import TaskModule
 
 _log = logging.getLogger("lightkit")

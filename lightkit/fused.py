@@ -80,7 +80,10 @@ class FusedChoice:
             return f"its parameters are not all on one device of {' or '.join(_DEVICES)}"
         if any(p.dtype not in _DTYPES for p in params):
             return "its parameters are not all float32 or float64"
-        if len({getattr(p, "device_mesh", None) for p in params}) > 1:
+        meshes = {getattr(p, "device_mesh", None) for p in params}
+        if type(optimizer) is SGD and meshes != {None}:
+            return "torch has no fused SGD for parameters that are split over ranks"
+        if len(meshes) > 1:
             return "its parameters are split over ranks in different ways"
         if any(id(p) in self._sparse for p in params):
             return "a layer with sparse=True gives it sparse gradients"

@@ -17,13 +17,22 @@ from torch import Tensor
 
 from lightkit import rng, signals
 from lightkit.closure import Closure
-from lightkit.data import END, BatchStream, generators, groups
+from lightkit.data import END, BatchStream, generators
+from lightkit.data.groups import groups
 from lightkit.errors import UsageError
 from lightkit.evaluation import evaluate, may_break_off, restore_modes, train_mode
-from lightkit.losses import Weighing, after_manual, check_skip, checked, is_zero, unpack
+from lightkit.losses import (
+    Weighing,
+    after_manual,
+    check_over_ranks,
+    check_skip,
+    checked,
+    is_zero,
+    unpack,
+)
 
 if TYPE_CHECKING:
-    from lightkit.data import Group
+    from lightkit.data.groups import Group
     from lightkit.run import FitRun
 
 _log = logging.getLogger("lightkit")
@@ -304,7 +313,9 @@ def train_step(run: FitRun, group: Group) -> None:
             outputs = backward(run, outputs, weighing)
             if closure is not None and outputs is not None:
                 losses = run.metrics.loss
-                closure.add(batch, index, losses.values[-1], losses.weights[-1])
+                alike = weighing is not None and run.several and not weighing.weighted
+                weight = 1 if alike else losses.weights[-1]
+                closure.add(batch, index, losses.values[-1], weight)
             if count == size and (outputs is not None or weighing is not None):
                 step_optimizer(run, index, weighing, closure)
         else:
@@ -362,10 +373,8 @@ def step_optimizer(
 ) -> None:
     """Unscales, clips and steps at the end of a group, and moves the schedules by steps."""
     hooks, optimizer = run.hooks, run.optimizer
-    if run.first_step and weighing is not None:
-        run.first_step = False
-        run.strategy.check_first_step()
-        weighing.check_alike()  # a collective, on the CPU
+    if run.agree is not None and weighing is not None:
+        check_over_ranks(run, weighing)
     if weighing is not None and not weighing.finish(run.plan.parameters):
         return
     if optimizer is not None:
@@ -405,9 +414,8 @@ def validation_due(run: FitRun, before: int) -> bool:
         run: The run.
         before: ``batch_idx`` before the step.
     """
-    cadence, state = run.cadence, run.state
-    unit = cadence.unit
-    every = cadence.every
+    cadence, state, clock = run.cadence, run.state, run.flow.clock
+    unit, every = cadence.unit, cadence.every
     if unit == "batches":
         in_turn = (state.epoch + 1) % cadence.epochs == 0
         return in_turn and state.batch_idx // every > before // every
@@ -416,7 +424,7 @@ def validation_due(run: FitRun, before: int) -> bool:
         return (done_before + state.batch_idx) // every > (done_before + before) // every
     if unit == "steps":
         return state.global_step % every == 0 and run.flow.validated_step != state.global_step
-    return run.flow.clock() - run.flow.validated_at >= every
+    return bool(clock() - run.flow.validated_at >= every)
 
 
 def validate(run: FitRun, *, batches_over: bool = False) -> None:

@@ -152,6 +152,11 @@ class Weighing:
             torch._foreach_mul_(gradients, factor)
         return True
 
+    @property
+    def weighted(self) -> bool:
+        """Whether the batches of the group have weights."""
+        return self._total is not None
+
     def check_alike(self) -> None:
         """Raises where only some ranks have weights: the others would not come to their sum."""
         given = [row[0] for row in self._ranks.exchange([self._total is not None], "weights")]
@@ -166,6 +171,20 @@ class Weighing:
         """Returns the sum of a weight over ranks: a collective on the device, without a host sync."""
         own = torch.as_tensor(weight, dtype=torch.float32, device=like.device)
         return self._ranks.total(own)
+
+
+def check_over_ranks(run: FitRun, weighing: Weighing) -> None:
+    """Raises for what only a backward shows, before ranks wait for others that do not come."""
+    run.strategy.check_step()
+    if run.weighted is None:
+        weighing.check_alike()  # a collective, on the CPU, at the first step
+        run.weighted = weighing.weighted
+    elif weighing.weighted is not run.weighted:
+        raise UsageError(
+            f"training_step returned {'a' if weighing.weighted else 'no'} 'weight' on rank "
+            f"{run.strategy.ranks.rank}, unlike in the first step, and the sum over ranks needs all "
+            f"of them. Return it for all batches, or never."
+        )
 
 
 def is_zero(weight: Any) -> bool:

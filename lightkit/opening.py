@@ -79,6 +79,18 @@ def as_datamodule(loader: Any, datamodule: Any) -> tuple[Any, Any]:
     return loader, datamodule
 
 
+def task_of(trainer: Trainer, stage: str, task: Any, ckpt_path: Any) -> tuple[Any, Any]:
+    """Returns the task of an evaluation, and the checkpoint whose weights it is to have."""
+    old = trainer.session
+    if task is not None:
+        return task, ckpt_path
+    if old.task is None:
+        raise UsageError(f"Pass the task: this trainer has none yet that it could {stage}.")
+    saver = trainer.checkpoint_callback  # as in the field: no task named, the best weights
+    known = saver is not None and saver.best_model_path and old.callbacks
+    return old.task, "best" if ckpt_path is None and known else ckpt_path
+
+
 def meet(trainer: Trainer, session: Session) -> None:
     """Chooses the device and meets the other processes, before anything is decided for all."""
     options, env = trainer.options, launched()
@@ -214,7 +226,6 @@ def build_fit(trainer: Trainer, session: Session, train: Any, val: Any) -> FitRu
         strategy=strategy,
         sync=strategy.sync_gradients,
         agree=Agreement(session.flow, strategy.ranks) if several else None,
-        first_step=several,
         precision=session.precision,
         plan=plan,
         metrics=metrics,
@@ -289,6 +300,7 @@ def _optimizers(trainer: Trainer, session: Session) -> OptimizerPlan:
     """Returns what ``configure_optimizers`` made, checked."""
     task, options = session.task, trainer.options
     plan = OptimizerPlan.build(task, fused=options.fused, device=session.device)
+    session.strategy.check_optimizers(plan.optimizers)
     session.plan = plan
     for text in check_parameters(task, plan):
         _log.warning("%s", text)
@@ -403,6 +415,7 @@ def _optimizer_step(session: Session) -> Callable[..., Any] | None:
 
 
 def _before_manual_step(run: FitRun, optimizer: Any) -> None:
+    run.strategy.before_manual_step(run.task)  # over ranks perhaps a collective
     for hook in run.hooks.on_before_optimizer_step:
         hook(optimizer)
     if run.clip is not None:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lightkit.distributed import SingleDevice, Strategy
+from lightkit.flow import Flow
 from lightkit.history import History
 from lightkit.precision import Precision
 from lightkit.readings import CallbackMetrics
-from lightkit.run import Flow
 from lightkit.state import Stage, TrainState
 
 if TYPE_CHECKING:

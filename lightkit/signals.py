@@ -12,7 +12,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightkit.run import Flow
+    from lightkit.flow import Flow
 
 _log = logging.getLogger("lightkit")
 #: Those that exist are watched: Ctrl-C, the usual word to end, SLURM's warning, a lost terminal.

@@ -9,23 +9,26 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightkit import console, rng
 from lightkit.data import DataModule
 from lightkit.distributed import Ranks, Strategy, launched
 from lightkit.errors import NotRunningError, UsageError
+from lightkit.flow import Flow
 from lightkit.history import History
 from lightkit.hooks import Callback
 from lightkit.limits import make_limits
 from lightkit.loggers.base import Logger
 from lightkit.options import Options, known_names, listed
 from lightkit.precision import resolve_precision
-from lightkit.run import EvalRun, FitRun, Flow
 from lightkit.session import Session
 from lightkit.state import Stage
 from lightkit.task import TaskModule
 from lightkit.view import TrainerView
+
+if TYPE_CHECKING:
+    from lightkit.run import EvalRun, FitRun
 
 _log = logging.getLogger("lightkit")
 _FIT_NEEDS = {
@@ -293,6 +296,7 @@ class Trainer(TrainerView):
             NotRunningError: Outside fit.
         """
         from lightkit import saving
+        from lightkit.run import FitRun
 
         run = self._run
         if not isinstance(run, FitRun):
@@ -382,13 +386,7 @@ class Trainer(TrainerView):
 
         given, datamodule = opening.as_datamodule(given, datamodule)
         old = self.session
-        if task is None and old.task is not None and ckpt_path is None:
-            saver = self.checkpoint_callback  # as in the field: no task named, the best weights
-            known = saver is not None and saver.best_model_path
-            ckpt_path = "best" if known and old.callbacks else None
-        task = old.task if task is None else task
-        if task is None:
-            raise UsageError(f"Pass the task: this trainer has none yet that it could {stage}.")
+        task, ckpt_path = opening.task_of(self, stage, task, ckpt_path)
         needs = {"validation": "validation_step", "test": "validation_step"}.get(stage)
         own_test = stage == "test" and type(task).test_step is not TaskModule.test_step
         opening.check_task(task, {needs: f"{stage} runs"} if needs and not own_test else {})

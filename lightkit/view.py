@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 from lightkit import signals
 from lightkit.history import History
 from lightkit.readings import CallbackMetrics
-from lightkit.run import FitRun
 from lightkit.schedules import SchedulerEntry
 from lightkit.session import Session
 from lightkit.state import Stage, TrainState
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     from lightkit.limits import Limits
     from lightkit.loggers.base import Logger
     from lightkit.options import Options
-    from lightkit.run import EvalRun
+    from lightkit.run import EvalRun, FitRun
     from lightkit.task import TaskModule
 
 
@@ -149,6 +148,8 @@ class TrainerView:
     @property
     def num_training_batches(self) -> int | None:
         """Training batches of an epoch for this process; None where unknown."""
+        from lightkit.run import FitRun
+
         run = self._run  # which knows of an epoch that another number of processes began
         return run.train_length if isinstance(run, FitRun) else self.session.train_length
 

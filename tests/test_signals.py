@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, Dataset
 
 import lightkit as lk
 from lightkit import signals
+from lightkit.flow import Flow
 from lightkit.loggers import Logger
-from lightkit.run import Flow
 from tests.small import Net as Small
 from tests.small import loader
 

@@ -30,9 +30,9 @@ from lightkit.checkpoint.savers import (
 )
 from lightkit.distributed import Ranks
 from lightkit.errors import CheckpointError
+from lightkit.flow import Flow
 from lightkit.hooks import Callback
 from lightkit.limits import parse_duration
-from lightkit.run import Flow
 from lightkit.state import TrainState
 
 if TYPE_CHECKING:

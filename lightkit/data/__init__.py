@@ -1,10 +1,7 @@
 """Batches on their way from a loader to the step."""
 
-from __future__ import annotations
+import typing
 
-from lightkit.data.comparing import batch_of_all, compared, how_divided
-from lightkit.data.feed import Feed, order_of
-from lightkit.data.groups import Group, groups
 from lightkit.data.loaders import (
     SampleCounts,
     generators,
@@ -15,9 +12,31 @@ from lightkit.data.loaders import (
 )
 from lightkit.data.module import DATA_NAMES, DataModule
 from lightkit.data.move import batch_size_of, move_to_device
-from lightkit.data.planning import seed_from
-from lightkit.data.shares import Share
-from lightkit.data.stream import END, BatchStream
+
+if typing.TYPE_CHECKING:
+    from lightkit.data.comparing import batch_of_all, compared, how_divided
+    from lightkit.data.feed import Feed, order_of
+    from lightkit.data.planning import seed_from
+    from lightkit.data.shares import Share
+    from lightkit.data.stream import END, BatchStream
+else:
+    _ROOMS = {
+        "comparing": ("batch_of_all", "compared", "how_divided"),
+        "feed": ("Feed", "order_of"),
+        "planning": ("seed_from",),
+        "shares": ("Share",),
+        "stream": ("END", "BatchStream"),
+    }
+
+    def __getattr__(name: str) -> object:
+        """Imports what only a running loop needs when it is first asked for."""
+        import importlib
+
+        room = next((room for room, names in _ROOMS.items() if name in names), None)
+        if room is None:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(f"{__name__}.{room}"), name)
+
 
 __all__ = [
     "DATA_NAMES",
@@ -25,14 +44,12 @@ __all__ = [
     "BatchStream",
     "DataModule",
     "Feed",
-    "Group",
     "SampleCounts",
     "Share",
     "batch_of_all",
     "batch_size_of",
     "compared",
     "generators",
-    "groups",
     "how_divided",
     "limited",
     "loader_length",

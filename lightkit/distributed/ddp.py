@@ -66,7 +66,10 @@ class DDPStrategy(Strategy):
         self.bucket_cap_mb, self.sync_batchnorm = bucket_cap_mb, sync_batchnorm
         self._adaptor: _StepModule | None = None
         self._ddp: DistributedDataParallel | None = None
+        self._all: list[tuple[str, Tensor]] = []
         self._trained: list[tuple[str, Tensor]] = []
+        self._switches: list[bool] = []
+        self._hooked: dict[int, Tensor] = {}
         self._handles: list[Any] = []
         self._touched: list[Tensor] = []
 
@@ -86,18 +89,19 @@ class DDPStrategy(Strategy):
                 "sync_batchnorm=True works on GPUs only, as torch's SyncBatchNorm does. Leave it "
                 "out on the CPU."
             )
-        nn.SyncBatchNorm.convert_sync_batchnorm(task)
+        nn.SyncBatchNorm.convert_sync_batchnorm(task)  # type: ignore[no-untyped-call]
 
     # --- automatic optimization ------------------------------------------------------------------
 
     def bind_training(self, task: nn.Module, *, automatic: bool) -> Callable[..., Any]:
         """See `Strategy.bind_training`."""
+        if self._ddp is not None or self._handles:
+            raise UsageError(
+                "This DDPStrategy object is in the middle of another trainer's fit. Give each "
+                'trainer its own, or strategy="ddp".'
+            )
         if not automatic:
-            self._handles = [
-                parameter.register_post_accumulate_grad_hook(self._touched.append)
-                for parameter in task.parameters()
-                if parameter.is_leaf
-            ]
+            self._follow(task)
             return self.bind(task, "training_step")
         self._adaptor = _StepModule(task)
         self._wrap()
@@ -105,18 +109,24 @@ class DDPStrategy(Strategy):
         return self._step
 
     def begin_epoch(self, task: nn.Module) -> None:
-        """Wraps the task anew where hooks froze or unfroze parameters."""
-        if self._adaptor is not None and self._trained != self._trainable():
+        """Wraps the task anew where hooks gave it other parameters, froze or unfroze some."""
+        if self._adaptor is None:
+            self._follow(task)
+            return
+        now = [id(parameter) for parameter in task.parameters()]
+        if now != [id(parameter) for _, parameter in self._all] or self._switched():
             self._wrap()
 
-    def _trainable(self) -> list[tuple[str, Tensor]]:
-        assert self._adaptor is not None
-        named = self._adaptor.named_parameters()
-        return [(name.removeprefix("task."), p) for name, p in named if p.requires_grad]
+    def _switched(self) -> bool:
+        """Tells whether parameters were frozen or unfrozen since the task was wrapped."""
+        return [parameter.requires_grad for _, parameter in self._all] != self._switches
 
     def _wrap(self) -> None:
+        assert self._adaptor is not None
         self._ddp = None  # its hooks go before those of the next one come
-        self._trained = self._trainable()
+        self._all = list(self._adaptor.task.named_parameters())
+        self._switches = [parameter.requires_grad for _, parameter in self._all]
+        self._trained = [(name, p) for name, p in self._all if p.requires_grad]
         if not self._trained:
             raise OptimizerError("No parameter of the task is trainable, so there is no gradient.")
         more = {} if self.bucket_cap_mb is None else {"bucket_cap_mb": self.bucket_cap_mb}
@@ -129,6 +139,8 @@ class DDPStrategy(Strategy):
         )
 
     def _sync_gradients(self, last: bool) -> None:
+        if self._switched():  # by a hook, in the middle of an epoch
+            self._wrap()
         self._ddp.require_backward_grad_sync = last  # type: ignore[union-attr]
 
     def _step(self, *arguments: Any) -> Any:
@@ -142,9 +154,21 @@ class DDPStrategy(Strategy):
             names = [self._trained[int(i)][0] for i in unused[1].split()]
             raise self._unused(names) from None
 
-    def check_first_step(self) -> None:
-        """Raises where the first backward left out parameters, whose gradients nobody averaged."""
-        if self._ddp is None or self.find_unused_parameters or self.static_graph:
+    def check_step(self) -> None:
+        """Raises where a backward left out parameters, for which other ranks may wait.
+
+        Torch itself would say so in the next forward, to which this rank may never come: the others
+        wait within their backward, and it would in a collective of its own.
+        """
+        if self._ddp is None:
+            return
+        if self._switched():
+            raise UsageError(
+                "training_step changed requires_grad of parameters, so their gradients were not "
+                "averaged over ranks. Change it in a hook: on_train_batch_start, or "
+                "on_train_epoch_start."
+            )
+        if self.find_unused_parameters or self.static_graph:
             return
         names = [name for name, parameter in self._trained if parameter.grad is None]
         if names:
@@ -161,12 +185,34 @@ class DDPStrategy(Strategy):
     def end(self) -> None:
         """Takes the hooks off the task's parameters."""
         self._ddp = self._adaptor = None
-        self.sync_gradients, self._trained = None, []
+        self.sync_gradients, self._all, self._trained, self._switches = None, [], [], []
         for handle in self._handles:
             handle.remove()
-        self._handles, self._touched = [], []
+        self._handles, self._touched, self._hooked = [], [], {}
 
     # --- manual optimization ---------------------------------------------------------------------
+
+    def _follow(self, task: nn.Module) -> None:
+        """Notices gradients of the parameters that are new, and gives them rank zero's values."""
+        new = [p for p in task.parameters() if id(p) not in self._hooked]
+        if not new:
+            return
+        with torch.no_grad():
+            self.ranks.copy_from_zero(new)
+        for parameter in new:
+            self._hooked[id(parameter)] = parameter
+            if not (parameter.is_floating_point() or parameter.is_complex()):
+                continue
+            # One that is frozen now may be trained later, and torch hooks none that is frozen.
+            trained = parameter.requires_grad
+            hook = parameter.requires_grad_(True).register_post_accumulate_grad_hook
+            self._handles.append(hook(self._touched.append))
+            parameter.requires_grad_(trained)
+
+    def before_manual_step(self, task: nn.Module) -> None:
+        """Averages what ``loss.backward()`` made, where ``manual_backward`` was not called."""
+        if self._touched:
+            self.average_touched(task)
 
     def after_backward(self, task: nn.Module) -> Callable[[], None]:
         """See `Strategy.after_backward`."""

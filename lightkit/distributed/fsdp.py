@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from lightkit.distributed.meta import defines, is_meta, materialise
 from lightkit.distributed.ranks import Ranks
 from lightkit.distributed.strategies import Strategy, check_alike, to_device
-from lightkit.errors import ConfigError, UsageError
+from lightkit.errors import ConfigError, OptimizerError, UsageError
 from lightkit.precision import Precision
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.optim import Optimizer
 
 _log = logging.getLogger("lightkit")
 
@@ -254,6 +255,18 @@ class FSDPStrategy(Strategy):
             )
         self._task, self.sync_gradients = task, self._sync
         return method
+
+    def check_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
+        """See `Strategy.check_optimizers`.
+
+        Raises:
+            OptimizerError: For LBFGS.
+        """
+        if self.sharded and any(isinstance(one, torch.optim.LBFGS) for one in optimizers):
+            raise OptimizerError(
+                f'LBFGS works on all parameters as one long vector, which strategy="{self.name}" '
+                f'splits. Use strategy="ddp", or an optimizer such as AdamW.'
+            )
 
     def _sync(self, last: bool) -> None:
         if last is not self._syncs:

@@ -31,6 +31,7 @@ _AFTER_OTHERS = 0.5
 _CLOSING = 5.0
 #: What torch's transports say when another process has gone.
 _TRANSPORT = re.compile(r"gloo/|NCCL (error|comm)|Connection (closed|reset) by peer")
+_LATE = re.compile(r"[Tt]imed? ?out")
 _PIECE = 64 * 2**20  # bytes that are copied together before they are sent
 
 
@@ -238,7 +239,7 @@ class ProcessRanks(Ranks):
         silent = [r for r, seen in after.items() if seen.beat == before[r].beat and r not in ends]
         if silent:
             return f"{_listed(silent)} fell silent: killed, out of memory, or cut off?"
-        late = "imed out" in str(error)
+        late = _LATE.search(str(error)) is not None
         waited = f" within {self._timeout.total_seconds():.0f} s" if late else ""
         behind = [
             f"rank {rank} did not come{waited}; it was last in {seen.place!r}"
@@ -332,17 +333,28 @@ def open_processes(env: LaunchEnv, device: torch.device, timeout: timedelta) -> 
             )
         control = dist.new_group(backend="gloo", timeout=timeout)
     except RuntimeError as error:
-        raise PeerError(
-            f"rank {env.rank} did not meet all of the {env.world_size} processes at "
-            f"{env.master_address}:{env.master_port} within {timeout.total_seconds():.0f} s: "
-            f"{error}"
-        ) from error
+        raise PeerError(_unmet(env, timeout, error)) from error
     if env.world_size > 1:
         with contextlib.suppress(RuntimeError):  # a group that was opened by other means
             board = Board(env, timeout if ours else timedelta(seconds=PATIENCE))
     ranks = ProcessRanks(env, control, board, device, timeout)
-    ranks.wait("the start of all processes")  # from now on everybody's line can be read
+    atexit.register(ranks.close, destroy=ours)
     if ours:
         told.install(env.rank, ranks.failed)
-    atexit.register(ranks.close, destroy=ours)
+    ranks.wait("the start of all processes")  # from now on everybody's line can be read
     return ranks
+
+
+def _unmet(env: LaunchEnv, timeout: timedelta, error: BaseException) -> str:
+    """Says that the processes did not find each other, and what helps."""
+    text = str(error)
+    waited = f" within {timeout.total_seconds():.0f} s" if _LATE.search(text) else ""
+    several = env.world_size > env.local_world_size
+    hint = (
+        "\nIf an address that begins with 127. stands above, set GLOO_SOCKET_IFNAME to the network "
+        "between the machines, such as eth0."
+    )
+    return (
+        f"rank {env.rank} did not meet all of the {env.world_size} processes at "
+        f"{env.master_address}:{env.master_port}{waited}: {text}{hint if several else ''}"
+    )

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from torch import nn
+    from torch.optim import Optimizer
 
     from lightkit.precision import Precision
 
@@ -91,15 +92,21 @@ class Strategy:
         """
         return self.bind(task, "training_step")
 
-    def check_first_step(self) -> None:
-        """Raises for what only the first backward shows."""
+    def check_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
+        """Raises for optimizers that cannot update what the strategy made of the parameters."""
+
+    def check_step(self) -> None:
+        """Raises on this rank for what only a backward shows; after the last one of each group."""
 
     def after_backward(self, task: nn.Module) -> Callable[[], None] | None:
         """Returns what ``self.manual_backward`` calls at its end; None where nothing is to be done."""
         return None
 
+    def before_manual_step(self, task: nn.Module) -> None:
+        """Is told of each ``optimizer.step()`` in manual optimization, before hooks and clipping."""
+
     def begin_epoch(self, task: nn.Module) -> None:
-        """Takes in what hooks changed: parameters that were frozen or unfrozen."""
+        """Takes in what hooks changed: parameters that are new, frozen or unfrozen."""
 
     def end(self) -> None:
         """Lets go of what was made for a call."""

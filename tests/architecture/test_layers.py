@@ -18,7 +18,17 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "signals",
         "_share",
     ),
-    ("hooks", "hparams", "limits", "console", "precision", "data", "distributed", "loggers.base"),
+    (
+        "flow",
+        "hooks",
+        "hparams",
+        "limits",
+        "console",
+        "precision",
+        "data",
+        "distributed",
+        "loggers.base",
+    ),
     (
         "columns",
         "freezing",

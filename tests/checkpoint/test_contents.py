@@ -13,10 +13,10 @@ from lightkit import rng
 from lightkit.checkpoint import collect, read_checkpoint, restore, write_checkpoint
 from lightkit.distributed import SingleDevice
 from lightkit.errors import CheckpointError, ConfigError
+from lightkit.flow import Flow
 from lightkit.history import History
 from lightkit.hooks import Callback
 from lightkit.hparams import HParams
-from lightkit.run import Flow
 from lightkit.state import TrainState
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from lightkit.data import END, BatchStream, Group, groups
+from lightkit.data import END, BatchStream
+from lightkit.data.groups import Group, groups
 
 
 class Sized:

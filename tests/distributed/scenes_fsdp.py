@@ -16,7 +16,7 @@ import lightkit as lk
 from lightkit.callbacks import ModelCheckpoint
 from lightkit.distributed import Ranks
 from lightkit.distributed.meta import materialise
-from lightkit.errors import CheckpointError, ConfigError, UsageError
+from lightkit.errors import LightkitError
 
 QUIET = {
     "accelerator": "cpu",
@@ -77,6 +77,24 @@ class Weighted(Net):
         losses = nn.functional.cross_entropy(Net.forward(self, x), y, reduction="none")
         weight = counts.sum()
         return {"loss": (losses * counts).sum() / weight.clamp(min=1), "weight": weight}
+
+
+class Moved(Net):
+    """Groups with rates of their own, momentum, a schedule, and a block that learns later."""
+
+    def configure_optimizers(self):
+        rest = [*self.blocks.parameters(), *self.out.parameters()]
+        groups = [{"params": self.inp.parameters()}, {"params": rest, "lr": 0.02}]
+        optimizer = torch.optim.SGD(groups, 0.1, momentum=0.9)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)]
+
+    def on_train_epoch_start(self):
+        self.blocks[0].requires_grad_(self.current_epoch == 1)
+
+
+class Newton(Net):
+    def configure_optimizers(self):
+        return torch.optim.LBFGS(self.parameters())
 
 
 class Recomputed(Net):
@@ -166,6 +184,7 @@ RUNS = {
     "clipped": (Net, {"gradient_clip_val": 0.3}),
     "by value": (Net, {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}),
     "accumulated": (Net, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.3}),
+    "moved": (Moved, {}),
     "recomputed": (Recomputed, {"gradient_clip_val": 0.3}),
     "weighted": (Weighted, {"accumulate_grad_batches": 2}),
 }
@@ -174,7 +193,7 @@ RUNS = {
 def refused(call):
     try:
         call()
-    except (ConfigError, UsageError, CheckpointError) as error:
+    except LightkitError as error:
         return str(error)
     return None
 
@@ -210,6 +229,7 @@ def training():
             return self.blocks[:2]
 
     found["manual"] = refused(lambda: trained("fsdp", Manual))
+    found["newton"] = refused(lambda: trained("fsdp", Newton))
     found["wrong"] = refused(lambda: trained("fsdp", Wrong))
     own = trained("fsdp", Own, epochs=1)["task"]
     found["own"] = [n for n, m in own.named_modules() if hasattr(m, "unshard")]

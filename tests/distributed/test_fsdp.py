@@ -5,10 +5,12 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
 import lightkit as lk
 from lightkit.checkpoint import is_valid, latest, read_checkpoint
@@ -84,6 +86,7 @@ def test_precision(two):
         ("three", "divides the ranks by 3, but there are 2"),
         ("no parallelism", "needs configure_parallelism(self, mesh) in Net"),
         ("manual", 'use strategy="ddp"'),
+        ("newton", "LBFGS works on all parameters as one long vector"),
         ("wrong", "configure_sharding returned Linear, which is no module of Wrong"),
     ],
 )
@@ -169,6 +172,11 @@ def test_one_process_reads_it(saved, tmp_path):
     task.load_weights(last)
     assert differ(task.state_dict(), ranks[0]["weights"]) == 0.0
     task = scenes.Net.load_from_checkpoint(last)
+    assert differ(task.state_dict(), ranks[0]["weights"]) == 0.0
+    task = scenes.Net()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load({"model": task.state_dict()}, checkpoint_id=last, no_dist=True)  # torch's own
     assert differ(task.state_dict(), ranks[0]["weights"]) == 0.0
     layer = torch.nn.Linear(5, 6)
     lk.checkpoint.load_weights(layer, last, prefix="inp.")

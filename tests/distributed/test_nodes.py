@@ -85,7 +85,7 @@ def test_a_machine_dies_and_comes_back(pair, alone, tmp_path):
     comes = second.torchrun(TRAIN, out, "2", "--max-restarts=1", **arguments)
     told = ended(stays, out).output
     found = ended(comes, out).results
-    assert "ended without a word: killed, or out of memory?" in told
+    assert "fell silent: killed, out of memory, or cut off?" in told
     assert "(6 steps, 1 epoch and 1 batch done)" in told
     for one, wanted in zip(found, alone, strict=True):
         same(one, wanted)

@@ -59,6 +59,7 @@ def test_a_process_that_is_never_started_is_missed() -> None:
         f"PeerError: rank 0 did not meet all of the 2 processes at 127.0.0.1:{port} within 2 s: "
     )
     assert done.stdout.startswith(start), done.stdout + done.stderr
+    assert "GLOO_SOCKET_IFNAME" in done.stdout  # one process here, so there are two machines
 
 
 def test_who_does_not_come_is_named(tmp_path) -> None:

@@ -172,7 +172,9 @@ def main() -> None:
         launch = ["torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
         command = [sys.executable, "-m", *launch, "-m", "tests.distributed.throughput"]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "LIGHTKIT_ROUNDS": rounds}
-        found = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+        found = subprocess.run(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+        )
         for line in found.stdout.splitlines():
             if line.startswith("|"):
                 print(line, flush=True)
