@@ -31,7 +31,7 @@ class Agreement:
         self._every = self._left = 1
         self._steps, self._since, self._settled = 0, time.perf_counter(), False
         self._now = 0.0
-        flow.shared, flow.clock = True, self._clock
+        flow.shared, flow.silent, flow.clock = True, not ranks.is_zero, self._clock
         self.reach("the start of the run")
 
     def __call__(self) -> None:

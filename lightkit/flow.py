@@ -32,6 +32,7 @@ class Flow:
         clock: Seconds as ``perf_counter`` counts them; with several ranks those of rank zero at the
             last agreement, so that what depends on time is decided alike.
         shared: Whether several ranks must agree before a wish of one of them is followed.
+        silent: Whether another rank says what there is to say.
         heard: A signal that came to this rank and is not agreed on yet.
         asked: Why this rank shall stop, where that is not agreed on yet.
     """
@@ -55,6 +56,7 @@ class Flow:
     group_step: int = 0
     clock: Callable[[], float] = time.perf_counter
     shared: bool = False
+    silent: bool = False
     heard: int | None = None
     asked: str | None = None
 

@@ -82,7 +82,8 @@ class _Watch:
             if self._flow.signal is None and self._flow.heard is None:
                 self._frame = frame
             self._flow.hear(number)
-            if number == signal.SIGINT and not isinstance(self._before[number], _Watch):
+            own = not isinstance(self._before[number], _Watch)
+            if number == signal.SIGINT and own and not self._flow.silent:
                 _write(_AGAIN)
         elif number in (signal.SIGINT, signal.SIGTERM):
             raise ended_by(number)
