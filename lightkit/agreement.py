@@ -17,7 +17,7 @@ class Agreement:
 
     The loop calls it after every step. Every so many steps, about a second's worth, it exchanges a
     few numbers; so a wish takes about a second to be followed, by all ranks at the same step. The
-    number of steps is found by rank zero in the first second and stays. Between two exchanges
+    number of steps is found by rank zero in the first second of steps and stays. Between two exchanges
     ``flow.clock()`` stands still, and it is rank zero's on all ranks: what depends on time is
     decided alike.
 
@@ -29,20 +29,26 @@ class Agreement:
     def __init__(self, flow: Flow, ranks: Ranks) -> None:
         self._flow, self._ranks = flow, ranks
         self._every = self._left = 1
-        self._steps, self._since, self._settled = 0, time.perf_counter(), False
+        self._steps, self._since, self._settled = 0, 0.0, False
         self._now = 0.0
         flow.shared, flow.silent, flow.clock = True, not ranks.is_zero, self._clock
         self.reach("the start of the run")
 
     def __call__(self) -> None:
         """Counts a step, and exchanges wishes if it is time to."""
+        if self._steps == 0:  # what comes before the end of the first one tells nothing
+            self._since = time.perf_counter()
         self._steps += 1
         self._left -= 1
         if self._left <= 0:
-            self.reach("agreement between steps")
+            self._reach("agreement between steps")
 
     def reach(self, what: str) -> None:
-        """Exchanges wishes now. A collective."""
+        """Exchanges wishes now, where something else than a step has come between. A collective."""
+        self._steps = 0  # the time that it took is none of the steps'
+        self._reach(what)
+
+    def _reach(self, what: str) -> None:
         flow, ranks = self._flow, self._ranks
         every = self._propose() if ranks.is_zero else 0
         asked = flow.asked is not None
@@ -62,10 +68,10 @@ class Agreement:
         if self._settled:
             return self._every
         took = time.perf_counter() - self._since
-        if took < _SECOND:
+        if self._steps < 2 or took < _SECOND:
             return max(1, self._steps)  # twice as far as it has come
         self._settled = True
-        return max(1, round(self._steps / took))
+        return max(1, round((self._steps - 1) / took))
 
     def _clock(self) -> float:
         return self._now

@@ -134,7 +134,7 @@ def _length(trainer: Trainer, run: FitRun) -> str:
 
 def _step(trainer: Trainer, run: FitRun) -> str:
     """Returns what an optimizer step over several processes takes in."""
-    processes, group = run.strategy.world_size, trainer.accumulate_grad_batches
+    processes, group = run.strategy.data_ranks[1], trainer.accumulate_grad_batches
     number = processes * group
     parts = f"{processes} processes" + (f" x {group} batches each" if group > 1 else "")
     sampler = getattr(run.train_loader, "batch_sampler", None)

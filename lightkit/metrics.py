@@ -22,7 +22,7 @@ from torch import Tensor
 from lightkit import metric_merging, metric_objects
 from lightkit.columns import Column
 from lightkit.distributed import Ranks
-from lightkit.errors import NonFiniteError
+from lightkit.errors import LoggingError, NonFiniteError
 from lightkit.hooks import Callback
 from lightkit.readings import CallbackMetrics, read
 from lightkit.recording import Recorder
@@ -240,6 +240,17 @@ class MetricLog(Recorder, Callback):
             metric_merging.compute(columns, self.ranks, what, silent=self.silent)
         self._store(columns)
 
+    def check_shared(self, name: str) -> None:
+        """Raises `LoggingError` where a name is monitored that rank zero alone logs.
+
+        On all ranks alike, before one of them misses the name and another does not.
+        """
+        if name in self.of_zero:
+            raise LoggingError(
+                f"{name!r} is monitored, but it was logged on rank 0 only. Log it on every rank, and "
+                f"without rank_zero_only=True."
+            )
+
     def reduced(self, name: str) -> Tensor | None:
         """Returns a value of ``callback_metrics`` that is the same on all ranks, for decisions.
 
@@ -254,6 +265,7 @@ class MetricLog(Recorder, Callback):
         Raises:
             LoggingError: On all ranks, if only some of them have logged the name.
         """
+        self.check_shared(name)
         own = self.callback_metrics.get(name)
         if self._totals is None:
             return own

@@ -54,12 +54,14 @@ class Recorder:
         in_step: Whether values belong to the batches of the loop.
         ranks: The processes of the run. What is logged stays with its rank until it is read.
         silent: Whether another rank sees the same batches, so that this one does not count.
+        of_zero: The names that rank zero alone logs, of several; known to all ranks.
     """
 
     def __init__(self, state: TrainState, ranks: Ranks | None = None) -> None:
         self.state = state
         self.ranks = Ranks() if ranks is None else ranks
         self.silent = False
+        self.of_zero: set[str] = set()
         self.train: dict[str, Column] = {}
         self.loss = Column("train_loss", prog_bar=True)
         self.loss_steps: list[int] = []
@@ -132,6 +134,9 @@ class Recorder:
 
     def log_alone(self, name: str, value: Any, *arguments: Any) -> None:
         """Puts a value of rank zero alone into its column; the other ranks log nothing."""
+        if self.ranks.world_size > 1:
+            renamed = name if self._rename is None else self._rename(name)
+            self.of_zero |= {name, renamed}
         if self.ranks.is_zero:
             self._alone = True
             try:

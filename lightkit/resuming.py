@@ -288,7 +288,7 @@ def restore(trainer: Trainer, run: FitRun, start: Start) -> str | None:
         return None
     header = start.saved.get("lightkit", {})
     checkpoint.restore(run, start.saved)
-    run.rng = checkpoint.random_states(start.saved, run.strategy.ranks.rank)
+    run.rng = checkpoint.random_states(start.saved, run.strategy.data_ranks[0])
     _change_ranks(run, start)
     run.sanity_batches = 0
     run.flow.validated_step = run.state.global_step
@@ -310,7 +310,7 @@ def restore(trainer: Trainer, run: FitRun, start: Start) -> str | None:
 
 def _change_ranks(run: FitRun, start: Start) -> None:
     """Keeps the batches of an optimizer step where another number of ranks goes on, and tells."""
-    before, now = checkpoint.saved_ranks(start.saved), run.strategy.world_size
+    before, now = checkpoint.saved_ranks(start.saved), run.strategy.data_ranks[1]
     if before == now:
         return
     was, own = start.saved.get("flow", {}).get("batches_per_step"), run.flow.accumulate

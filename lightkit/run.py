@@ -301,7 +301,7 @@ class FitRun:
         Args:
             state: Rank zero's, and under "ranks" a list of all ranks' where there were several.
         """
-        parts, rank = state.get("ranks", [state]), self.strategy.ranks.rank
+        parts, rank = state.get("ranks", [state]), self.strategy.data_ranks[0]
         self.data = dict(parts[rank if rank < len(parts) else 0])
         self.data.pop("ranks", None)
         self.generators_now = self.data.pop("generators_now", [])

@@ -18,7 +18,7 @@ from lightkit.data import move_to_device
 from lightkit.errors import NotRunningError, UsageError
 from lightkit.hooks import TASK_NAMES, check_hook_names
 from lightkit.hparams import HParams, capture, save_hyperparameters
-from lightkit.task_hooks import TaskHooks
+from lightkit.task_hooks import ShardingHooks, TaskHooks
 
 if TYPE_CHECKING:
     from lightkit.loggers.base import Logger
@@ -63,7 +63,7 @@ class Link:
 
 
 @capture
-class TaskModule(TaskHooks, nn.Module):
+class TaskModule(TaskHooks, ShardingHooks, nn.Module):
     """A network together with how it is trained and evaluated. Subclass it.
 
     Write at least `training_step` and `configure_optimizers`. It stays an ordinary

@@ -1,4 +1,4 @@
-"""The hooks of a task: those of a callback, without the arguments trainer and task."""
+"""The hooks of a task: those of a callback, without trainer and task; and those of sharding."""
 
 from __future__ import annotations
 
@@ -12,17 +12,8 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 
-class TaskHooks:
-    """Every hook that a task may define, doing nothing; `lightkit.Callback` says when each is called.
-
-    They exist so that an override may call ``super()``. One that is not overridden is never called.
-    """
-
-    def setup(self, stage: str) -> None:
-        """Called when an entry point begins, before the model is on its device."""
-
-    def teardown(self, stage: str) -> None:
-        """Called when an entry point ends, also after an exception."""
+class ShardingHooks:
+    """What a task may say about how it is split over ranks; see docs/fsdp.md."""
 
     def configure_parallelism(self, mesh: DeviceMesh) -> None:
         """Called on all ranks before a task is sharded: split single layers over ``mesh["tp"]``.
@@ -43,6 +34,19 @@ class TaskHooks:
 
         By default ``reset_parameters`` of each module is called.
         """
+
+
+class TaskHooks:
+    """Every hook that a task may define, doing nothing; `lightkit.Callback` says when each is called.
+
+    They exist so that an override may call ``super()``. One that is not overridden is never called.
+    """
+
+    def setup(self, stage: str) -> None:
+        """Called when an entry point begins, before the model is on its device."""
+
+    def teardown(self, stage: str) -> None:
+        """Called when an entry point ends, also after an exception."""
 
     def on_fit_start(self) -> None:
         """Called once per fit, when everything is built and a checkpoint is loaded."""

@@ -349,7 +349,7 @@ class Trainer(TrainerView):
                 places.open_run(self, run, start)
             if resumed is None:
                 session.loaded_at = run.state.epoch
-                rng.for_rank(session.strategy.ranks.rank)  # dropout differs over ranks
+                rng.for_rank(session.strategy.data_ranks[0])  # dropout differs over ranks
             elif run.reload is not None and run.state.batch_idx:
                 run.reload(run)  # those that were made before know nothing of the epoch
             run.plan.check_horizon(*announce.planned(self))

@@ -469,15 +469,30 @@ def test_what_was_reduced_already_is_the_same_object():
     assert ranks(2, does) == [True, True]
 
 
-def test_a_monitor_that_one_rank_lacks_is_an_error_on_all():
+@pytest.mark.parametrize("said", [True, False])
+def test_a_monitor_that_one_rank_lacks_is_an_error_on_all(said):
     def step(rank, batch, number):
-        rank.task.log("mine", 1.0, rank_zero_only=True)
+        if said:
+            rank.task.log("mine", 1.0, rank_zero_only=True)
+            with pytest.raises(LoggingError, match="on rank 0 only"):
+                rank.log.check_shared("mine")  # known without a word between the ranks
+            rank.log.check_shared("other")
+        elif rank.rank == 0:
+            rank.task.log("mine", 1.0)
         rank.log.reduced("mine")
 
     found = run(2, lambda rank: rank.train(batches(16), step))
     for one in found:
         assert isinstance(one, LoggingError)
         assert "'mine' is monitored, but it was logged on rank 0 only" in str(one)
+
+
+def test_in_one_process_what_rank_zero_logs_may_be_monitored():
+    def step(rank, batch, number):
+        rank.task.log("mine", 2.0, rank_zero_only=True)
+        assert rank.log.reduced("mine") == 2.0
+
+    ranks(1, lambda rank: rank.train(batches(16), step))
 
 
 def test_in_one_process_nothing_is_exchanged():

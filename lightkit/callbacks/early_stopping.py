@@ -129,7 +129,7 @@ class EarlyStopping(Callback):
         if trainer.sanity_checking or not self._fitting:
             return
         self._validated = True
-        there = self.monitor in trainer.callback_metrics
+        there = self._is_there(trainer)
         if self._by_validation is None and there:
             self._by_validation = not self._there_before
         if there and self._by_validation:
@@ -144,7 +144,7 @@ class EarlyStopping(Callback):
         """Checks, if the monitor comes from training."""
         if self._by_validation:
             return
-        if self.monitor in trainer.callback_metrics:
+        if self._is_there(trainer):
             self._check(trainer, task)
         elif self._by_validation is False or self._validated or not trainer.num_val_batches:
             self._missing(trainer)
@@ -154,6 +154,12 @@ class EarlyStopping(Callback):
         if self.restore_best and self._best_weights is not None:
             task.load_state_dict(self._best_weights)
             _log.info("Restored the best weights: %s.", self._best())
+
+    def _is_there(self, trainer: Trainer) -> bool:
+        """Tells whether the monitor is logged; the same on all ranks."""
+        assert trainer.session.metrics is not None
+        trainer.session.metrics.check_shared(self.monitor)
+        return self.monitor in trainer.callback_metrics
 
     def _missing(self, trainer: Trainer) -> None:
         text = no_such_metric("EarlyStopping", self.monitor, trainer.callback_metrics)

@@ -56,6 +56,8 @@ def collect(
     task, state = run.task, run.state
     own = {} if weights_only else spread.part(run)
     parts = spread.gathered(run.strategy.ranks, own, problem)
+    # Ranks that get the same batches, as in tensor parallelism, know the same.
+    parts = parts[:: len(parts) // run.strategy.data_ranks[1]]
     checkpoint: dict[str, Any] = {
         "lightkit": {
             "format": FORMAT,
@@ -113,9 +115,9 @@ def restore(run: FitRun, checkpoint: dict[str, Any]) -> None:
             f"weights: task.load_weights(path), then fit without ckpt_path."
         )
     if run.strategy.sharded or "pieces" in checkpoint["lightkit"]:
-        from lightkit.checkpoint import sharded
+        from lightkit.checkpoint import placing
 
-        checkpoint = sharded.settled(checkpoint, run.task, run.plan.optimizers)
+        checkpoint = placing.settled(checkpoint, run.task, run.plan.optimizers)
     for hook in run.hooks.on_load_checkpoint:
         hook(checkpoint)
     saved_class = checkpoint.get("task_class", "a task")
@@ -126,7 +128,7 @@ def restore(run: FitRun, checkpoint: dict[str, Any]) -> None:
         {"optimizers": checkpoint["optimizers"], "schedulers": checkpoint["schedulers"]}
     )
     run.precision.load_state_dict(checkpoint["precision"])
-    run.state.load_state_dict(spread.counters(checkpoint, run.strategy.ranks.world_size))
+    run.state.load_state_dict(spread.counters(checkpoint, run.strategy.data_ranks[1]))
     # Saved only where a hook changed it; else the Trainer's own number holds, also a new one.
     run.flow.accumulate = checkpoint.get("flow", {}).get("accumulate", run.flow.accumulate)
     run.switched = checkpoint.get("flow", {}).get("switched", {})

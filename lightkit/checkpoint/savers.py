@@ -207,10 +207,13 @@ def check_monitor(given: ModelCheckpoint, trainer: Trainer, validated: bool) -> 
     none_comes = all(n == 0 for n in trainer.num_val_batches)
     if trainer.epoch_ended and (given._validated or none_comes):
         given._names_known = True
+    if given.monitor is None:
+        return
+    assert trainer.session.metrics is not None
+    trainer.session.metrics.check_shared(given.monitor)
     if given._monitor_found or given.monitor in trainer.callback_metrics:
         given._monitor_found = True
         return
-    assert given.monitor is not None
     names = sorted(trainer.callback_metrics)
     near = did_you_mean(given.monitor, names)
     # Within the first epoch a metric of the training's epoch end may still come.

@@ -25,22 +25,19 @@ import shutil
 import sys
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightkit.checkpoint import disk, files
 from lightkit.checkpoint.disk import MARK, REST
 from lightkit.checkpoint.storable import storable
-from lightkit.distributed.meta import fill_part
-from lightkit.errors import CheckpointError
+from lightkit.errors import CheckpointError, PeerError
 
 if TYPE_CHECKING:
-    from torch.optim import Optimizer
-
     from lightkit.distributed import Strategy
 
 #: The one key of the mapping that stands for a tensor whose parts are in other files.
@@ -101,7 +98,7 @@ class Shards:
 
         # Collectives; the group has its own, so that a thread may write while the loop goes on.
         self._temporary = Path(strategy.ranks.decide(begin, "the start of a checkpoint"))
-        self._group, self._zero = strategy.storage_group(), strategy.is_global_zero
+        self._group, self._rank = strategy.storage_group(), strategy.ranks.rank
 
     def copy(self, kept: dict[str, Tensor]) -> None:
         """Copies the parts to memory of the CPU, which is kept from one save to the next.
@@ -127,6 +124,7 @@ class Shards:
         Raises:
             CheckpointError: On all ranks, if one of them could not write. What was there under this
                 name is untouched.
+            PeerError: Another rank is gone.
         """
         from torch.distributed.checkpoint.api import CheckpointException
         from torch.distributed.checkpoint.filesystem import FileSystemWriter
@@ -137,6 +135,11 @@ class Shards:
         class Folder(FileSystemWriter):
             def storage_meta(self) -> None:  # it would name the temporary folder
                 return None
+
+            def write_data(self, plan: Any, planner: Any) -> Any:
+                """Called when rank zero is past removing what an earlier try has left."""
+                folder.mkdir(parents=True, exist_ok=True)
+                return super().write_data(plan, planner)
 
             def finish(self, metadata: Any, results: Any) -> None:
                 """Called on rank zero when all have written; its errors are everybody's."""
@@ -151,6 +154,11 @@ class Shards:
         except CheckpointException as error:  # no Exception, by torch's choice
             self._discard()
             raise CheckpointError(self._why(error)) from None
+        except RuntimeError as error:  # of the collective itself
+            self._discard()
+            raise PeerError(
+                f"rank {self._rank} waited in 'the parts of a checkpoint': {error}"
+            ) from error
         except BaseException:
             self._discard()
             raise
@@ -159,7 +167,7 @@ class Shards:
         files.write_stored(stored, self._temporary / REST, others)
 
     def _discard(self) -> None:
-        if self._zero:
+        if not self._rank:
             shutil.rmtree(self._temporary, ignore_errors=True)
 
     def _why(self, error: Any) -> str:
@@ -389,89 +397,6 @@ def pieces(path: Path, rest: Any) -> Any:
 def whole(item: Any, name: str = "") -> Any:
     """Returns something read from a folder with every tensor as a whole, on the CPU."""
     return item.whole() if isinstance(item, Piece) else _mapped(item, name, whole)
-
-
-# --- giving parts out -----------------------------------------------------------------------------
-
-
-def settled(contents: Any, task: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
-    """Returns a checkpoint as a run takes it: parts where the run has parts, all else whole.
-
-    Args:
-        contents: What was read, be it a folder or a file.
-        task: The task of the run.
-        optimizers: Its optimizers.
-    """
-    contents["lightkit"].pop("pieces", None)
-    done = {
-        "model": placed(contents["model"], task.state_dict()),
-        "optimizers": placed_states(contents["optimizers"], optimizers),
-    }
-    return {name: done[name] if name in done else whole(inner) for name, inner in contents.items()}
-
-
-def placed(weights: Mapping[str, Any], own: Mapping[str, Any]) -> OrderedDict[str, Any]:
-    """Returns weights as a module takes them: its part where it has parts, else whole.
-
-    Args:
-        weights: Tensors or pieces by name.
-        own: The module's state. What has another shape there stays a tensor without memory, of
-            which only the shape is looked at.
-    """
-
-    def change(name: str, value: Any) -> Any:
-        target = own.get(name)
-        if not isinstance(value, (Tensor, Piece)) or is_part(value):
-            return value
-        if not isinstance(target, Tensor) or target.shape != value.shape:
-            return _only_shape(value) if isinstance(value, Piece) else value
-        return _like(value, target)
-
-    made = OrderedDict((name, change(name, value)) for name, value in weights.items())
-    if isinstance(weights, OrderedDict):
-        vars(made).update(vars(weights))
-    return made
-
-
-def placed_states(saved: Any, optimizers: Sequence[Optimizer]) -> Any:
-    """Returns states of optimizers with tensors split as the parameters that they belong to."""
-    made = []
-    for one, optimizer in zip(saved, optimizers, strict=False):
-        numbers = [number for group in one["param_groups"] for number in group["params"]]
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        owners = dict(zip(numbers, parameters, strict=False))
-        state = {
-            number: _state(values, owners.get(number)) for number, values in one["state"].items()
-        }
-        made.append({**one, "state": state})
-    return [*made, *map(whole, saved[len(made) :])]
-
-
-def _state(values: Any, owner: Tensor | None) -> Any:
-    if not isinstance(values, dict) or owner is None:
-        return whole(values)
-    return {
-        name: _like(value, owner)
-        if isinstance(value, (Tensor, Piece)) and value.shape == owner.shape
-        else whole(value)
-        for name, value in values.items()
-    }
-
-
-def _like(value: Tensor | Piece, target: Tensor) -> Tensor:
-    """Returns a tensor as it is held here: this rank's part, or all of it."""
-    if not is_part(target):
-        return value if isinstance(value, Tensor) else value.whole()
-    part = torch.empty_like(target, dtype=value.dtype, requires_grad=False)
-    if isinstance(value, Piece):
-        value.fill(part)
-    else:
-        fill_part(part, value)
-    return part
-
-
-def _only_shape(piece: Piece) -> Tensor:
-    return torch.empty(piece.shape, dtype=piece.dtype, device="meta")
 
 
 def consolidate(folder: str | Path, file: str | Path) -> Path:

@@ -97,9 +97,9 @@ def _as_held(weights: OrderedDict[str, Any], module: nn.Module) -> OrderedDict[s
     in_parts = any(hasattr(value, "device_mesh") for value in own.values())
     if not in_parts and not any(hasattr(value, "whole") for value in weights.values()):
         return weights
-    from lightkit.checkpoint import sharded
+    from lightkit.checkpoint import placing
 
-    return sharded.placed(weights, own)
+    return placing.placed(weights, own)
 
 
 class _Mismatch:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import logging
+import zlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor, uint8
+
 from lightkit.data.loaders import loader_length, sample_counts
+from lightkit.data.move import members_of
 from lightkit.errors import DataError
 
 if TYPE_CHECKING:
@@ -14,6 +18,7 @@ if TYPE_CHECKING:
     from lightkit.distributed import Ranks
 
 _log = logging.getLogger("lightkit")
+_LOOK = 1_000_000  # elements of a tensor that are compared at most
 _BY_ITSELF = (
     "Trainer(use_distributed_sampler=False) if each process's loader gives its own part of the data"
 )
@@ -96,6 +101,45 @@ def _compare(name: str, each: Sequence[dict[str, Any]]) -> None:
                 f"torch.Generator().manual_seed(0)), or Trainer(seed=1) before they are made. Or "
                 f"say {_BY_ITSELF}."
             )
+
+
+def compare_first(ranks: Ranks, kind: str, batch: Any) -> None:
+    """Warns where ranks that all read the same data began with different batches. A collective.
+
+    Args:
+        ranks: The processes of the run.
+        kind: What to call the loader.
+        batch: The first batch that this rank read, before any is given to a rank; None for none.
+    """
+    told = ranks.exchange([_content(batch)], "comparison of the first batches")
+    others = [str(rank) for rank, mark in enumerate(told) if mark != told[0]]
+    if others:
+        _log.warning(
+            "A loader (%s) gives other batches on rank %s than on rank 0. Each rank uses one in %d "
+            "of them: if the loader gives each rank its own part of the data, most are never seen, "
+            "so say Trainer(use_distributed_sampler=False). Otherwise its data draw from a random "
+            "state that they do not show.",
+            kind,
+            ", ".join(others),
+            ranks.world_size,
+        )
+
+
+def _content(batch: Any, before: int = 0) -> int:
+    """Returns a hash of a batch, as far as it is cheap to tell: of plain types and tensors."""
+    if isinstance(batch, Tensor):
+        before = zlib.crc32(f"{batch.dtype}{tuple(batch.shape)}".encode(), before)
+        if type(batch) is not Tensor or batch.is_sparse or batch.device.type != "cpu":
+            return before
+        some = batch.detach().reshape(-1)[:_LOOK].resolve_conj()
+        return zlib.crc32(some.contiguous().view(uint8).numpy().data, before)
+    inner = members_of(batch)
+    if inner is None:
+        text = repr(batch) if isinstance(batch, (int, float, str, bytes)) else type(batch).__name__
+        return zlib.crc32(text.encode(), before)
+    for key, item in inner:
+        before = _content(item, zlib.crc32(str(key).encode(), before))
+    return before
 
 
 def how_divided(feed: Feed, limit: int | None) -> str:

@@ -6,12 +6,14 @@ import copy
 import inspect
 import logging
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightkit import rng
+from lightkit.data.comparing import compare_first
 from lightkit.data.loaders import generators, loader_length, own_randoms, parts
 from lightkit.data.planning import Plan, fingerprint, seed_from
 from lightkit.data.shares import Reading, Share, Together, check_divider, divider
@@ -96,6 +98,7 @@ class Feed:
         self._random: dict[str, Any] | None = None
         self._fetcher: Any = None
         self.stream: BatchStream | None = None
+        self._compared = False
         self._walks = self._persistent = self._iterable = self._placed = self._over = False
         self.data = fingerprint(getattr(loader, "dataset", None))
         if not isinstance(loader, DataLoader):
@@ -368,12 +371,16 @@ class Feed:
             if plan.share is not None:
                 self._compare(plan.first)
         if self.reads:
+            first = None
+            if not (self._compared or placed or skip or isinstance(self.loader, (list, tuple))):
+                self._compared, kind = True, type(self.loader).__name__
+                first = partial(compare_first, self.ranks, kind)
             state, self._random = self._random, None
             draws = not isinstance(self.loader, (list, tuple)) and not self._by_workers
             if draws and state is None and (placed or not self.ranks.is_zero):
                 state = rng.rng_state()  # its own come back, while rank zero begins in those it has
             iterator = self._reading = Reading(
-                iterator, self.share, skip - left, limit, state, draws
+                iterator, self.share, skip - left, limit, state, draws, first
             )
         elif self.own and self.share.even and loader_length(self.loader) is None:
             iterator = Together(iterator, self.ranks)

@@ -80,7 +80,7 @@ def _move_other(
         return packed.to(device, cast, non_blocking)
     if callable(getattr(batch, "to", None)) and not isinstance(batch, type):
         return batch.to(device)
-    items = _items(batch)
+    items = members_of(batch)
     if items is None:
         return batch
     moved = {
@@ -92,7 +92,7 @@ def _move_other(
     return _rebuilt(batch, moved)
 
 
-def _items(batch: Any) -> list[tuple[Any, Any]] | None:
+def members_of(batch: Any) -> list[tuple[Any, Any]] | None:
     """The keys and members of a container, None for what is none."""
     if isinstance(batch, Mapping):
         return list(batch.items())
@@ -153,7 +153,7 @@ def _collect_sizes(batch: Any, found: set[int | None]) -> None:
     elif isinstance(batch, PackedSequence):
         found.add(int(batch.batch_sizes[0]))  # always on the CPU: no sync
     else:
-        items = _items(batch)
+        items = members_of(batch)
         if items is not None:
             for _, item in items:
                 _collect_sizes(item, found)

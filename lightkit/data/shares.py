@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -110,6 +110,7 @@ class Reading:
         limit: How many batches of the order of all are read at most; None for all.
         state: Random states in which the next round is read; None for the present ones.
         draws: Whether the loader may draw in this process at all; changing states takes its time.
+        first: Is told of the first batch of all, None where there is none.
 
     Attributes:
         state: Random states after what was read; None where nothing is drawn.
@@ -123,10 +124,12 @@ class Reading:
         limit: int | None = None,
         state: dict[str, Any] | None = None,
         draws: bool = True,
+        first: Callable[[Any], None] | None = None,
     ) -> None:
         self._iterator, self._share, self._limit, self._draws = iterator, share, limit, draws
         self._round, self._read = done, share.before(done)
         self._end: StopIteration | None = None
+        self._first = first
         self.state = state
 
     def __iter__(self) -> Iterator[Any]:
@@ -161,10 +164,15 @@ class Reading:
             if self._read == self._limit:
                 self._end = StopIteration()
                 break
+            batch = None
             try:
                 batch = next(self._iterator)
             except StopIteration as error:
                 self._end = error
+            tell, self._first = self._first, None
+            if tell is not None:
+                tell(batch)
+            if self._end is not None:
                 break
             if not found or self._read - first == share.rank:
                 found = [batch]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lightkit.distributed.ranks import Ranks
 from lightkit.distributed.strategies import Strategy, check_alike, to_device
 from lightkit.errors import ConfigError, OptimizerError, UsageError
 
@@ -23,15 +24,24 @@ class _StepModule(nn.Module):
 
     So a step that calls ``self.net(x)`` and never ``self(x)`` is averaged too, and the names of the
     task's parameters carry no prefix.
+
+    Attributes:
+        outputs: The mapping that the step returned. DistributedDataParallel is given its loss alone:
+            it does not look into every mapping, and what else is in there needs no gradient.
     """
 
     def __init__(self, task: nn.Module) -> None:
         super().__init__()
         self.task = task
+        self.outputs: Mapping[str, Any] | None = None
 
     def forward(self, *arguments: Any) -> Any:
-        """Calls the step."""
-        return self.task.training_step(*arguments)  # type: ignore[operator]
+        """Calls the step and returns the loss, or whatever else it returned."""
+        outputs = self.task.training_step(*arguments)  # type: ignore[operator]
+        if isinstance(outputs, Tensor) or not isinstance(outputs, Mapping):
+            return outputs
+        self.outputs = outputs
+        return outputs.get("loss")
 
 
 class DDPStrategy(Strategy):
@@ -69,9 +79,23 @@ class DDPStrategy(Strategy):
         self._all: list[tuple[str, Tensor]] = []
         self._trained: list[tuple[str, Tensor]] = []
         self._switches: list[bool] = []
+        self._learns = False
         self._hooked: dict[int, Tensor] = {}
         self._handles: list[Any] = []
         self._touched: list[Tensor] = []
+
+    def begin(self, device: torch.device, ranks: Ranks) -> None:
+        """See `Strategy.begin`.
+
+        Raises:
+            UsageError: Another trainer is in the middle of a fit with this very object.
+        """
+        if self._adaptor is not None or self._hooked:
+            raise UsageError(
+                "This DDPStrategy object is in the middle of another trainer's fit. Give each "
+                'trainer its own, or strategy="ddp".'
+            )
+        super().begin(device, ranks)
 
     def setup(self, task: nn.Module) -> None:
         """Moves the task to the device and gives it rank zero's weights."""
@@ -95,11 +119,6 @@ class DDPStrategy(Strategy):
 
     def bind_training(self, task: nn.Module, *, automatic: bool) -> Callable[..., Any]:
         """See `Strategy.bind_training`."""
-        if self._ddp is not None or self._handles:
-            raise UsageError(
-                "This DDPStrategy object is in the middle of another trainer's fit. Give each "
-                'trainer its own, or strategy="ddp".'
-            )
         if not automatic:
             self._follow(task)
             return self.bind(task, "training_step")
@@ -127,6 +146,7 @@ class DDPStrategy(Strategy):
         self._all = list(self._adaptor.task.named_parameters())
         self._switches = [parameter.requires_grad for _, parameter in self._all]
         self._trained = [(name, p) for name, p in self._all if p.requires_grad]
+        self._learns = self.static_graph
         if not self._trained:
             raise OptimizerError("No parameter of the task is trainable, so there is no gradient.")
         more = {} if self.bucket_cap_mb is None else {"bucket_cap_mb": self.bucket_cap_mb}
@@ -141,12 +161,21 @@ class DDPStrategy(Strategy):
     def _sync_gradients(self, last: bool) -> None:
         if self._switched():  # by a hook, in the middle of an epoch
             self._wrap()
-        self._ddp.require_backward_grad_sync = last  # type: ignore[union-attr]
+        # A static graph is learned in the first backward, which therefore must average: a sum of
+        # what is the same on all ranks stays as it is when it is averaged again.
+        learns, self._learns = self._learns, False
+        self._ddp.require_backward_grad_sync = last or learns  # type: ignore[union-attr]
 
     def _step(self, *arguments: Any) -> Any:
+        adaptor = self._adaptor
         assert self._ddp is not None
+        assert adaptor is not None
         try:
-            return self._ddp(*arguments)
+            loss = self._ddp(*arguments)
+            outputs, adaptor.outputs = adaptor.outputs, None
+            if outputs is None:
+                return loss
+            return outputs if loss is None else {**outputs, "loss": loss}
         except RuntimeError as error:
             unused = _UNUSED.search(str(error))
             if unused is None:
@@ -201,12 +230,14 @@ class DDPStrategy(Strategy):
             self.ranks.copy_from_zero(new)
         for parameter in new:
             self._hooked[id(parameter)] = parameter
-            if not (parameter.is_floating_point() or parameter.is_complex()):
+            if not (
+                parameter.is_leaf and (parameter.is_floating_point() or parameter.is_complex())
+            ):
                 continue
             # One that is frozen now may be trained later, and torch hooks none that is frozen.
             trained = parameter.requires_grad
             hook = parameter.requires_grad_(True).register_post_accumulate_grad_hook
-            self._handles.append(hook(self._touched.append))
+            self._handles.append(hook(self._touched.append))  # type: ignore[no-untyped-call]
             parameter.requires_grad_(trained)
 
     def before_manual_step(self, task: nn.Module) -> None:

@@ -207,16 +207,21 @@ class FSDPStrategy(Strategy):
         if self.tensor_parallel > 1:
             axes = tuple(axis for axis in mesh.mesh_dim_names or () if axis != "tp")
             mesh = mesh[axes]
-        how: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": self.reshard_after_forward}
+        how: dict[str, Any] = {"mesh": mesh}
+        if self.reshard_after_forward is not None:  # older versions of torch take no None
+            how["reshard_after_forward"] = self.reshard_after_forward
         if self._precision == "bf16-mixed":
             from torch.distributed.fsdp import MixedPrecisionPolicy
 
             # Gradients are added up over ranks in fp32, and parameters are kept in it.
             how["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
         for module in (*blocks(task), task):
-            name = type(module).__name__
+            kind = type(module)
             fully_shard(module, **how)
-            type(module).__name__ = name  # torch writes FSDP before it; folders are named by it
+            # Torch makes a class FSDP<name> of it; run folders and checkpoints are named by it.
+            made: Any = type(module)
+            made.__name__, made.__qualname__ = kind.__name__, kind.__qualname__
+            made.__module__ = kind.__module__
         for step in _STEPS:
             signature = inspect.signature(getattr(type(task), step))
             register_fsdp_forward_method(task, step)
@@ -416,10 +421,9 @@ def blocks(task: nn.Module) -> list[nn.Module]:
     """
     every = list(task.modules())
     if defines(task, "configure_sharding"):
-        given = task.configure_sharding()  # type: ignore[operator]
-        chosen = list(given) if isinstance(given, (Sequence, Iterator, set)) else [given]
-        if isinstance(given, nn.ModuleList):
-            chosen = list(given)
+        given: Any = task.configure_sharding()  # type: ignore[operator]
+        alone = isinstance(given, nn.Module) and not isinstance(given, nn.ModuleList)
+        chosen = [given] if alone else list(given or ())
         inside = {id(module) for module in every[1:]}
         for module in chosen:
             if id(module) not in inside:

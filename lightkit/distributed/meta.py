@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightkit import rng
 from lightkit.errors import ConfigError
-from lightkit.task_hooks import TaskHooks
+from lightkit.task_hooks import ShardingHooks
 
 if TYPE_CHECKING:
     from lightkit.distributed.ranks import Ranks
@@ -85,7 +85,7 @@ def materialise(task: nn.Module, device: torch.device, ranks: Ranks) -> None:
 def defines(task: nn.Module, hook: str) -> bool:
     """Tells whether a task defines a hook itself."""
     own = getattr(type(task), hook, None)
-    return own is not None and own is not getattr(TaskHooks, hook, None)
+    return own is not None and own is not getattr(ShardingHooks, hook, None)
 
 
 def fill_part(part: Tensor, whole: Tensor) -> None:

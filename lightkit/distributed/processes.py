@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -123,11 +124,23 @@ class ProcessRanks(Ranks):
 
     def exchange(self, numbers: Sequence[float], what: str) -> list[list[float]]:
         """See `Ranks.exchange`."""
-        own = torch.tensor(list(numbers), dtype=torch.float64)
+        mark = float(zlib.crc32(what.encode()))
+        own = torch.tensor([mark, *numbers], dtype=torch.float64)
         found = [torch.empty_like(own) for _ in range(self.world_size)]
         with self._named(what):
             torch.distributed.all_gather(found, own, group=self._control)
-        return torch.stack(found).tolist()  # memory of the CPU
+        rows: list[list[float]] = torch.stack(found).tolist()  # memory of the CPU
+        if any(row[0] != mark for row in rows):
+            raise self._parted(self.gather(what, what))
+        return [row[1:] for row in rows]
+
+    def _parted(self, names: Sequence[str]) -> UsageError:
+        """Returns the error for ranks that came to different collectives, which fit by chance."""
+        where = "; ".join(f"rank {rank} came to {name!r}" for rank, name in enumerate(names))
+        return UsageError(
+            f"The ranks went different ways: {where}. What all ranks do together, as "
+            f"trainer.save_checkpoint, must not depend on the rank, nor on what one rank alone has."
+        )
 
     def wait(self, what: str) -> None:
         """See `Ranks.wait`."""
@@ -136,7 +149,12 @@ class ProcessRanks(Ranks):
 
     def average(self, tensors: Sequence[Tensor]) -> None:
         """See `Ranks.average`."""
-        for group in _pieces(tensors):
+        for tensor in tensors:
+            if tensor.is_sparse:  # gradients of an embedding; gloo adds them up
+                with self._named("average of gradients", tells=False):
+                    torch.distributed.all_reduce(tensor)
+                tensor.div_(self.world_size)
+        for group in _pieces([tensor for tensor in tensors if not tensor.is_sparse]):
             flat = torch.cat([tensor.reshape(-1) for tensor in group])
             with self._named("average of gradients", tells=False):
                 torch.distributed.all_reduce(flat)
@@ -282,7 +300,8 @@ def _record(error: Exception) -> None:
         raise error  # torch takes down the exception that is under way
     except Exception:  # noqa: BLE001
         error.__traceback__ = trace
-        get_error_handler().record_exception(error)
+        with contextlib.suppress(OSError):  # a full disk must not hide the error itself
+            get_error_handler().record_exception(error)
 
 
 def _packed(value: Any) -> tuple[bytes, str | None]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightkit.distributed.ranks import Ranks
-from lightkit.errors import UsageError
+from lightkit.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -162,6 +162,11 @@ def to_device(task: nn.Module, device: torch.device) -> None:
 
     What was built on the meta device gets its first values there.
     """
+    if hasattr(task, "unshard"):
+        raise ConfigError(
+            f"{type(task).__name__} was sharded by an earlier call with FSDPStrategy, and stays so. "
+            f"Use the same strategy, or load its checkpoint into a new task."
+        )
     if device.type == "cuda":
         # So that device="cuda" in the user's code means the same card.
         torch.cuda.set_device(device)
@@ -183,12 +188,12 @@ def check_alike(ranks: Ranks, state: Sequence[tuple[str, Tensor]]) -> None:
     Raises:
         UsageError: On all ranks, naming those that differ from rank zero.
     """
-    text = ";".join(f"{name}{tuple(t.shape)}{t.dtype}" for name, t in state)
+    text = ";".join(f"{name}{tuple(t.shape)}{t.dtype}{t.requires_grad}" for name, t in state)
     marks = ranks.exchange([zlib.crc32(text.encode())], "comparison of the models")
     others = [rank for rank, mark in enumerate(marks) if mark != marks[0]]
     if others:
         raise UsageError(
             f"The task of rank {', '.join(map(str, others))} has other parameters than that of "
-            f"rank 0. All processes must build the same model: look for sizes that are drawn, "
-            f"or that are read from data which the ranks split."
+            f"rank 0, or has frozen others. All processes must build the same model: look for sizes "
+            f"that are drawn, or that are read from data which the ranks split."
         )

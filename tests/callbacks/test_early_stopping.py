@@ -30,8 +30,8 @@ class FakeTrainer(SimpleNamespace):
             state=SimpleNamespace(batch_idx=10),
             reasons=[],
         )
-        reduced = SimpleNamespace(reduced=lambda name: self.callback_metrics.get(name))
-        self.session = SimpleNamespace(metrics=reduced)
+        known = SimpleNamespace(reduced=self.callback_metrics.get, check_shared=lambda name: None)
+        self.session = SimpleNamespace(metrics=known)
 
     def stop(self, reason: str) -> None:
         self.reasons.append(reason)

@@ -44,7 +44,9 @@ class Trainer:
         self.saves: list[str] = []
         self.fail = False
         self.writer = Writer()
-        self.session.metrics = types.SimpleNamespace(reduced=lambda n: self.callback_metrics.get(n))
+        self.session.metrics = types.SimpleNamespace(
+            reduced=lambda name: self.callback_metrics.get(name), check_shared=lambda name: None
+        )
 
     @property
     def global_step(self) -> int:

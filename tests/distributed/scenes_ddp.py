@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -116,6 +117,109 @@ class Thawing(Net):
         self.net[0].requires_grad_(self.current_epoch > 0)
 
 
+class ThawingWithin(Net):
+    """The first layer is frozen for a few steps."""
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self.net[0].requires_grad_(self.trainer.global_step > 4)
+
+
+class Renewed(Net):
+    """The last layer is another one from the second epoch on, drawn by each rank for itself."""
+
+    def on_train_epoch_start(self):
+        if self.current_epoch == 1:
+            self.net[2] = nn.Linear(8, 1)
+            group = {"params": list(self.net[2].parameters())}
+            self.trainer.optimizers[0].add_param_group(group)
+
+
+class Searching(Net):
+    """What a line search decides must be the same on all ranks, or they wait for each other."""
+
+    def configure_optimizers(self):
+        how = {"max_iter": 3, "line_search_fn": "strong_wolfe"}
+        return torch.optim.LBFGS(self.parameters(), 0.1, **how)
+
+
+class Manual(Net):
+    """Steps by plain ``loss.backward()``; a layer is frozen at first, and one has sparse gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(4, FEATURES, sparse=True)
+        self.net[0].requires_grad_(False)
+        self.automatic_optimization = False
+
+    def on_train_epoch_start(self):
+        self.net[0].requires_grad_(self.current_epoch > 0)
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        x = x + self.table((x[:, 0].abs() * 2).long().clamp(max=3))
+        loss = nn.functional.mse_loss(self.net(x), y)
+        if batch_idx % 2:
+            loss.backward()
+        else:
+            self.manual_backward(loss)
+        optimizer.step()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.02)
+
+
+class Result(Mapping):
+    """A mapping that torch knows nothing about."""
+
+    def __init__(self, **values):
+        self.values_by_name = values
+
+    def __getitem__(self, name):
+        return self.values_by_name[name]
+
+    def __iter__(self):
+        return iter(self.values_by_name)
+
+    def __len__(self):
+        return len(self.values_by_name)
+
+
+class Mapped(Net):
+    def training_step(self, batch, batch_idx):
+        return Result(loss=self.loss(batch))
+
+
+class Forgets(Net):
+    """The last layer is left out in the last step, after which no forward comes."""
+
+    def training_step(self, batch, batch_idx):
+        if batch_idx == 3:
+            return self.net[0](batch[0]).square().mean()
+        return super().training_step(batch, batch_idx)
+
+
+class WeightsLate(Net):
+    def training_step(self, batch, batch_idx):
+        loss = self.loss(batch)
+        return {"loss": loss, "weight": 4} if batch_idx == 2 else loss
+
+
+class FreezesInStep(Net):
+    def training_step(self, batch, batch_idx):
+        self.net[0].requires_grad_(batch_idx < 2)
+        return super().training_step(batch, batch_idx)
+
+
+class Nests(lk.Callback):
+    """Validates by another trainer with the strategy object of the fit."""
+
+    def on_train_epoch_end(self, trainer, task):
+        scene = globals()["trainer"]
+        scene(strategy=trainer.options.strategy).validate(task, loader(1), verbose=False)
+
+
 class Leaves(Net):
     """One layer is never used."""
 
@@ -139,6 +243,8 @@ class StopsOne(lk.Callback):
 
 def trained(kind, world=1, epochs=3, **options):
     """Returns weights and history of a small fit; with ``world`` 1 in this process alone."""
+    if options.get("strategy") == "static":
+        options["strategy"] = lk.DDPStrategy(static_graph=True)
     run = trainer(max_epochs=epochs, fused=False, **options)
     task = kind()
     history = run.fit(task, loader(world), loader(world, shuffle=False))
@@ -168,6 +274,12 @@ KINDS = {
     "clipped": (Net, {"gradient_clip_val": 0.1}),
     "manual": (Two, {}),
     "thawing": (Thawing, {}),
+    "thawing within": (ThawingWithin, {}),
+    "renewed": (Renewed, {}),
+    "searching": (Searching, {"precision": 64}),
+    "manual, frozen, sparse": (Manual, {}),
+    "static graph": (Net, {"accumulate_grad_batches": 3, "strategy": "static"}),
+    "mapped": (Mapped, {"strategy": "static"}),
     "several validations": (Net, {"val_check_interval": 2}),
 }
 
@@ -192,6 +304,10 @@ def other():
         "unused": refused(Leaves),
         "allowed": trained(Leaves, strategy="ddp_find_unused_parameters_true"),
         "skips": refused(Skips),
+        "forgets": refused(Forgets, max_steps=4),
+        "weights late": refused(WeightsLate),
+        "freezes in step": refused(FreezesInStep),
+        "nests": refused(Net, strategy=lk.DDPStrategy(), callbacks=Nests()),
         "stopped": trained(Net, epochs=50, callbacks=StopsOne()),
         "sync_batchnorm": refused(Normed, sync_batchnorm=True),
     }

@@ -213,6 +213,8 @@ def training():
     found["other"] = refused(
         lambda: lk.Trainer(strategy="fsdp", precision="bf16-true", **QUIET).validate(task, data())
     )
+    found["single"] = refused(lambda: lk.Trainer(strategy="ddp", **QUIET).validate(task, data()))
+    found["class"] = f"{type(task).__module__}.{type(task).__qualname__}"
     found["hsdp"] = refused(lambda: trained("hsdp"))
     found["three"] = refused(lambda: trained(lk.FSDPStrategy(replicate=3)))
     found["no parallelism"] = refused(lambda: trained(lk.FSDPStrategy(tensor_parallel=2)))
@@ -338,18 +340,25 @@ def checkpoints(folder):
     found["kept"] = sorted(p.name for p in (root / "behind" / "files").iterdir())
     found["best"] = trainer.checkpoint_callback.best_model_path
     # What one rank cannot write is an error of all, and what was there stays.
-    own = os.environ["RANK"]
+    own, broken = os.environ["RANK"], [1000]
     if own == "1":
         from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
         write = FileSystemWriter.write_data
 
-        def fail(*args, **kwargs):
-            raise OSError(28, "No space left on device")
+        def fail(*args):
+            broken[0] -= 1
+            if broken[0] >= 0:
+                raise OSError(28, "No space left on device")
+            return write(*args)
 
         FileSystemWriter.write_data = fail
     found["full"] = refused(lambda: fitted(root / "full"))
     found["left"] = sorted(p.name for p in (root / "full" / "files").iterdir())
+    found["full behind"] = refused(lambda: fitted(root / "full behind", async_save=True))
+    broken[0] = 2  # the first file and its second try
+    fitted(root / "warned", on_error="warn")
+    found["warned"] = sorted(p.name for p in (root / "warned" / "files").iterdir())
     if own == "1":
         FileSystemWriter.write_data = write
 

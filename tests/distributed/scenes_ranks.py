@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from lightkit.distributed import join, launched
+from lightkit.errors import UsageError
 
 
 def collectives():
@@ -15,8 +16,14 @@ def collectives():
     ranks.average(tensors)
     copied = torch.full((3,), float(rank))
     ranks.copy_from_zero([copied])
+    try:
+        ranks.exchange([1.0], "one place" if rank == 0 else "another place")
+        parted = ""
+    except UsageError as error:
+        parted = str(error)
     ranks.wait("the end of the test")
     return {
+        "parted": parted,
         "share": ranks.share(f"from {rank}", "a test"),
         "gather": ranks.gather({"rank": rank}, "a test"),
         "exchange": ranks.exchange([rank, 0.5], "a test"),

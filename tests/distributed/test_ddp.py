@@ -100,6 +100,19 @@ def test_parameters_that_are_not_used_are_named(other):
         assert 'Trainer(strategy="ddp_find_unused_parameters_true")' in found["unused"]
 
 
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("forgets", "did not use net.2.weight, net.2.bias"),
+        ("weights late", "returned a 'weight' on rank"),
+        ("freezes in step", "changed requires_grad of parameters"),
+        ("nests", "in the middle of another trainer's fit"),
+    ],
+)
+def test_what_ranks_could_not_go_on_with_is_said_at_once(other, kind, text):
+    assert all(text in found[kind] for found in other)
+
+
 def test_a_batch_cannot_be_skipped(other):
     for found in other:
         assert "return {'loss': loss * 0, 'weight': 0} instead" in found["skips"]

@@ -16,6 +16,7 @@ import lightkit as lk
 from lightkit.checkpoint import is_valid, latest, read_checkpoint
 from lightkit.checkpoint.sharded import consolidate
 from lightkit.cli import main
+from lightkit.distributed import LaunchEnv, Ranks, fsdp
 from lightkit.errors import CheckpointError, ConfigError
 from tests.distributed import scenes_fsdp as scenes
 from tests.distributed.harness import LIMIT, ROOT, environment, finish, start, torchrun
@@ -66,6 +67,7 @@ def test_what_is_sharded(two):
     assert two[0]["shards"] == ["", "blocks.0", "blocks.1", "blocks.2"]
     assert two[0]["own"] == ["", "blocks.0", "blocks.1"]
     assert two[0]["clipped"]["name"] == "Net"
+    assert two[0]["class"] == "tests.distributed.scenes_fsdp.Net"
     assert two[0]["signature"] == ["batch", "batch_idx"]
 
 
@@ -82,6 +84,7 @@ def test_precision(two):
     [
         ("16-mixed", 'Use precision="bf16-mixed"'),
         ("other", "was sharded by an earlier call with another"),
+        ("single", "was sharded by an earlier call with FSDPStrategy, and stays so"),
         ("hsdp", "FSDPStrategy(replicate=2)"),
         ("three", "divides the ranks by 3, but there are 2"),
         ("no parallelism", "needs configure_parallelism(self, mesh) in Net"),
@@ -162,6 +165,9 @@ def test_what_one_rank_cannot_write_is_an_error_of_all(saved):
         assert "rank 1" in rank["full"]
         assert "No space left on device" in rank["full"]
         assert rank["left"] == []
+        assert "No space left on device" in rank["full behind"]
+        steps = [f"step_{step:06d}.ckpt" for step in (4, 6, 8)]
+        assert rank["warned"] == ["last.ckpt", *steps]  # training went on without the first
         assert "checkpoint.thing cannot be stored" in rank["unstorable"]
 
 
@@ -223,7 +229,18 @@ def test_more_ranks_than_saved_it(saved, ones, tmp_path):
         assert differ(rank["split again"], rank["split"]) == 0.0
     assert len(four[0]["placements"]) == 4
     file = tmp_path / "split" / "files" / "last.ckpt"
-    assert differ(read_checkpoint(file)["model"], four[0]["split"]) == 0.0
+    saved = read_checkpoint(file)
+    assert differ(saved["model"], four[0]["split"]) == 0.0
+    assert (saved["world_size"], len(saved["rng"])) == (2, 2)  # of four, two see the same
+    # One process goes on in the middle of an epoch, with two batches for those of the two groups.
+    for name in ("step_000008", "last"):
+        shutil.rmtree(tmp_path / "split" / "files" / f"{name}.ckpt")
+    path = tmp_path / "split" / "files" / "step_000006.ckpt"
+    task, trainer = scenes.fitted(
+        tmp_path / "split", scenes.Parallel(8), path=path, strategy="auto"
+    )
+    assert trainer.global_step == 8
+    assert differ(task.state_dict(), four[0]["split"]) < 1e-6
 
 
 def test_what_is_damaged_is_passed_over(saved, tmp_path):
@@ -269,6 +286,24 @@ def test_without_a_launcher_nothing_is_sharded(ones):
     result = scenes.trained("fsdp", ranks=1, gradient_clip_val=0.3)
     assert differ(result["weights"], ones["clipped"]["weights"]) == 0.0
     assert type(next(result["task"].parameters())) is torch.nn.Parameter
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sizes", "data"),
+    [
+        ({}, {"shard": 8}, (5, 8)),
+        ({"replicate": "nodes"}, {"replicate": 2, "shard": 4}, (5, 8)),
+        ({"replicate": 2, "tensor_parallel": 2}, {"replicate": 2, "shard": 2, "tp": 2}, (2, 4)),
+    ],
+)
+def test_the_axes_of_the_mesh(arguments, sizes, data, monkeypatch):
+    env = LaunchEnv(rank=5, local_rank=1, world_size=8, local_world_size=4, launched=True)
+    monkeypatch.setattr(fsdp, "_mesh", lambda _, shape, names: dict(zip(names, shape, strict=True)))
+    strategy = lk.FSDPStrategy(**arguments)
+    strategy.begin(torch.device("cpu"), Ranks(env))
+    assert strategy.mesh == sizes
+    assert list(strategy.mesh) == list(sizes)  # torch takes the outer axis first
+    assert strategy.data_ranks == data
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,8 @@ def test_every_collective(tmp_path, world) -> None:
         assert torch.equal(third, torch.ones(2).double())
         assert told["total"] == sum(range(1, world + 1))
         assert torch.equal(told["copied"], torch.zeros(3))
+        places = "rank 0 came to 'one place'; rank 1 came to 'another place'; rank 2"
+        assert (places in told["parted"]) if world > 1 else not told["parted"]
 
 
 def test_rank_zero_only(monkeypatch) -> None:
