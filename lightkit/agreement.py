@@ -17,9 +17,9 @@ class Agreement:
 
     The loop calls it after every step. Every so many steps, about a second's worth, it exchanges a
     few numbers; so a wish takes about a second to be followed, by all ranks at the same step. The
-    number of steps is found by rank zero in the first second of steps and stays. Between two exchanges
-    ``flow.clock()`` stands still, and it is rank zero's on all ranks: what depends on time is
-    decided alike.
+    number of steps is found by rank zero in the first second that is nothing but steps, and stays.
+    Between two exchanges ``flow.clock()`` stands still, and it is rank zero's on all ranks: what
+    depends on time is decided alike.
 
     Args:
         flow: What the run is doing; from now on it takes wishes down instead of following them.
@@ -65,11 +65,11 @@ class Agreement:
 
     def _propose(self) -> int:
         """Returns after how many steps to exchange wishes again; rank zero's counts."""
-        if self._settled:
+        if self._settled or self._steps < 2:
             return self._every
         took = time.perf_counter() - self._since
-        if self._steps < 2 or took < _SECOND:
-            return max(1, self._steps)  # twice as far as it has come
+        if took < _SECOND:
+            return self._steps  # twice as far as it has come
         self._settled = True
         return max(1, round((self._steps - 1) / took))
 

@@ -101,7 +101,7 @@ def meet(trainer: Trainer, session: Session) -> None:
     )
     check_nodes(nodes, env)
     strategy = make_strategy(options.strategy, env, sync_batchnorm=options.sync_batchnorm)
-    strategy.begin(session.device, join(env, session.device))
+    strategy.begin(session.device, join(env, session.device, strategy.timeout))
     session.strategy = strategy
 
 

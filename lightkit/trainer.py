@@ -358,6 +358,8 @@ class Trainer(TrainerView):
             # now stays for the whole fit, so later ones need not look at it.
             gc.collect()
             gc.freeze()
+            if run.agree is not None:
+                run.agree.reach("the time at which the fit begins")  # a collective
             run.flow.validated_at = run.flow.clock()
             if self.limits.seconds is not None:
                 run.flow.deadline = run.flow.clock() + self.limits.seconds - run.state.seconds

@@ -69,12 +69,6 @@ def quiet(tmp_path: Path) -> Callable[..., lk.Trainer]:
     return make
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Lets one process of pytest-xdist have all that starts torchrun: one such start at a time."""
-    if "tests/distributed" in item.path.as_posix():
-        item.add_marker(pytest.mark.xdist_group("torchrun"))
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skips what needs a GPU where there is none."""
     if torch.cuda.is_available():

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightkit.checkpoint.weights import apply_weights
 from lightkit.errors import ConfigError, LoggingError, did_you_mean
 from lightkit.hooks import Callback
 from lightkit.schedules import no_such_metric
@@ -152,7 +153,7 @@ class EarlyStopping(Callback):
     def on_fit_end(self, trainer: Trainer, task: TaskModule) -> None:
         """Loads the best weights, if asked for."""
         if self.restore_best and self._best_weights is not None:
-            task.load_state_dict(self._best_weights)
+            apply_weights(task, self._best_weights, "the best weights")  # each rank its part
             _log.info("Restored the best weights: %s.", self._best())
 
     def _is_there(self, trainer: Trainer) -> bool:

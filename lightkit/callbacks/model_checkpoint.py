@@ -427,7 +427,7 @@ class ModelCheckpoint(Callback):
         checkpoint.settle()  # until then the files are in the hands of the writer
         self._surface()
         enters = self._files.enters(score)
-        return self._files, enters, file_path(self, trainer, enters)
+        return self._files, enters, file_path(self, trainer, enters, score)
 
     def _outcome(self) -> tuple[Retention, Retention | None]:
         """Returns the files after a save, and those of before while it is under way."""

@@ -230,7 +230,8 @@ class ProgressBar(Callback):
             return True
         if trainer.stage == Stage.PREDICT:  # the others end with their results
             took = screen.duration(now - current.began)
-            self._display.leave(f"predicted {current.done} batches in {took}")
+            where = " on rank 0" if trainer.world_size > 1 else ""
+            self._display.leave(f"predicted {current.done} batches{where} in {took}")
         self._close()
         return True
 

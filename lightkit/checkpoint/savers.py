@@ -249,8 +249,15 @@ def new_score(given: ModelCheckpoint, trainer: Trainer) -> Tensor | None:
     return value.detach().cpu().clone()  # host sync, at a save only
 
 
-def file_path(given: ModelCheckpoint, trainer: Trainer, enters: bool) -> str:
-    """Returns where the file of this save point goes; ``enters`` if it is one of the best."""
+def file_path(given: ModelCheckpoint, trainer: Trainer, enters: bool, score: Tensor | None) -> str:
+    """Returns where the file of this save point goes.
+
+    Args:
+        given: The callback.
+        trainer: The trainer.
+        enters: Whether the file is one of the best.
+        score: The monitored value, if there is a new one; it is that of all ranks.
+    """
     assert given.dirpath is not None
     plain = f"step_{trainer.global_step:06d}"
     name = plain
@@ -260,7 +267,9 @@ def file_path(given: ModelCheckpoint, trainer: Trainer, enters: bool) -> str:
         values["step"] = trainer.global_step
         fields = check_template(given.filename)
         for field in fields:
-            if field in trainer.callback_metrics:
+            if field == given.monitor and score is not None:
+                values[field] = float(score)
+            elif field in trainer.callback_metrics:
                 values[field] = float(trainer.callback_metrics[field])  # host sync, at a save only
         # Before the first validation some metrics are not there yet, and nothing is wrong.
         if given._names_known or values.keys() >= set(fields):

@@ -6,6 +6,7 @@ import functools
 import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -59,6 +60,8 @@ class DDPStrategy(Strategy):
             reentrant activation checkpointing needs.
         bucket_cap_mb: Megabytes of gradients that are sent together; None for torch's choice.
         sync_batchnorm: Whether batch norms compute their means over all ranks; on GPUs only.
+        timeout: How long a rank waits for the others, in the first trainer of a program; None for
+            ten minutes.
     """
 
     name = "ddp"
@@ -70,8 +73,10 @@ class DDPStrategy(Strategy):
         static_graph: bool = False,
         bucket_cap_mb: float | None = None,
         sync_batchnorm: bool = False,
+        timeout: timedelta | None = None,
     ) -> None:
         super().__init__()
+        self.timeout = timeout
         self.find_unused_parameters, self.static_graph = find_unused_parameters, static_graph
         self.bucket_cap_mb, self.sync_batchnorm = bucket_cap_mb, sync_batchnorm
         self._adaptor: _StepModule | None = None

@@ -52,6 +52,7 @@ class FSDPStrategy(Strategy):
             splits them. They get the same batches.
         reshard_after_forward: Whether blocks are split again between forward and backward: less
             memory, more communication. None is torch's choice: all but the task itself.
+        timeout: How long a rank waits for the others; None for ten minutes.
     """
 
     name = "fsdp"
@@ -62,8 +63,10 @@ class FSDPStrategy(Strategy):
         replicate: int | str = 1,
         tensor_parallel: int = 1,
         reshard_after_forward: bool | None = None,
+        timeout: timedelta | None = None,
     ) -> None:
         super().__init__()
+        self.timeout = timeout
         for what, value in (("replicate", replicate), ("tensor_parallel", tensor_parallel)):
             word = " (or 'nodes')" if what == "replicate" else ""
             if not (word and value == "nodes") and (type(value) is not int or value < 1):

@@ -33,6 +33,9 @@ _CLOSING = 5.0
 #: What torch's transports say when another process has gone.
 _TRANSPORT = re.compile(r"gloo/|NCCL (error|comm)|Connection (closed|reset) by peer")
 _LATE = re.compile(r"[Tt]imed? ?out")
+#: Numbers that go along with the name of a collective.
+_HEAD = 30
+_NAME = 200  # bytes of a name that others are told
 _PIECE = 64 * 2**20  # bytes that are copied together before they are sent
 
 
@@ -75,16 +78,23 @@ class ProcessRanks(Ranks):
 
     def share(self, value: T, what: str) -> T:
         """See `Ranks.share`."""
-        packed, error = _packed(value) if self.is_zero else (b"", None)
-        result: T = self._unpack(self._send((packed, error), what), 0, what)
+        packed = _packed(value) if self.is_zero else (b"", "")
+        result: T = self._unpack(self._send(packed, what), 0, what)
         return result
 
     def gather(self, value: T, what: str) -> list[T]:
         """See `Ranks.gather`."""
-        found: list[Any] = [None] * self.world_size
-        with self._named(what):
-            torch.distributed.all_gather_object(found, _packed(value), group=self._control)
-        return [self._unpack(each, rank, what) for rank, each in enumerate(found)]
+        data, error = _packed(value)
+        text = data or error.encode()
+        heads = self._meet(what, [len(text), error != ""])
+        sizes = [int(size) for size, _ in heads]
+        own = torch.zeros(max(sizes), dtype=torch.uint8)
+        own[: len(text)] = _bytes(text)
+        found = self._all(own, what)
+        parts = [part[:size].numpy().tobytes() for part, size in zip(found, sizes, strict=True)]
+        failed = [bool(head[1]) for head in heads]
+        texts = [(b"", p.decode()) if f else (p, "") for p, f in zip(parts, failed, strict=True)]
+        return [self._unpack(each, rank, what) for rank, each in enumerate(texts)]
 
     def decide(self, call: Callable[[], T], what: str) -> T:
         """See `Ranks.decide`."""
@@ -104,18 +114,21 @@ class ProcessRanks(Ranks):
             raise told.mark(raised_there)
         return result
 
-    def _send(self, packed: tuple[bytes, str | None], what: str) -> tuple[bytes, str | None]:
+    def _send(self, packed: tuple[bytes, str], what: str) -> tuple[bytes, str]:
         """Returns what rank zero has packed, to all."""
-        held = [packed if self.is_zero else None]
+        data, error = packed
+        text = data or error.encode()
+        size, failed = self._meet(what, [len(text), error != ""])[0]
+        sent = _bytes(text) if self.is_zero else torch.empty(int(size), dtype=torch.uint8)
         with self._named(what):
-            torch.distributed.broadcast_object_list(held, src=0, group=self._control)
-        assert held[0] is not None
-        return held[0]
+            torch.distributed.broadcast(sent, src=0, group=self._control)
+        text = sent.numpy().tobytes()
+        return (b"", text.decode()) if failed else (text, "")
 
-    def _unpack(self, packed: tuple[bytes, str | None], rank: int, what: str) -> Any:
+    def _unpack(self, packed: tuple[bytes, str], rank: int, what: str) -> Any:
         """Returns what a rank has packed; raises alike on all ranks where it could not."""
         data, error = packed
-        if error is not None:
+        if error:
             raise UsageError(
                 f"{what}: rank {rank} holds what cannot be sent to other processes: {error}. "
                 f"Plain types, tensors and objects that can be pickled can."
@@ -124,18 +137,46 @@ class ProcessRanks(Ranks):
 
     def exchange(self, numbers: Sequence[float], what: str) -> list[list[float]]:
         """See `Ranks.exchange`."""
-        mark = float(zlib.crc32(what.encode()))
-        own = torch.tensor([mark, *numbers], dtype=torch.float64)
+        rows = self._meet(what, numbers)
+        rest = list(numbers[_HEAD:])
+        if not rest:
+            return rows
+        more = self._all(torch.tensor(rest, dtype=torch.float64), what)
+        return [row + part.tolist() for row, part in zip(rows, more, strict=True)]
+
+    def _meet(self, what: str, numbers: Sequence[float]) -> list[list[float]]:
+        """Begins every collective: what is sent has one size, whatever a rank came for.
+
+        Returns:
+            The first of everybody's numbers, at most `_HEAD`.
+
+        Raises:
+            UsageError: On all ranks, where they came to different collectives. Messages of different
+                sizes would have ended the processes without a word.
+        """
+        few = list(numbers[:_HEAD])
+        head = [zlib.crc32(what.encode()), len(numbers), *few]
+        own = torch.zeros(2 + _HEAD, dtype=torch.float64)
+        own[: len(head)] = torch.tensor(head, dtype=torch.float64)
+        rows = [row.tolist() for row in self._all(own, what)]
+        if any(row[:2] != rows[0][:2] for row in rows):
+            name = torch.zeros(_NAME, dtype=torch.uint8)
+            text = what.encode()[:_NAME]
+            name[: len(text)] = _bytes(text)
+            found = self._all(name, what)
+            names = [part.numpy().tobytes().rstrip(b"\0").decode(errors="ignore") for part in found]
+            raise self._parted(names)
+        return [row[2 : 2 + len(few)] for row in rows]
+
+    def _all(self, own: Tensor, what: str) -> list[Tensor]:
+        """Returns everybody's tensor, all of one size."""
         found = [torch.empty_like(own) for _ in range(self.world_size)]
         with self._named(what):
             torch.distributed.all_gather(found, own, group=self._control)
-        rows: list[list[float]] = torch.stack(found).tolist()  # memory of the CPU
-        if any(row[0] != mark for row in rows):
-            raise self._parted(self.gather(what, what))
-        return [row[1:] for row in rows]
+        return found
 
     def _parted(self, names: Sequence[str]) -> UsageError:
-        """Returns the error for ranks that came to different collectives, which fit by chance."""
+        """Returns the error for ranks that came to different collectives."""
         where = "; ".join(f"rank {rank} came to {name!r}" for rank, name in enumerate(names))
         return UsageError(
             f"The ranks went different ways: {where}. What all ranks do together, as "
@@ -144,8 +185,7 @@ class ProcessRanks(Ranks):
 
     def wait(self, what: str) -> None:
         """See `Ranks.wait`."""
-        with self._named(what):
-            torch.distributed.barrier(group=self._control)
+        self._meet(what, ())
 
     def average(self, tensors: Sequence[Tensor]) -> None:
         """See `Ranks.average`."""
@@ -304,12 +344,16 @@ def _record(error: Exception) -> None:
             get_error_handler().record_exception(error)
 
 
-def _packed(value: Any) -> tuple[bytes, str | None]:
+def _packed(value: Any) -> tuple[bytes, str]:
     """Returns a value in bytes, or why that cannot be."""
     try:
-        return pickle.dumps(value), None
+        return pickle.dumps(value), ""
     except Exception as error:  # noqa: BLE001  whatever an object raises when it is pickled
         return b"", f"{type(error).__name__}: {error}"
+
+
+def _bytes(text: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
 
 def _twin(error: Exception) -> Exception:

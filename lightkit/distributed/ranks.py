@@ -96,7 +96,7 @@ class Ranks:
 _joined: ProcessRanks | None = None
 
 
-def join(env: LaunchEnv, device: torch.device, timeout: timedelta = TIMEOUT) -> Ranks:
+def join(env: LaunchEnv, device: torch.device, timeout: timedelta | None = None) -> Ranks:
     """Returns the processes that a launcher started together with this one.
 
     The process group is opened once and ends with the program. One that is there already is used,
@@ -105,7 +105,8 @@ def join(env: LaunchEnv, device: torch.device, timeout: timedelta = TIMEOUT) -> 
     Args:
         env: This process among those that were started.
         device: Where it computes.
-        timeout: How long the others are waited for, here and in every collective.
+        timeout: How long the others are waited for, here and in every collective; None for ten
+            minutes. The first call of a program decides.
 
     Raises:
         PeerError: Some of them did not come.
@@ -116,7 +117,7 @@ def join(env: LaunchEnv, device: torch.device, timeout: timedelta = TIMEOUT) -> 
     if _joined is None:
         from lightkit.distributed.processes import open_processes  # one process needs none of it
 
-        _joined = open_processes(env, device, timeout)
+        _joined = open_processes(env, device, timeout or TIMEOUT)
     _joined.begin()
     return _joined
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import zlib
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -35,6 +36,7 @@ class Strategy:
         sync_gradients: Called before each batch of a group with whether it is the last, after
             whose backward gradients are averaged over ranks; None where nothing is to be said.
         sync_batchnorm: Whether batch norms compute their means over all ranks.
+        timeout: How long a rank waits for the others; None for ten minutes.
     """
 
     name: ClassVar[str] = "base"
@@ -55,6 +57,7 @@ class Strategy:
         return precision
 
     sync_batchnorm = False
+    timeout: timedelta | None = None
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")

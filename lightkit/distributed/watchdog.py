@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 TICK = 0.5
 #: Seconds that nothing may move after SIGTERM or SIGINT. torchrun kills after 30.
 AFTER_SIGNAL = 20.0
+#: Seconds in one collective after which it is said who did not come so far.
+LATE = 60.0
 #: Seconds that nothing may move after another process failed.
 AFTER_FAILURE = 5.0
 #: Share of a processor that a thread uses at most while it waits.
@@ -76,6 +78,7 @@ class Watchdog:
         self._clock, self._spent, self._looked = _clock_of(self._thread), 0.0, time.monotonic()
         self._listen, self._wake = _listen()
         self._stopped = False
+        self._late: tuple[tuple[int, str], float] | None = None
         self._watcher = threading.Thread(target=self._watch, name="lightkit-watchdog", daemon=True)
         self._watcher.start()
 
@@ -108,7 +111,9 @@ class Watchdog:
         self._spent, self._looked = spent, now
         failed = self._board.another_failed()
         if not (self._heard or failed):
-            self._board.beat(waits=self._inside() is not None)
+            inside = self._inside()
+            self._board.beat(waits=inside is not None)
+            self._say_late(inside, now)
             self._standing = _NOWHERE
             return
         place = self._place(idle)
@@ -119,6 +124,21 @@ class Watchdog:
             self._standing, self._since = place, now
         elif now - self._since >= (AFTER_FAILURE if failed else AFTER_SIGNAL):
             self._end(place, now - self._since)
+
+    def _say_late(self, inside: tuple[int, str] | None, now: float) -> None:
+        """Says once that a collective takes long: perhaps not all ranks are on the way to it."""
+        if inside is None or self._late is None or self._late[0] != inside:
+            self._late = None if inside is None else (inside, now + LATE)
+        elif now >= self._late[1]:
+            self._late = (inside, float("inf"))
+            count, name = inside
+            others = [(r, seen) for r, seen in self._board.look().items() if seen.count < count]
+            said = "; ".join(f"rank {r} was last in {seen.place!r}" for r, seen in others[:4])
+            self._say(
+                f"has waited for {LATE:.0f} s in {name!r}: {said or 'nobody is known to be late'}. "
+                f"What all ranks do together, as trainer.save_checkpoint, must not depend on the "
+                f"rank.\n"
+            )
 
     def _place(self, idle: bool) -> _Place:
         """Returns where the thread waits for others; without a name where it does not.

@@ -39,6 +39,7 @@ class FakeTrainer(SimpleNamespace):
             "progress_bar_metrics": {},
             "history": History(),
             "is_global_zero": True,
+            "world_size": 1,
             "max_epochs": 3,
             "max_steps": -1,
             "num_training_batches": 6,

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightkit as lk
-from lightkit.callbacks import ModelCheckpoint
+from lightkit.callbacks import EarlyStopping, ModelCheckpoint
 from lightkit.distributed import Ranks
 from lightkit.distributed.meta import materialise
 from lightkit.errors import LightkitError
@@ -367,7 +367,23 @@ def checkpoints(folder):
             contents["thing"] = object()
 
     found["unstorable"] = refused(lambda: fitted(root / "unstorable", Unstorable()))
+    # The best weights are those of the first epoch, also where the run goes on from its second.
+    found["best weights"] = [restored(root, epochs, path) for epochs, path in RESTORED]
     return found
+
+
+RESTORED = ((3, None), (2, None), (3, "last"))
+
+
+def restored(root, epochs, path):
+    """Returns the weights that EarlyStopping puts back."""
+    lk.seed_everything(1, verbose=False)
+    task, keep = Net(), EarlyStopping("val_loss", min_delta=1e9, restore_best=True)
+    where = {"default_root_dir": root / "restored", "callbacks": [keep], **QUIET}
+    trainer = lk.Trainer(max_epochs=epochs, strategy="fsdp", **where)
+    trainer.fit(task, data(48, 6), data(9, 3, 1), ckpt_path=path)
+    assert keep.best_epoch == 0
+    return whole(task)
 
 
 def killed(folder):

@@ -159,6 +159,14 @@ def test_files_that_are_written_behind_the_loop_are_kept_by_score(saved):
     assert ranks[0]["best"] == ranks[1]["best"]
 
 
+def test_the_best_weights_come_back_also_to_a_run_that_goes_on(saved):
+    _, ranks = saved
+    for rank in ranks:
+        at_once, early, resumed = rank["best weights"]
+        assert differ(early, at_once) == differ(resumed, at_once) == 0.0
+        assert differ(rank["weights"], at_once) > 0.0
+
+
 def test_what_one_rank_cannot_write_is_an_error_of_all(saved):
     _, ranks = saved
     for rank in ranks:

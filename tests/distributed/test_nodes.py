@@ -100,13 +100,13 @@ def test_the_others_go_on_meanwhile(pair, tmp_path):
     out = tmp_path / "out"
     arguments = {"folder": str(tmp_path), "dies": scenes_nodes.DIES, "slow": 0.2, **quiet}
     flags = ("1:2", "--max-restarts=1")
-    stays = first.torchrun(TRAIN, out, *flags, patience=5, **arguments)
-    goes = second.torchrun(TRAIN, out, *flags, patience=5, **arguments)
+    stays = first.torchrun(TRAIN, out, *flags, patience=8, **arguments)
+    goes = second.torchrun(TRAIN, out, *flags, patience=8, **arguments)
     wait_for(tmp_path / "mark", stays, goes)
     second.die()
     goes.communicate()
-    time.sleep(12)  # until it counts as gone, and two processes have trained for a while
-    comes = second.torchrun(TRAIN, out, *flags, patience=5, **arguments)
+    time.sleep(16)  # until it counts as gone, and two processes have trained for a while
+    comes = second.torchrun(TRAIN, out, *flags, patience=8, **arguments)
     told = ended(stays, out).output
     found = ended(comes, out).results
     assert "saved by 4 processes, goes on with 2" in told
