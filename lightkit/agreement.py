@@ -28,33 +28,34 @@ class Agreement:
 
     def __init__(self, flow: Flow, ranks: Ranks) -> None:
         self._flow, self._ranks = flow, ranks
-        self._every = self._left = 1
-        self._steps, self._since, self._settled = 0, 0.0, False
+        self._steps, self._batches = _Pace(), _Pace()
         self._now = 0.0
         flow.shared, flow.silent, flow.clock = True, not ranks.is_zero, self._clock
         self.reach("the start of the run")
 
     def __call__(self) -> None:
         """Counts a step, and exchanges wishes if it is time to."""
-        if self._steps == 0:  # what comes before the end of the first one tells nothing
-            self._since = time.perf_counter()
-        self._steps += 1
-        self._left -= 1
-        if self._left <= 0:
-            self._reach("agreement between steps")
+        if self._steps.due():
+            self._reach("agreement between steps", self._steps)
+
+    def in_evaluation(self) -> None:
+        """Counts a batch of an evaluation that every rank has, and exchanges wishes if it is time to."""
+        if self._batches.due():
+            self._reach("agreement in an evaluation", self._batches)
 
     def reach(self, what: str) -> None:
         """Exchanges wishes now, where something else than a step has come between. A collective."""
-        self._steps = 0  # the time that it took is none of the steps'
-        self._reach(what)
+        self._steps.pause()
+        self._batches.pause()
+        self._reach(what, self._steps)
 
-    def _reach(self, what: str) -> None:
+    def _reach(self, what: str, pace: _Pace) -> None:
         flow, ranks = self._flow, self._ranks
-        every = self._propose() if ranks.is_zero else 0
+        every = pace.propose() if ranks.is_zero else 0
         asked = flow.asked is not None
         rows = ranks.exchange([time.perf_counter(), every, flow.heard or 0, asked], what)
-        self._now, self._every = rows[0][0], int(rows[0][1])
-        self._left = self._every
+        self._now = rows[0][0]
+        pace.follow(int(rows[0][1]))
         signal = int(max(row[2] for row in rows))
         if signal and flow.signal is None:
             flow.signal = signal
@@ -63,15 +64,39 @@ class Agreement:
             flow.stop_reason = flow.stop_reason or next(r for r in reasons if r is not None)
             flow.asked = None
 
-    def _propose(self) -> int:
-        """Returns after how many steps to exchange wishes again; rank zero's counts."""
-        if self._settled or self._steps < 2:
+    def _clock(self) -> float:
+        return self._now
+
+
+class _Pace:
+    """After how many steps, or batches, wishes are exchanged: about a second's worth."""
+
+    def __init__(self) -> None:
+        self._every = self._left = 1
+        self._count, self._since, self._settled = 0, 0.0, False
+
+    def due(self) -> bool:
+        """Counts one; returns whether it is time to exchange wishes."""
+        if self._count == 0:  # what comes before the end of the first one tells nothing
+            self._since = time.perf_counter()
+        self._count += 1
+        self._left -= 1
+        return self._left <= 0
+
+    def pause(self) -> None:
+        """Takes in that something else comes between, whose time is not that of a step."""
+        self._count = 0
+
+    def propose(self) -> int:
+        """Returns after how many to exchange wishes again; rank zero's counts."""
+        if self._settled or self._count < 2:
             return self._every
         took = time.perf_counter() - self._since
         if took < _SECOND:
-            return self._steps  # twice as far as it has come
+            return self._count  # twice as far as it has come
         self._settled = True
-        return max(1, round((self._steps - 1) / took))
+        return max(1, round((self._count - 1) / took))
 
-    def _clock(self) -> float:
-        return self._now
+    def follow(self, every: int) -> None:
+        """Goes on with what rank zero has proposed."""
+        self._every = self._left = every

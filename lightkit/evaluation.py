@@ -13,16 +13,22 @@ from lightkit.data import BatchStream
 from lightkit.hooks import Callback
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from lightkit.flow import Flow
-    from lightkit.run import EvalRun, LoaderPlan
+    from lightkit.run import EvalRun, FitRun, LoaderPlan
     from lightkit.task import TaskModule
 
 _log = logging.getLogger("lightkit")
 
 
-def evaluate(run: EvalRun, *, sanity: bool = False, flow: Flow | None = None) -> bool:
+def evaluate(
+    run: EvalRun,
+    *,
+    sanity: bool = False,
+    flow: Flow | None = None,
+    agree: Callable[[], None] | None = None,
+) -> bool:
     """Runs one evaluation over all its loaders, in eval mode and without gradients.
 
     Args:
@@ -30,6 +36,7 @@ def evaluate(run: EvalRun, *, sanity: bool = False, flow: Flow | None = None) ->
         sanity: Whether what is logged is to be dropped.
         flow: Where a signal is taken down that breaks the evaluation off at its next batch; None for
             one that is always completed.
+        agree: Makes signals of single ranks common; called at every batch that all of them have.
 
     Returns:
         Whether it was completed; otherwise no hook of its end was called.
@@ -46,7 +53,7 @@ def evaluate(run: EvalRun, *, sanity: bool = False, flow: Flow | None = None) ->
         for number in range(len(run.loaders)):
             if run.prefix is not None:
                 metrics.begin_eval(run.rename[number], loader=number, sanity=sanity)
-            if not _evaluate_loader(run, number, flow):
+            if not _evaluate_loader(run, number, flow, agree):
                 return False
         if run.prefix is not None:
             metrics.begin_eval_hooks()
@@ -57,6 +64,17 @@ def evaluate(run: EvalRun, *, sanity: bool = False, flow: Flow | None = None) ->
         return True
     finally:
         restore_modes(modes)
+
+
+def listening(fit: FitRun, run: EvalRun) -> dict[str, Any]:
+    """Returns the arguments by which `evaluate` hears of signals in a validation of a fit."""
+    if not may_break_off(run):
+        return {}
+    if fit.agree is None:
+        return {"flow": fit.flow}
+    if fit.strategy.sharded:  # ranks that share a model go on to the end together
+        return {}
+    return {"flow": fit.flow, "agree": fit.agree.in_evaluation}
 
 
 def may_break_off(run: EvalRun) -> bool:
@@ -92,7 +110,9 @@ def _fire(run: EvalRun, *places: str) -> None:
             hook()
 
 
-def _evaluate_loader(run: EvalRun, number: int, flow: Flow | None) -> bool:
+def _evaluate_loader(
+    run: EvalRun, number: int, flow: Flow | None, agree: Callable[[], None] | None
+) -> bool:
     """Runs the user's step over one loader; returns False where a signal broke it off."""
     plan, metrics, autocast = run.loaders[number], run.metrics, run.autocast
     starts = getattr(run.hooks, f"on_{run.stage}_batch_start")
@@ -100,7 +120,10 @@ def _evaluate_loader(run: EvalRun, number: int, flow: Flow | None) -> bool:
     no_grad = torch.no_grad()
     name = f"{run.stage} loader" if plan.name is None else f"{run.stage} loader {plan.name!r}"
     metrics.begin_steps()
+    common = 0 if agree is None else plan.of_all()
     for index, batch, size in run.in_step(_batches(plan, name)):
+        if agree is not None and index < common:
+            agree()  # now and then a collective, on the CPU
         if flow is not None and flow.signal is not None:
             return False
         if run.transfer is not None:

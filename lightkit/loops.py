@@ -20,7 +20,7 @@ from lightkit.closure import Closure
 from lightkit.data import END, BatchStream, generators
 from lightkit.data.groups import groups
 from lightkit.errors import UsageError
-from lightkit.evaluation import evaluate, may_break_off, restore_modes, train_mode
+from lightkit.evaluation import evaluate, listening, restore_modes, train_mode
 from lightkit.losses import (
     Weighing,
     after_manual,
@@ -439,13 +439,13 @@ def validate(run: FitRun, *, batches_over: bool = False) -> None:
     """
     assert run.validation is not None
     flow, sanity = run.flow, run.flow.sanity_checking
-    # Ranks have different numbers of batches, so they cannot agree in the middle.
-    watched = flow if may_break_off(run.validation) and not flow.shared else None
     before = None if sanity else (run.before_validation(), run.metrics.eval_state())
     flow.validating = True
     run.strategy.before_evaluation(run.task)  # over ranks a collective: buffers
     try:
-        complete = flow.signal is None and evaluate(run.validation, sanity=sanity, flow=watched)
+        complete = flow.signal is None and evaluate(
+            run.validation, sanity=sanity, **listening(run, run.validation)
+        )
     finally:
         flow.validating = False
     run.metrics.begin_epoch()

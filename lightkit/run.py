@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lightkit import rng
-from lightkit.data import Feed, generators, order_of, sample_counts, seed_from
+from lightkit.data import Feed, generators, loader_length, order_of, sample_counts, seed_from
 from lightkit.freezing import set_switches, switches
 
 if TYPE_CHECKING:
@@ -50,6 +50,14 @@ class LoaderPlan:
     limit: int | None
     length: int | None
     feed: Feed
+
+    def of_all(self) -> int:
+        """Returns how many batches every rank has of it; 0 where that cannot be known."""
+        full = loader_length(self.loader)
+        if full is None or self.feed.own:
+            return 0
+        used = full if self.limit is None else min(full, self.limit)
+        return used // self.feed.share.world
 
 
 @dataclass(slots=True)

@@ -314,7 +314,25 @@ def other():
     torch.manual_seed(ranks.rank)  # the user seeded nothing: each rank builds other weights
     found["unseeded"] = trained(Net, epochs=1, seed=None)
     found["draws"] = draws()
+    found["syncs"] = syncs()
     return found
+
+
+class Syncs(lk.Callback):
+    """Notes before which backward gradients are about to be averaged."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_before_backward(self, trainer, task, loss):
+        self.seen.append(trainer.strategy._ddp.require_backward_grad_sync)
+
+
+def syncs():
+    """Groups of 3, 3, 3 and 1 batches."""
+    callback = Syncs()
+    trained(Net, epochs=1, accumulate_grad_batches=3, callbacks=callback)
+    return callback.seen
 
 
 def draws():

@@ -54,6 +54,11 @@ def words():
         return raised(lambda: ranks.decide(call, "a decision"))
 
     own = threading.Lock() if ranks.rank == 1 else "plain"
+    ways = [
+        [lambda: ranks.gather("x" * 1000, "a save"), lambda: ranks.exchange([1.0], "a flush")],
+        [lambda: ranks.wait("a wait"), lambda: ranks.share("y" * 1000, "a folder")],
+        [lambda: ranks.exchange([1.0] * 100, "many"), lambda: ranks.exchange([1.0], "few")],
+    ]
     found = {
         "config": fail(ConfigError("wrong")),
         "key": fail(KeyError("k")),
@@ -62,6 +67,8 @@ def words():
         "result": raised(lambda: ranks.decide(threading.Lock, "a lock")),
         "share": raised(lambda: ranks.share(threading.Lock(), "a lock")),
         "gather": raised(lambda: ranks.gather(own, "locks")),
+        "ways": [raised(way[ranks.rank]) for way in ways],
+        "long": ranks.exchange([float(ranks.rank), *range(100)], "more than one message holds"),
         "after": ranks.gather(ranks.decide(lambda: 5, "a number"), "numbers"),
         "own": raised(lambda: ranks.average([torch.ones(2, dtype=torch.bool)])),
         "again": join(launched(), CPU) is ranks,
@@ -94,6 +101,7 @@ def alone():
 
 def late():
     """Rank 1 does not come, and says afterwards where it was."""
+    watchdog.LATE = 1.0
     ranks = join(launched(), CPU, timedelta(seconds=3))
     ranks.wait("x")
     if ranks.rank == 1:
@@ -208,6 +216,35 @@ def fit(how: str, place: str, workers: int = 0, root: str = ""):
         num_sanity_val_steps=0,
     )
     trainer.fit(Net(how, place), loader, val)
+
+
+class Patient(lk.TaskModule):
+    """A validation that takes minutes."""
+
+    def __init__(self, root: str):
+        super().__init__()
+        self.net, self.root = nn.Linear(2, 1), Path(root)
+
+    def training_step(self, batch, batch_idx):
+        return self.net(batch[0]).mean()
+
+    def validation_step(self, batch, batch_idx):
+        time.sleep(0.01)
+        if batch_idx == 3 and self.global_rank == 0 and not self.trainer.sanity_checking:
+            (self.root / "at").write_text(str(time.time()))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def long_validation():
+    """Eight steps and a validation of a minute and a half on each rank."""
+    here()
+    root = sys.argv[3]
+    data = torch.utils.data.TensorDataset(torch.ones(18001, 2))
+    trainer = lk.Trainer(max_epochs=2, default_root_dir=root, enable_progress_bar=False)
+    loader = torch.utils.data.DataLoader(data, 1)
+    trainer.fit(Patient(root), torch.utils.data.DataLoader(data.tensors[0][:16, None]), loader)
 
 
 def unclosed():

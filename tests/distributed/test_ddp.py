@@ -128,3 +128,8 @@ def test_random_numbers_differ_over_ranks(other):
     assert other[0]["draws"] == alone
     assert not set(other[1]["draws"]) & set(alone)
     assert all(a != b for a, b in itertools.pairwise(other[1]["draws"]))
+
+
+def test_gradients_are_averaged_with_the_last_batch_of_a_group_only(other):
+    for found in other:
+        assert found["syncs"] == [False, False, True] * 3 + [True]

@@ -7,6 +7,7 @@ import signal
 import time
 
 import pytest
+import torch
 
 from tests.distributed.harness import finish, start
 
@@ -104,6 +105,16 @@ def test_one_rank_of_a_fit(tmp_path, how, place, workers, guilty, waited) -> Non
     _, _, cause = outcome.output.partition("Root Cause")
     assert "rank      : 1 " in cause
     assert how != "exit" or "exitcode  : 3 " in cause
+
+
+def test_a_long_validation_is_broken_off_on_all_ranks_at_once(tmp_path) -> None:
+    outcome = ended("long_validation", tmp_path, interrupt=signal.SIGTERM)
+    assert "SIGTERM: stopped after step 8" in outcome.output
+    assert "different ways" not in outcome.output
+    (path,) = tmp_path.rglob("last.ckpt")
+    saved = torch.load(path, weights_only=True)
+    assert saved["loop"]["global_step"] == 8
+    assert saved["loop"]["pending_validation"] == "epoch"
 
 
 def test_ctrl_c(tmp_path) -> None:

@@ -31,6 +31,15 @@ def test_errors_and_values_that_cannot_be_sent_are_told_to_all(tmp_path) -> None
         assert kind == "UsageError"
         assert f"rank {rank} holds what cannot be sent" in text
         assert "cannot pickle '_thread.lock' object" in text
+    assert zero["ways"] == one["ways"]
+    for (kind, text), names in zip(
+        zero["ways"],
+        [("a save", "a flush"), ("a wait", "a folder"), ("many", "few")],
+        strict=True,
+    ):
+        assert kind == "UsageError"
+        assert "rank 0 came to {!r}; rank 1 came to {!r}".format(*names) in text
+    assert zero["long"] == one["long"] == [[0.0, *range(100)], [1.0, *range(100)]]
     assert zero["after"] == one["after"] == [5, 5]
     assert zero["again"]
     assert one["again"]
@@ -64,6 +73,8 @@ def test_a_process_that_is_never_started_is_missed() -> None:
 
 def test_who_does_not_come_is_named(tmp_path) -> None:
     outcome = finish(start(f"{SCENES}:late", 2, tmp_path), tmp_path)
+    soon = "rank 0 has waited for 1 s in 'flush at step 50': rank 1 was last in 'x'."
+    assert outcome.output.count(soon) == 1
     assert outcome.results[0] == (
         "PeerError",
         "rank 0 waited in 'flush at step 50': rank 1 did not come within 3 s; it was last in 'x'",
