@@ -74,7 +74,7 @@ def test_raw(tmp_path, how, place) -> None:
     ("how", "place", "workers", "guilty", "waited"),
     [
         ("raise", "step", 0, "ValueError: boom", "rank 1 ended with ValueError: boom"),
-        ("raise", "evaluation", 0, "ValueError: boom", "in 'an evaluation': rank 1 ended with Va"),
+        ("raise", "evaluation", 0, "ValueError: boom", "an evaluation': rank 1 ended with Va"),
         ("raise", "hook", 0, "ValueError: boom", "rank 1 ended with ValueError: boom"),
         (
             "memory",
