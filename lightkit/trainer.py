@@ -302,7 +302,8 @@ class Trainer(TrainerView):
         if not isinstance(run, FitRun):
             raise NotRunningError(
                 "trainer.save_checkpoint works while fit runs. Afterwards the files of the run "
-                "are in its folder; torch.save(task.state_dict(), path) saves weights alone."
+                "are in its folder; torch.save(task.state_dict(), path) saves weights alone, and "
+                "of a sharded model `lightkit export` makes one file."
             )
         if run.flow.group_open and exact:
             raise UsageError(

@@ -7,8 +7,8 @@ In the place of the file there is a folder of its name::
     .metadata       which part is where; written last, so it says that all is there
 
 The parts and ``.metadata`` are those of ``torch.distributed.checkpoint``, with names such as
-``model.net.weight``: ``dcp.load({"model": task.state_dict()}, checkpoint_id=folder)`` reads them.
-In ``rest.ckpt`` a mark with that name stands for each.
+``model.net.weight``, so that ``dcp.load({"model": dict(task.named_parameters())},
+checkpoint_id=folder)`` reads them. In ``rest.ckpt`` a mark with that name stands for each.
 
 Any number of ranks reads a folder, one process too: each reads what it needs, without collectives.
 Nothing in a folder is ever executed: of ``.metadata``, which is a pickle, only the classes that
@@ -17,6 +17,7 @@ describe parts are accepted.
 
 from __future__ import annotations
 
+import enum
 import io
 import math
 import os
@@ -271,7 +272,13 @@ class Piece:
                 if low >= high:
                     break
             else:
-                target[tuple(here)] = self._folder.read(self.name, chunk.offsets)[tuple(there)]
+                part = self._folder.read(self.name, chunk.offsets)
+                if not isinstance(part, Tensor) or part.shape != tuple(chunk.sizes):
+                    raise CheckpointError(
+                        f"{self._folder.path} has something else in the place of {self.name} at "
+                        f"{tuple(chunk.offsets)}."
+                    )
+                target[tuple(here)] = part[tuple(there)]
 
 
 class _Folder:
@@ -286,19 +293,38 @@ class _Folder:
                 if index.offset is not None
             }
             names = {str(entry.relative_path) for entry in self._entries.values()}
-        except (AttributeError, TypeError) as error:
+            for name, about in self.metadata.state_dict_metadata.items():
+                self._check_sizes(name, about)
+        except (AttributeError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path / MARK} does not describe parts: {error}.") from None
         for name in names:
             if os.path.basename(name) != name:
                 raise CheckpointError(f"{path} names a file outside of itself: {name!r}.")
 
-    def read(self, name: str, offsets: Sequence[int]) -> Tensor:
+    def _check_sizes(self, name: str, about: Any) -> None:
+        """Raises where what is said of a tensor cannot be, before memory is asked for."""
+        places = set()
+        for chunk in about.chunks:
+            count = math.prod(chunk.sizes)
+            for start, size, length in zip(chunk.offsets, chunk.sizes, about.size, strict=True):
+                if start < 0 or size < 0 or (count and start + size > length):
+                    raise ValueError(f"a part of {name} lies outside of it")
+            entry = self._entries.get((name, tuple(chunk.offsets)))
+            if not count or entry is None:  # the second is told when it is read
+                continue
+            if entry.offset < 0 or entry.length < count * about.properties.dtype.itemsize:
+                raise ValueError(f"a part of {name} is longer than what was written of it")
+            if tuple(chunk.offsets) in places:
+                raise ValueError(f"a part of {name} is there twice")
+            places.add(tuple(chunk.offsets))
+
+    def read(self, name: str, offsets: Sequence[int]) -> Any:
         """Returns a part as it was written."""
         entry = self._entries.get((name, tuple(offsets)))
         if entry is None:
             raise CheckpointError(f"{self.path} lacks the part of {name} at {tuple(offsets)}.")
         data = self._bytes(entry)
-        return files.load_bytes(io.BytesIO(data), self.path)  # type: ignore[no-any-return]
+        return files.load_bytes(io.BytesIO(data), self.path)
 
     def ends(self) -> dict[str, int]:
         """Returns the files of the parts, and how long each must be at least."""
@@ -340,7 +366,13 @@ class _Unpickler(pickle.Unpickler):
                 f"it names {module}.{name}. Loading such objects can run code, so lightkit never "
                 f"does; nothing was executed"
             )
-        return super().find_class(module, name)
+        found = super().find_class(module, name)
+        if not hasattr(found, "__dict__") or module in ("torch", "collections"):
+            return found
+        # Of this file alone: a pickle can set attributes of what it gets.
+        if isinstance(found, type) and not issubclass(found, enum.Enum):
+            return type(name, (found,), {})
+        return lambda *arguments: found(*arguments)
 
 
 def _metadata(path: Path) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -167,7 +168,8 @@ class FSDPStrategy(Strategy):
         and then its first values. A task that is sharded already stays as it is.
 
         Raises:
-            ConfigError: It is sharded in another way, or nothing says its first values.
+            ConfigError: It is sharded in another way, nothing says its first values, or blocks
+                share a parameter.
             UsageError: Ranks have built different models.
         """
         if not self.sharded:
@@ -218,7 +220,9 @@ class FSDPStrategy(Strategy):
 
             # Gradients are added up over ranks in fp32, and parameters are kept in it.
             how["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
-        for module in (*blocks(task), task):
+        chosen = blocks(task)
+        check_tied(task, chosen)
+        for module in (*chosen, task):
             kind = type(module)
             fully_shard(module, **how)
             # Torch makes a class FSDP<name> of it; run folders and checkpoints are named by it.
@@ -448,6 +452,31 @@ def blocks(task: nn.Module) -> list[nn.Module]:
             )
     wanted = {id(m) for m in chosen if any(True for _ in m.parameters())}
     return [module for module in reversed(every) if id(module) in wanted]
+
+
+def check_tied(task: nn.Module, chosen: Sequence[nn.Module]) -> None:
+    """Raises where two blocks share a parameter: one is split again while the other computes.
+
+    Args:
+        task: The task.
+        chosen: Its blocks; what is in none of them belongs to the task itself.
+
+    Raises:
+        ConfigError: Names the parameter.
+    """
+    ids, seen = {id(module) for module in chosen}, dict[int, tuple[int, str]]()
+    modules = task.named_modules(remove_duplicate=False)
+    homes = {name: id(module) for name, module in modules if id(module) in ids}
+    for name, parameter in task.named_parameters(remove_duplicate=False):
+        above = itertools.accumulate(name.split(".")[:-1], "{}.{}".format)
+        home = ([homes[at] for at in above if at in homes] or [0])[-1]
+        first, other = seen.setdefault(id(parameter), (home, name))
+        if first != home:
+            raise ConfigError(
+                f"{other} and {name} of {type(task).__name__} are one parameter, but not of one "
+                f"block. Let configure_sharding(self) return blocks with both in one of them, or "
+                f"both in none: then they are put together with the task itself."
+            )
 
 
 def _shards(task: nn.Module) -> list[Any]:
