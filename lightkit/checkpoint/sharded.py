@@ -177,7 +177,7 @@ class Shards:
         if isinstance(cause, OSError):
             text = disk.why(cause, self.path, sum(p.nbytes for p in self.parts.values()))
         else:
-            text = f"{self.path} could not be written: {type(cause).__name__}: {cause}"
+            text = f"{self.path} could not be written: {type(cause).__name__}: {cause}."
         return f"rank {rank}: {text}" if rank else text
 
 
@@ -310,7 +310,7 @@ class _Folder:
                 if start < 0 or size < 0 or (count and start + size > length):
                     raise ValueError(f"a part of {name} lies outside of it")
             entry = self._entries.get((name, tuple(chunk.offsets)))
-            if not count or entry is None:  # the second is told when it is read
+            if not count or entry is None:  # what was not written is told when it is read
                 continue
             if entry.offset < 0 or entry.length < count * about.properties.dtype.itemsize:
                 raise ValueError(f"a part of {name} is longer than what was written of it")

@@ -30,8 +30,8 @@ def load_weights(
             of the checkpoint into a bare ``net``.
 
     Raises:
-        CheckpointError: The file cannot be read, holds no weights, or (strict) does not fit. Then
-            nothing was changed.
+        CheckpointError: The file cannot be read, holds no weights, or (strict) does not fit; or the
+            network is on the meta device. Then nothing was changed.
     """
     apply_weights(task, weights_of(read_any(path), path), path, strict=strict, prefix=prefix)
 
@@ -66,6 +66,13 @@ def apply_weights(
     prefix: str = "",
 ) -> None:
     """Loads weights that are in memory; see `load_weights`."""
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if tensor.is_meta:  # torch would copy nothing
+            raise CheckpointError(
+                f"{name} of {type(module).__name__} is on the meta device, without memory to load "
+                f"{source} into. Build it without torch.device('meta'); or load the weights in its "
+                f"init_weights(self), which is called when there is memory."
+            )
     chosen = _without_prefix(weights, prefix)
     if prefix and not chosen:
         raise CheckpointError(

@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import itertools
-import logging
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -19,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lightkit.distributed.blocks import blocks, check_parameters
 from lightkit.distributed.meta import defines, is_meta, materialise
 from lightkit.distributed.ranks import Ranks
 from lightkit.distributed.strategies import Strategy, check_alike, to_device
@@ -28,8 +26,6 @@ from lightkit.precision import Precision
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.optim import Optimizer
-
-_log = logging.getLogger("lightkit")
 
 #: How long the slowest disk may take.
 _STORAGE_TIMEOUT = timedelta(hours=1)
@@ -168,8 +164,8 @@ class FSDPStrategy(Strategy):
         and then its first values. A task that is sharded already stays as it is.
 
         Raises:
-            ConfigError: It is sharded in another way, nothing says its first values, or blocks
-                share a parameter.
+            ConfigError: It is sharded in another way, nothing says its first values, or a
+                parameter cannot be split.
             UsageError: Ranks have built different models.
         """
         if not self.sharded:
@@ -221,7 +217,7 @@ class FSDPStrategy(Strategy):
             # Gradients are added up over ranks in fp32, and parameters are kept in it.
             how["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
         chosen = blocks(task)
-        check_tied(task, chosen)
+        check_parameters(task, chosen)
         for module in (*chosen, task):
             kind = type(module)
             fully_shard(module, **how)
@@ -414,69 +410,7 @@ class FSDPStrategy(Strategy):
             shards[number].reshard()
 
 
-# --- which parts ------------------------------------------------------------------------------------
-
-
-def blocks(task: nn.Module) -> list[nn.Module]:
-    """Returns the modules that are put together one at a time, inner ones first.
-
-    Those that the task's ``configure_sharding`` returns; else the children of every ModuleList with
-    at least two of one type.
-
-    Raises:
-        ConfigError: ``configure_sharding`` returned something else than modules of the task.
-    """
-    every = list(task.modules())
-    if defines(task, "configure_sharding"):
-        given: Any = task.configure_sharding()  # type: ignore[operator]
-        alone = isinstance(given, nn.Module) and not isinstance(given, nn.ModuleList)
-        chosen = [given] if alone else list(given or ())
-        inside = {id(module) for module in every[1:]}
-        for module in chosen:
-            if id(module) not in inside:
-                raise ConfigError(
-                    f"configure_sharding returned {type(module).__name__}, which is no module of "
-                    f"{type(task).__name__}. Return some of its modules, for example self.blocks."
-                )
-    else:
-        chosen = []
-        for module in every:
-            if isinstance(module, nn.ModuleList):
-                kinds = Counter(map(type, module))
-                chosen += [child for child in module if kinds[type(child)] > 1]
-        if not chosen:
-            _log.warning(
-                "%s has no ModuleList of equal blocks, so the whole model is put together at once "
-                "in every step. Say what its blocks are: configure_sharding(self) returns them.",
-                type(task).__name__,
-            )
-    wanted = {id(m) for m in chosen if any(True for _ in m.parameters())}
-    return [module for module in reversed(every) if id(module) in wanted]
-
-
-def check_tied(task: nn.Module, chosen: Sequence[nn.Module]) -> None:
-    """Raises where two blocks share a parameter: one is split again while the other computes.
-
-    Args:
-        task: The task.
-        chosen: Its blocks; what is in none of them belongs to the task itself.
-
-    Raises:
-        ConfigError: Names the parameter.
-    """
-    ids, seen = {id(module) for module in chosen}, dict[int, tuple[int, str]]()
-    modules = task.named_modules(remove_duplicate=False)
-    homes = {name: id(module) for name, module in modules if id(module) in ids}
-    for name, parameter in task.named_parameters(remove_duplicate=False):
-        above = itertools.accumulate(name.split(".")[:-1], "{}.{}".format)
-        home = ([homes[at] for at in above if at in homes] or [0])[-1]
-        first, other = seen.setdefault(id(parameter), (home, name))
-        if first != home:
-            raise ConfigError(
-                f"{other} and {name} of {type(task).__name__} are one parameter, but not of one "
-                f"block. Let configure_sharding(self) return blocks with both in one of them, or "
-                f"both in none: then they are put together with the task itself."
-            )
+# --- parts ----------------------------------------------------------------------------------------
 
 
 def _shards(task: nn.Module) -> list[Any]:

@@ -54,10 +54,13 @@ def materialise(task: nn.Module, device: torch.device, ranks: Ranks) -> None:
                 f"values of {', '.join(without[:5])}. Define init_weights(self) in the task, or "
                 f"reset_parameters(self) in the modules."
             )
-    empty = torch.empty_like
+    empty, tied = torch.empty_like, _tied(task)
     task._apply(  # type: ignore[no-untyped-call]
         lambda t: empty(t, device=device) if t.is_meta else t.to(device)
     )
+    for (module, name), *others in tied:  # each place got a parameter of its own
+        for other, its in others:
+            other._parameters[its] = module._parameters[name]
     seed = ranks.share(int(torch.randint(2**62, ())), "seed of the first weights")
     with rng.preserved(), torch.no_grad():
         here = dict(_state(task))
@@ -133,6 +136,16 @@ class _WholeDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
             fill_part(part, whole)
             return part
         return func(*args, **(kwargs or {}))
+
+
+def _tied(task: nn.Module) -> list[list[tuple[nn.Module, str]]]:
+    """Returns where each parameter is, as modules and names in them."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in task.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                places.setdefault(id(parameter), []).append((module, name))
+    return list(places.values())
 
 
 def _own_meta(module: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import pickle
 
@@ -59,11 +60,75 @@ def test_nothing_in_it_is_executed(folder, tmp_path, monkeypatch, what):
 
 def test_it_reads_no_file_outside_of_itself(folder, tmp_path):
     (tmp_path / "secret").write_bytes(b"x" * 1000)
-    metadata = sharded._metadata(folder)
+    metadata = pickle.loads((folder / MARK).read_bytes())
     for entry in metadata.storage_data.values():
         entry.relative_path = "../secret"
     (folder / MARK).write_bytes(pickle.dumps(metadata))
     with pytest.raises(CheckpointError, match="names a file outside of itself"):
+        read_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        b"torch.distributed.checkpoint.metadata\nMetadata",
+        b"torch.distributed.checkpoint.metadata\n_MEM_FORMAT_ENCODING",
+        b"torch.serialization\n_get_layout",
+        b"torch\nSize",
+    ],
+)
+def test_nothing_of_torch_is_changed_by_it(folder, name):
+    (folder / MARK).write_bytes(b"c" + name + b"\n(N(dVplanted\nI1\nstb.")  # sets an attribute
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        read_checkpoint(folder)
+    module, _, name = name.decode().partition("\n")
+    assert not hasattr(getattr(importlib.import_module(module), name), "planted")
+
+
+def negative(about, chunk, entry):
+    about.size = chunk.sizes = torch.Size((-2, -3))
+
+
+def huge(about, chunk, entry):
+    about.size = chunk.sizes = torch.Size((2**30, 2**30))
+
+
+def nothing(about, chunk, entry):
+    about.chunks = None
+
+
+def twice(about, chunk, entry):
+    about.size, about.chunks = torch.Size((4, 3)), [chunk, chunk]
+
+
+def before(about, chunk, entry):
+    entry.offset = -5
+
+
+def words(about, chunk, entry):
+    entry.offset = "a"
+
+
+@pytest.mark.parametrize("damage", [negative, huge, nothing, twice, before, words])
+def test_sizes_that_cannot_be(folder, damage):
+    metadata = pickle.loads((folder / MARK).read_bytes())
+    about = metadata.state_dict_metadata["model.weight"]
+    entries = {index.fqn: entry for index, entry in metadata.storage_data.items()}
+    damage(about, about.chunks[0], entries["model.weight"])
+    (folder / MARK).write_bytes(pickle.dumps(metadata))
+    assert not is_valid(folder)
+    with pytest.raises(CheckpointError, match="does not describe parts"):
+        read_checkpoint(folder)
+
+
+@pytest.mark.parametrize("content", [torch.zeros(3), {"a": torch.zeros(99)}])
+def test_something_else_in_the_place_of_a_part(folder, content):
+    metadata = pickle.loads((folder / MARK).read_bytes())
+    torch.save(content, folder / "__0_0.distcp")
+    for entry in metadata.storage_data.values():
+        entry.offset, entry.length = 0, (folder / "__0_0.distcp").stat().st_size
+    (folder / MARK).write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match=r"has something else in the place of model\.weight"):
         read_checkpoint(folder)
 
 

@@ -226,6 +226,20 @@ def training():
         def configure_sharding(self):
             return [nn.Linear(1, 1)]
 
+    class Listed(Net):
+        def configure_sharding(self):
+            return [self.inp, self.blocks]
+
+    class Tied(Net):
+        def __init__(self):
+            super().__init__()
+            self.blocks[2].a.weight = self.blocks[0].a.weight
+
+    class Scalar(Net):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(1.0))
+
     class Own(Net):
         def configure_sharding(self):
             return self.blocks[:2]
@@ -233,6 +247,9 @@ def training():
     found["manual"] = refused(lambda: trained("fsdp", Manual))
     found["newton"] = refused(lambda: trained("fsdp", Newton))
     found["wrong"] = refused(lambda: trained("fsdp", Wrong))
+    found["listed"] = refused(lambda: trained("fsdp", Listed))
+    found["scalar"] = refused(lambda: trained("fsdp", Scalar))
+    found["tied"] = refused(lambda: trained("fsdp", Tied))
     own = trained("fsdp", Own, epochs=1)["task"]
     found["own"] = [n for n, m in own.named_modules() if hasattr(m, "unshard")]
     return found

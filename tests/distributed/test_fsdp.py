@@ -91,6 +91,9 @@ def test_precision(two):
         ("manual", 'use strategy="ddp"'),
         ("newton", "LBFGS works on all parameters as one long vector"),
         ("wrong", "configure_sharding returned Linear, which is no module of Wrong"),
+        ("listed", "returned a ModuleList among others, which is never called itself"),
+        ("scalar", "scale of Scalar is a single number without a dimension"),
+        ("tied", "blocks.0.a.weight and blocks.2.a.weight of Tied are one parameter"),
     ],
 )
 def test_what_is_refused(two, what, words):
@@ -190,7 +193,9 @@ def test_one_process_reads_it(saved, tmp_path):
     task = scenes.Net()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load({"model": task.state_dict()}, checkpoint_id=last, no_dist=True)  # torch's own
+        # Torch's own, as the page has it.
+        own = {"model": dict(task.named_parameters())}
+        dcp.load(own, checkpoint_id=last, no_dist=True)
     assert differ(task.state_dict(), ranks[0]["weights"]) == 0.0
     layer = torch.nn.Linear(5, 6)
     lk.checkpoint.load_weights(layer, last, prefix="inp.")

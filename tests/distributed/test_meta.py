@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 import lightkit as lk
 from lightkit.distributed import Ranks
 from lightkit.distributed.meta import is_meta, materialise
-from lightkit.errors import ConfigError
+from lightkit.errors import CheckpointError, ConfigError
 
 CPU = torch.device("cpu")
 
@@ -65,6 +65,38 @@ def test_the_task_sets_all_values():
     materialise(task, CPU, Ranks())
     assert all(bool((p == 0.5).all()) for p in task.parameters())
     assert torch.equal(task.net[1].running_mean, torch.zeros(4))
+
+
+class Tied(lk.TaskModule):
+    def __init__(self, path=None):
+        super().__init__()
+        self.path = path
+        self.inp, self.out = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)
+        self.out.weight = self.inp.weight
+
+
+class Loaded(Tied):
+    def init_weights(self):
+        self.load_weights(self.path)
+
+
+def test_two_names_of_a_parameter_stay_two_names():
+    task = on_meta(Tied)
+    materialise(task, CPU, Ranks())
+    assert task.out.weight is task.inp.weight
+    assert len(list(task.parameters())) == 1
+
+
+def test_weights_are_loaded_when_there_is_memory(tmp_path):
+    path = tmp_path / "weights.ckpt"
+    whole = Tied()
+    torch.save(whole.state_dict(), path)
+    task = on_meta(lambda: Loaded(path))
+    with pytest.raises(CheckpointError, match=r"inp\.weight of Loaded is on the meta device"):
+        task.load_weights(path)
+    materialise(task, CPU, Ranks())
+    assert torch.equal(task.out.weight, whole.inp.weight)
+    assert task.out.weight is task.inp.weight
 
 
 def test_what_has_values_keeps_them():
