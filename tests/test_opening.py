@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import timedelta
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightkit as lk
+from lightkit import opening
 from lightkit.callbacks import EarlyStopping, ModelCheckpoint, ModelSummary, ProgressBar
 from lightkit.errors import ConfigError, OptimizerError
 
@@ -240,3 +242,20 @@ def test_a_line_for_each_schedule_and_trial(quiet, capsys):
     assert "trial:    fast_dev_run writes nothing" in said
     assert "trial:    overfit_batches trains on the same batches in every epoch" in said
     assert "schedule: StepLR per epoch: lr 0.01 -> 0.01 over 1 epoch" in said
+
+
+@pytest.mark.parametrize("kind", [lk.DDPStrategy, lk.FSDPStrategy])
+def test_a_strategy_says_how_long_the_others_are_waited_for(quiet, monkeypatch, kind):
+    given = []
+
+    def join(env, device, timeout):
+        given.append(timeout)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(opening, "join", join)
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    trainer = quiet(accelerator="cpu", strategy=kind(timeout=timedelta(minutes=3)))
+    with pytest.raises(ConfigError, match="enough"):
+        trainer.fit(Net(), DataLoader(TensorDataset(torch.ones(4, 4), torch.ones(4, 1))))
+    assert given == [timedelta(minutes=3)]

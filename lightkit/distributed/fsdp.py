@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from lightkit.distributed.blocks import blocks, check_parameters
-from lightkit.distributed.meta import defines, is_meta, materialise
+from lightkit.distributed.meta import defines, materialise
 from lightkit.distributed.ranks import Ranks
-from lightkit.distributed.strategies import Strategy, check_alike, to_device
+from lightkit.distributed.strategies import Strategy, check_alike, is_meta, to_device
 from lightkit.errors import ConfigError, OptimizerError, UsageError
 from lightkit.precision import Precision
 
@@ -302,8 +302,8 @@ class FSDPStrategy(Strategy):
                 "correct the loader's __len__, or remove it."
             )
 
-    def total_norm(self, tensors: Sequence[Tensor]) -> Tensor:
-        """See `Strategy.total_norm`. A collective on the device for each kind of split."""
+    def _total_norm(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Returns the joint 2-norm of tensors. A collective on the device for each kind of split."""
         norms = [_whole(torch.nn.utils.get_total_norm(group)) for group in _by_mesh(tensors)]
         return norms[0] if len(norms) == 1 else torch.nn.utils.get_total_norm(norms)
 
@@ -311,7 +311,7 @@ class FSDPStrategy(Strategy):
         """See `Strategy.clip_grad_norm`."""
         if not self.sharded:
             return super().clip_grad_norm(parameters, max_norm)
-        norm = self.total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = self._total_norm([p.grad for p in parameters if p.grad is not None])
         for group in _by_mesh(parameters):
             torch.nn.utils.clip_grads_with_norm_(group, max_norm, norm)
         return norm

@@ -23,11 +23,6 @@ _DRAWS = {
 }
 
 
-def is_meta(module: nn.Module) -> bool:
-    """Tells whether a parameter or buffer of a module is on the meta device."""
-    return any(t.is_meta for t in itertools.chain(module.parameters(), module.buffers()))
-
-
 def materialise(task: nn.Module, device: torch.device, ranks: Ranks) -> None:
     """Gives memory and first values to what a task has on the meta device; moves the rest.
 

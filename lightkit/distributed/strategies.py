@@ -41,6 +41,12 @@ class Strategy:
 
     name: ClassVar[str] = "base"
     sync_gradients: Callable[[bool], None] | None = None
+    sync_batchnorm = False
+    timeout: timedelta | None = None
+
+    def __init__(self) -> None:
+        self.device = torch.device("cpu")
+        self.ranks = Ranks()
 
     @property
     def sharded(self) -> bool:
@@ -55,13 +61,6 @@ class Strategy:
     def adapt(self, precision: Precision) -> Precision:
         """Returns the precision of the loop, where the strategy does a part of it by itself."""
         return precision
-
-    sync_batchnorm = False
-    timeout: timedelta | None = None
-
-    def __init__(self) -> None:
-        self.device = torch.device("cpu")
-        self.ranks = Ranks()
 
     def begin(self, device: torch.device, ranks: Ranks) -> None:
         """Learns where this process runs, and with whom; at the start of every call."""
@@ -134,10 +133,6 @@ class Strategy:
         """Limits each element of the gradients to ``-max_value`` .. ``max_value``."""
         torch.nn.utils.clip_grad_value_(parameters, max_value)
 
-    def total_norm(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Returns the joint 2-norm of tensors, 0-dim on the device. No host sync."""
-        return torch.nn.utils.get_total_norm(tensors)
-
     def storage_group(self) -> Any:
         """Returns the processes that write a checkpoint together, where `sharded`."""
         return None
@@ -160,6 +155,11 @@ class SingleDevice(Strategy):
     name = "single_device"
 
 
+def is_meta(module: nn.Module) -> bool:
+    """Tells whether a parameter or buffer of a module is on the meta device."""
+    return any(t.is_meta for t in itertools.chain(module.parameters(), module.buffers()))
+
+
 def to_device(task: nn.Module, device: torch.device) -> None:
     """Moves a task to a device, which becomes the current one where it is a CUDA card.
 
@@ -173,7 +173,7 @@ def to_device(task: nn.Module, device: torch.device) -> None:
     if device.type == "cuda":
         # So that device="cuda" in the user's code means the same card.
         torch.cuda.set_device(device)
-    if any(t.is_meta for t in itertools.chain(task.parameters(), task.buffers())):
+    if is_meta(task):
         from lightkit.distributed.meta import materialise
 
         materialise(task, device, Ranks())

@@ -41,7 +41,11 @@ def start(
     """Starts torchrun over ``module:function``; its arguments are plain types (JSON)."""
     command = [sys.executable, "-W", "error", "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={processes}", *flags, "-m", "tests.distributed.member"]
-    command += [target, json.dumps(arguments), str(root)]
+    return begin([*command, target, json.dumps(arguments), str(root)], env)
+
+
+def begin(command: list[str], env=None) -> subprocess.Popen[str]:
+    """Starts a command in a session of its own, whose output `finish` returns."""
     return subprocess.Popen(
         command,
         cwd=ROOT,

@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.distributed.harness import ROOT, environment
+from tests.distributed.harness import begin
 
 INTERFACE = "lk0"  # of the cable, on both machines
 PORT = 29431
@@ -61,15 +61,7 @@ class Node:
         command += [*flags, "-m", "tests.distributed.member", target, json.dumps(arguments)]
         # torch 2.13 lets a machine that comes later wait for ever where the store is shared.
         more = {"GLOO_SOCKET_IFNAME": INTERFACE, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-        return subprocess.Popen(
-            [*command, str(root)],
-            cwd=ROOT,
-            env=environment(more),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+        return begin([*command, str(root)], more)
 
     def die(self) -> None:
         """Kills every process of the machine at once."""

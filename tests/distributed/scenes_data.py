@@ -20,6 +20,7 @@ from torch.utils.data import (
 import lightkit as lk
 from lightkit.distributed import launched
 from lightkit.errors import DataError
+from tests.distributed.quiet import quiet_trainer
 
 
 class Numbers(Dataset):
@@ -80,17 +81,7 @@ class Task(lk.TaskModule):
 
 
 def trainer(**options):
-    quiet = {
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 1,
-        "max_epochs": 2,
-        "seed": 3,
-    }
-    return lk.Trainer(**quiet | options)
+    return quiet_trainer(**{"num_sanity_val_steps": 1, "max_epochs": 2} | options)
 
 
 def loader(kind):

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightkit as lk
 from lightkit.errors import UsageError
+from tests.distributed.quiet import quiet_trainer
 
 SAMPLES, BATCH, FEATURES = 80, 4, 6
 
@@ -28,17 +29,7 @@ def loader(world: int, shuffle: bool = True) -> DataLoader:
 
 
 def trainer(**options) -> lk.Trainer:
-    quiet = {
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 0,
-        "max_epochs": 3,
-        "seed": 3,
-    }
-    return lk.Trainer(**quiet | options)
+    return quiet_trainer(**{"max_epochs": 3} | options)
 
 
 class Net(lk.TaskModule):

@@ -18,6 +18,7 @@ from torchmetrics.classification import (
 
 import lightkit as lk
 from lightkit.callbacks import PredictionWriter
+from tests.distributed.quiet import quiet_trainer
 
 COUNTS = (21, 23, 499)
 METRICS = ("accuracy", "f1", "auroc", "mean", "own")
@@ -127,17 +128,7 @@ class Net(lk.TaskModule):
 
 
 def trainer(**options) -> lk.Trainer:
-    quiet = {
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 0,
-        "max_epochs": 1,
-        "seed": 3,
-    }
-    return lk.Trainer(**quiet | options)
+    return quiet_trainer(**{"max_epochs": 1} | options)
 
 
 def plain(results):

@@ -9,7 +9,8 @@ from torch.utils.data import DataLoader
 
 import lightkit as lk
 from lightkit.distributed import Ranks
-from lightkit.distributed.meta import is_meta, materialise
+from lightkit.distributed.meta import materialise
+from lightkit.distributed.strategies import is_meta
 from lightkit.errors import CheckpointError, ConfigError
 
 CPU = torch.device("cpu")
