@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from lightkit.errors import DataError
 from tests.small import Net, loader
 
-
 # Torch raises the error of a dead worker out of a signal handler, wherever this process is. Within
 # multiprocessing that may be between the opening of a socket and the ``with`` that would close it.
 torn_socket = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
