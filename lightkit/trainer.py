@@ -1,21 +1,16 @@
-"""`Trainer`: decisions, entry points, opening and closing a run. It contains no loop."""
+"""`Trainer`: decisions and entry points. It contains no loop; ``calls.py`` opens and closes."""
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import logging
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lightkit import console, rng
-from lightkit.data import DataModule
+from lightkit import rng
 from lightkit.distributed import Ranks, Strategy, launched
 from lightkit.errors import NotRunningError, UsageError
-from lightkit.flow import Flow
 from lightkit.history import History
 from lightkit.hooks import Callback
 from lightkit.limits import make_limits
@@ -23,18 +18,13 @@ from lightkit.loggers.base import Logger
 from lightkit.options import Options, known_names, listed
 from lightkit.precision import resolve_precision
 from lightkit.session import Session
-from lightkit.state import Stage
 from lightkit.task import TaskModule
 from lightkit.view import TrainerView
 
 if TYPE_CHECKING:
-    from lightkit.run import EvalRun, FitRun
+    pass
 
 _log = logging.getLogger("lightkit")
-_FIT_NEEDS = {
-    "training_step": "returns the loss of a batch",
-    "configure_optimizers": "returns the optimizer",
-}
 
 
 class Trainer(TrainerView):
@@ -187,11 +177,10 @@ class Trainer(TrainerView):
             KeyboardInterrupt: After Ctrl-C, once the state is saved; in a notebook fit returns.
             SystemExit: Likewise after another signal, with the exit code 128 + its number.
         """
-        from lightkit import loops
+        from lightkit import calls, loops
 
-        with self._open_fit(
-            model, train_dataloaders, val_dataloaders, datamodule, ckpt_path
-        ) as run:
+        data = (train_dataloaders, val_dataloaders, datamodule)
+        with calls.open_fit(self, model, *data, ckpt_path) as run:
             loops.fit(run)
         return self.session.history
 
@@ -249,11 +238,12 @@ class Trainer(TrainerView):
         Returns:
             The outputs of all batches in order; for several loaders a list of such lists.
         """
+        from lightkit.calls import open_evaluation
         from lightkit.evaluation import evaluate
         from lightkit.predictions import outputs_of_all
 
         given = (model, dataloaders, datamodule, ckpt_path)
-        with self._open_eval("predict", *given, keep=return_predictions) as run:
+        with open_evaluation(self, "predict", *given, keep=return_predictions) as run:
             evaluate(run)
             outputs = outputs_of_all(run)
         return outputs[0] if len(outputs) == 1 else outputs
@@ -321,180 +311,16 @@ class Trainer(TrainerView):
             opening.require_automatic(self.session.plan, batches)
         self.session.flow.accumulate = batches
 
-    # --- opening and closing a run ---------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def _open_fit(
-        self, task: TaskModule, train: Any, val: Any, datamodule: Any, ckpt_path: Any
-    ) -> Iterator[FitRun]:
-        from lightkit import announce, opening, places, resuming, saving, signals
-
-        console.install(launched().rank)
-        train, datamodule = opening.as_datamodule(train, datamodule)
-        opening.check_task(task, _FIT_NEEDS)
-        session = Session(task=task, datamodule=datamodule, stage=Stage.FIT, given_train=train)
-        session.flow.accumulate = self.options.accumulate_grad_batches
-        session.loggers = [] if self.options.fast_dev_run else [*self._loggers]
-        opening.meet(self, session)
-        start = resuming.find(self, session, ckpt_path)
-        # Signals are watched until all is closed: an impatient second one must not break that off.
-        with (
-            contextlib.closing(start),
-            announce.the_end(self, session),
-            contextlib.ExitStack() as watch,
-            self._opened(session),
-        ):
-            self._run = run = opening.build_fit(self, session, train, val)
-            resumed = resuming.restore(self, run, start)
-            if not self.options.fast_dev_run:
-                places.open_run(self, run, start)
-            if resumed is None:
-                session.loaded_at = run.state.epoch
-                rng.for_rank(session.strategy.data_ranks[0])  # dropout differs over ranks
-            elif run.reload is not None and run.state.batch_idx:
-                run.reload(run)  # those that were made before know nothing of the epoch
-            run.plan.check_horizon(*announce.planned(self))
-            announce.say_start(self, run, resumed)
-            # A full collection costs a tenth of a second with all that is imported; what is there
-            # now stays for the whole fit, so later ones need not look at it.
-            gc.collect()
-            gc.freeze()
-            if run.agree is not None:
-                run.agree.reach("the time at which the fit begins")  # a collective
-            run.flow.validated_at = run.flow.clock()
-            if self.limits.seconds is not None:
-                run.flow.deadline = run.flow.clock() + self.limits.seconds - run.state.seconds
-            try:
-                watch.enter_context(signals.watching(run.flow))
-                yield run
-            except BaseException:
-                run.writer.close(failed=True)
-                raise
-            else:
-                saving.finish(run)
-            finally:
-                gc.unfreeze()
-
-    @contextlib.contextmanager
-    def _open_eval(
-        self,
-        stage: str,
-        task: TaskModule | None,
-        given: Any,
-        datamodule: Any,
-        ckpt_path: Any,
-        keep: bool = False,
-    ) -> Iterator[EvalRun]:
-        from lightkit import opening, places
-
-        given, datamodule = opening.as_datamodule(given, datamodule)
-        old = self.session
-        task, ckpt_path = opening.task_of(self, stage, task, ckpt_path)
-        needs = {"validation": "validation_step", "test": "validation_step"}.get(stage)
-        own_test = stage == "test" and type(task).test_step is not TaskModule.test_step
-        opening.check_task(task, {needs: f"{stage} runs"} if needs and not own_test else {})
-        if datamodule is None and given is None:
-            datamodule = old.datamodule
-        entry = Stage("validate" if stage == "validation" else stage)
-        # What the last fit left to be read stays: its counters, history, optimizers, folder.
-        session = replace(
-            old,
-            task=task,
-            datamodule=datamodule,
-            stage=entry,
-            flow=Flow(signal=old.flow.signal),
-            loggers=[],
-            hooks=None,
-        )
-        opening.meet(self, session)
-        path = places.find_weights(self, session, ckpt_path)
-        with self._opened(session):
-            self._run = run = opening.build_eval(self, session, stage, given, keep=keep)
-            if path is not None:
-                places.load_weights(session, path)
-            session.strategy.before_evaluation(task)
-            yield run
-
-    @contextlib.contextmanager
-    def _opened(self, session: Session) -> Iterator[None]:
-        """Sets up what every entry point needs, and closes it whatever happens."""
-        from lightkit import opening
-
-        if self.session.stage is not None:
-            raise UsageError(
-                f"This trainer is in the middle of {self.session.stage.value}, so it cannot begin "
-                f"{session.stage.value}. Use another Trainer there, or begin it afterwards."  # type: ignore[union-attr]
-            )
-        console.install(launched().rank)
-        link, failed = session.task._link, True
-        held = link.held()  # another trainer may be in the middle of a call with this task
-        try:
-            link.trainer = self
-            opening.equip(self, session)
-            self.session = session
-            if isinstance(session.datamodule, DataModule):
-                session.datamodule.trainer = self
-            opening.set_up(session)
-            with opening.numerics(self.options):
-                yield
-            failed = False
-        except BaseException as exception:
-            ranks = session.strategy.ranks
-            error = ranks.explain(exception)  # torch cannot say which process is missing
-            for hook in () if session.hooks is None else session.hooks.on_exception:
-                _shielded(hook, error)
-            ranks.failed(error)
-            if error is not exception:
-                raise error from exception
-            raise
-        finally:
-            link.hold(self)  # the trainer stays known after its call
-            session.strategy.end()
-            with contextlib.ExitStack() as stack:
-                if session.hooks is None or held[1] is not None:
-                    stack.callback(link.hold, *held)
-                self._close(session, failed)
-
-    def _close(self, session: Session, failed: bool) -> None:
-        """Closes everything, and lets nothing of it hide the exception that may be under way."""
-        assert session.stage is not None
-        stage, datamodule = str(session.stage.value), session.datamodule
-        closers: list[tuple[Callable[..., Any], Any]] = []
-        if session.hooks is not None:  # else nothing was set up
-            if hasattr(datamodule, "teardown"):
-                closers.append((datamodule.teardown, stage))
-            closers += [(hook, stage) for hook in session.hooks.teardown]
-        if self._run is not None:
-            closers.insert(0, (lambda run: run.close_feeds(), self._run))
-        self._run, session.stage = None, None
-        with contextlib.ExitStack() as stack:
-            for logger in reversed(self._loggers):
-                # In an evaluation it may be open for the fit of another trainer that shares it.
-                end = logger.close if stage == Stage.FIT.value else logger.flush
-                stack.callback(_shielded, end) if failed else stack.callback(end)
-            for close, argument in reversed(closers):
-                if failed:
-                    stack.callback(_shielded, close, argument)
-                else:
-                    stack.callback(close, argument)
-
     def _evaluate(
         self, stage: str, task: Any, given: Any, datamodule: Any, ckpt_path: Any, verbose: bool
     ) -> list[dict[str, float]]:
+        from lightkit.calls import open_evaluation
         from lightkit.evaluation import evaluate
 
-        with self._open_eval(stage, task, given, datamodule, ckpt_path) as run:
+        with open_evaluation(self, stage, task, given, datamodule, ckpt_path) as run:
             evaluate(run)
         results = run.metrics.eval_results(len(run.loaders))
         for row in results if verbose else ():
             text = "  ".join(f"{name} {value:.5g}" for name, value in row.items())
             _log.info("%s: %s", stage, text or "nothing was logged")
         return results
-
-
-def _shielded(call: Callable[..., Any], *arguments: Any) -> None:
-    """Calls while an exception is under way, which must stay the one that is seen."""
-    try:
-        call(*arguments)
-    except Exception as error:  # noqa: BLE001
-        _log.error("and in closing after the error: %s: %s", type(error).__name__, error)

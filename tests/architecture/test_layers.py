@@ -48,6 +48,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("callbacks", "loggers"),
     (
         "announce",
+        "calls",
         "checks",
         "feeds",
         "ledger",
