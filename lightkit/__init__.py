@@ -17,25 +17,30 @@ from lightkit.history import History
 from lightkit.hooks import Callback, not_a_hook
 from lightkit.rng import seed_everything
 from lightkit.task import TaskModule
-from lightkit.trainer import Trainer
 
 if typing.TYPE_CHECKING:
     from lightkit import callbacks
     from lightkit.distributed.ddp import DDPStrategy
     from lightkit.distributed.fsdp import FSDPStrategy
+    from lightkit.trainer import Trainer
 else:
+    #: What a module that defines tasks does not need, and so no worker process that imports it.
+    _ROOMS = {
+        "DDPStrategy": "distributed.ddp",
+        "FSDPStrategy": "distributed.fsdp",
+        "Trainer": "trainer",
+        "callbacks": "callbacks",
+    }
 
     def __getattr__(name: str) -> object:
-        """Imports ``lightkit.callbacks`` and the strategies when they are first asked for."""
-        if name == "callbacks":
-            import lightkit.callbacks
+        """Imports the trainer, callbacks and strategies when they are first asked for."""
+        if name not in _ROOMS:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
 
-            return lightkit.callbacks
-        if name in ("DDPStrategy", "FSDPStrategy"):
-            from importlib import import_module
-
-            return getattr(import_module(f"lightkit.distributed.{name[:-8].lower()}"), name)
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        room = import_module(f"lightkit.{_ROOMS[name]}")
+        found = globals()[name] = room if name == "callbacks" else getattr(room, name)
+        return found
 
     def __dir__() -> list[str]:
         return sorted({*globals(), *__all__})

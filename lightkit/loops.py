@@ -276,7 +276,7 @@ def train_step(run: FitRun, group: Group) -> None:
     state, hooks, now, fetch, size = run.state, run.hooks, run.metrics.now, group.fetch, group.size
     automatic, counts, transfer, autocast = run.automatic, run.counts, run.transfer, run.autocast
     step, takes_index, sync = run.training_step, run.takes_index, run.sync
-    weighing = Weighing(run, size) if size > 1 or run.several else None
+    weighing = Weighing(run, size) if size > 1 or run.agree is not None else None
     closure = Closure(run) if run.keeps_batches else None
     if automatic:
         for hook in hooks.on_before_zero_grad:
@@ -352,10 +352,7 @@ def backward(run: FitRun, outputs: Any, weighing: Weighing | None) -> Any:
         scaled = weighing.scale(loss, weight, run.metrics.samples())
     for hook in hooks.on_before_backward:
         hook(scaled)
-    if run.scaled:
-        run.precision.backward(scaled)
-    else:
-        scaled.backward()
+    run.differentiate(scaled)
     for hook in hooks.on_after_backward:
         hook()
     detached = loss.detach()
@@ -386,10 +383,8 @@ def step_optimizer(
             run.clip(optimizer, run.plan.parameters)
         if closure is not None:
             _step_with_closure(run, index, closure)
-        elif run.scaled:
-            run.precision.step(optimizer)
-        else:
-            optimizer.step()
+        elif run.update is not None:
+            run.update()
     run.state.global_step += 1
     if run.scaled:  # the schedules follow when it is known that the step was not skipped
         run.precision.end_step(partial(run.plan.step_schedulers, "step", run.state.global_step))

@@ -211,6 +211,7 @@ def build_fit(trainer: Trainer, session: Session, train: Any, val: Any) -> FitRu
     session.train_length = length
     plans = _validation_plans(trainer, session, val)
     plan = _optimizers(trainer, session)
+    optimizer = plan.optimizer if plan.automatic else None
     transfer = make_transfer(session)
     strategy = session.strategy
     step = strategy.bind_training(task, automatic=plan.automatic)
@@ -234,11 +235,13 @@ def build_fit(trainer: Trainer, session: Session, train: Any, val: Any) -> FitRu
         training_step=step,
         takes_index=positional_arguments(task.training_step, 2) == 2,
         automatic=plan.automatic,
-        optimizer=plan.optimizer if plan.automatic else None,
+        optimizer=optimizer,
+        update=None if optimizer is None else session.precision.bind_update(optimizer),
+        differentiate=session.precision.bind_backward(),
         scaled=session.precision.has_scaler,
         autocast=session.precision.autocast,
         transfer=transfer,
-        zero_grad=_zero_grad(session, plan.optimizer if plan.automatic else None),
+        zero_grad=_zero_grad(session, optimizer),
         clip=_clip(trainer, session),
         optimizer_step=_optimizer_step(session),
         keeps_batches=overrides(task, "optimizer_step") or plan.needs_closure,

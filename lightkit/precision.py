@@ -10,11 +10,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from lightkit.direct import Backward, Update
 from lightkit.errors import ConfigError, NonFiniteError, OptimizerError, did_you_mean
 
 if TYPE_CHECKING:
@@ -87,6 +89,14 @@ class Precision:
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Differentiates ``loss``, scaled where there is a scaler."""
         loss.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def bind_backward(self) -> Callable[[Tensor], None]:
+        """Returns what differentiates the losses of automatic optimization."""
+        return Backward()
+
+    def bind_update(self, optimizer: Optimizer) -> Callable[[], None]:
+        """Returns what takes the steps of automatic optimization, where no closure is needed."""
+        return Update(optimizer)
 
     def unscale(self, optimizer: Optimizer) -> None:
         """Brings the gradients to their true size, once per step; more calls do nothing."""
@@ -162,6 +172,14 @@ class ScaledPrecision(Precision):
         if self._stepped:  # these gradients may be for an optimizer that stepped, once more
             self._unscaled -= self._stepped
         self.scaler.scale(loss).backward(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def bind_backward(self) -> Callable[[Tensor], None]:
+        """See `Precision.bind_backward`."""
+        return self.backward
+
+    def bind_update(self, optimizer: Optimizer) -> Callable[[], None]:
+        """See `Precision.bind_update`."""
+        return partial(self.step, optimizer)
 
     def unscale(self, optimizer: Optimizer) -> None:
         """See `Precision.unscale`. It takes what ``self.optimizers()`` returned, too."""

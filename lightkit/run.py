@@ -106,6 +106,8 @@ class FitRun:
         weighted: With several ranks, whether the first step's losses had weights; else None.
         automatic: Whether the loop differentiates and steps.
         optimizer: The optimizer of automatic optimization, or None.
+        update: Takes its step; None where there is none.
+        differentiate: Differentiates a loss.
         scaled: Whether losses are scaled (fp16).
         autocast: The context of the user's step, or None.
         takes_index: Whether it takes ``batch_idx``.
@@ -149,6 +151,8 @@ class FitRun:
     takes_index: bool
     automatic: bool
     optimizer: Optimizer | None
+    update: Callable[[], Any] | None
+    differentiate: Callable[[torch.Tensor], None]
     scaled: bool
     autocast: AbstractContextManager[Any] | None
     transfer: Callable[[Any, int], Any] | None

@@ -9,6 +9,7 @@ import graphlib
 LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "differences",
+        "direct",
         "errors",
         "state",
         "rng",
