@@ -464,7 +464,7 @@ class ManualOptimizer:
         self, optimizer: Optimizer, precision: Precision, on_step: Callable[[Optimizer], None]
     ) -> None:
         self.raw_optimizer = optimizer
-        self._precision = precision
+        self._precision, self._update = precision, precision.bind_update(optimizer)
         self._on_step = on_step
 
     @property  # type: ignore[misc]
@@ -479,7 +479,7 @@ class ManualOptimizer:
         if closure is None:
             self._precision.unscale(self.raw_optimizer)
             self._on_step(self.raw_optimizer)
-            self._precision.step(self.raw_optimizer)
+            self._update()
             return None
         losses: list[Any] = []
 
