@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from lightkit.timing import Times
 
 
 @dataclass(slots=True)
@@ -35,6 +37,9 @@ class Flow:
         silent: Whether another rank says what there is to say.
         heard: A signal that came to this rank and is not agreed on yet.
         asked: Why this rank shall stop, where that is not agreed on yet.
+        first_batch: ``batch_idx`` at which the running epoch began here; more than 0 in one that is
+            continued.
+        times: Where the time goes.
     """
 
     accumulate: int = 1
@@ -59,6 +64,15 @@ class Flow:
     silent: bool = False
     heard: int | None = None
     asked: str | None = None
+    first_batch: int = 0
+    times: Times = field(default_factory=Times)
+
+    def begin_epoch(self, batch_idx: int, *, ending: bool = False) -> None:
+        """Takes down that an epoch begins, or goes on at a batch; ``ending``: only to end."""
+        now = time.perf_counter()
+        self.times.begin_epoch(now, self.data_wait)
+        self.epoch_started, self.data_wait = now, 0.0
+        self.first_batch, self.ending = batch_idx, ending
 
     def hear(self, number: int) -> None:
         """Takes a signal down; called by a handler, between any two instructions."""

@@ -30,6 +30,7 @@ from lightkit.losses import (
     is_zero,
     unpack,
 )
+from lightkit.timing import timed_validation
 
 if TYPE_CHECKING:
     from lightkit.data.groups import Group
@@ -91,7 +92,7 @@ def over(run: FitRun) -> bool:
 def train_epoch(run: FitRun) -> None:
     """Trains one epoch, or the rest of one that a checkpoint left in the middle."""
     state, flow, metrics = run.state, run.flow, run.metrics
-    flow.epoch_started, flow.data_wait, flow.ending = _clock(), 0.0, False
+    flow.begin_epoch(state.batch_idx)
     stream = _open_epoch(run)
     metrics.begin_steps()
     within = run.validation is not None and run.cadence.unit != "epoch"
@@ -158,7 +159,7 @@ def _end_epoch_cut_off(run: FitRun) -> None:
         train_epoch(run)
         return
     run.set_rng()
-    flow.epoch_started, flow.ending = _clock(), True
+    flow.begin_epoch(state.batch_idx, ending=True)
     _close_epoch(run)
 
 
@@ -422,6 +423,7 @@ def validation_due(run: FitRun, before: int) -> bool:
     return bool(clock() - run.flow.validated_at >= every)
 
 
+@timed_validation
 def validate(run: FitRun, *, batches_over: bool = False) -> None:
     """Runs the validation of a fit; training goes on afterwards as if nothing had been.
 

@@ -132,9 +132,10 @@ class Weighing:
 
     def finish(self, parameters: Sequence[Tensor]) -> bool:
         """Makes the gradients those of a mean; False where there is nothing to step with."""
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        if self._several and self._total is not None and gradients:
-            self._total = self._over_ranks(self._total, gradients[0]) / self._ranks.world_size
+        if self._several and self._total is not None:
+            like = next((p.grad for p in parameters if p.grad is not None), None)
+            if like is not None:
+                self._total = self._over_ranks(self._total, like) / self._ranks.world_size
         if not self._taken or is_zero(self._total):
             return False
         factor: Any = None
@@ -146,7 +147,10 @@ class Weighing:
             factor = torch.where(self._total > 0, 1.0 / self._total, 0.0)
         else:
             factor = 1.0 / self._total
-        if factor is not None and gradients:
+        gradients = []
+        if factor is not None:
+            gradients = [p.grad for p in parameters if p.grad is not None]
+        if gradients:
             if self._several:  # of a sharded gradient each rank multiplies its part
                 gradients = [g.to_local() if hasattr(g, "to_local") else g for g in gradients]
             torch._foreach_mul_(gradients, factor)
