@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lightkit.data import BatchStream
-from lightkit.hooks import Callback
+from lightkit.hooks import Callback, of_user
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -87,14 +87,9 @@ def may_break_off(run: EvalRun) -> bool:
     hooks, stage = run.hooks, run.stage
     starts = (f"on_{stage}_start", f"on_{stage}_epoch_start")
     batches = (f"on_{stage}_batch_start", f"on_{stage}_batch_end")
-    return not any(_of_user(hook) for name in starts for hook in getattr(hooks, name)) and not any(
-        _of_user(hook) and _has_state(hook) for name in batches for hook in getattr(hooks, name)
+    return not any(of_user(hook) for name in starts for hook in getattr(hooks, name)) and not any(
+        of_user(hook) and _has_state(hook) for name in batches for hook in getattr(hooks, name)
     )
-
-
-def _of_user(hook: Any) -> bool:
-    """Tells whether a function of the table of hooks is none of ours."""
-    return not getattr(getattr(hook, "func", hook), "__module__", "").startswith("lightkit.")
 
 
 def _has_state(hook: Any) -> bool:
@@ -158,6 +153,7 @@ def _batches(plan: LoaderPlan, name: str) -> Iterator[tuple[int, Any, int | None
         for batch in stream:
             yield stream.fetched - 1, batch, stream.size
     finally:
+        plan.waited += stream.wait
         stream.close()
 
 

@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from lightkit.task import TaskModule
+    from lightkit.timing import Times
     from lightkit.trainer import Trainer
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -434,29 +435,50 @@ class HookTable:
 
     Made once per run, so that a hook nobody overrides costs an empty ``for``. A callable takes the
     hook's arguments without trainer and task: ``for hook in table.on_train_batch_start:
-    hook(batch, batch_idx)``.
+    hook(batch, batch_idx)``. The time that the user's own hooks take goes into ``times``.
     """
 
     __slots__ = LOOP_HOOKS
 
-    def __init__(self, trainer: Trainer, task: TaskModule, callbacks: Sequence[Callback]) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        task: TaskModule,
+        callbacks: Sequence[Callback],
+        times: Times | None = None,
+    ) -> None:
         listeners = sorted(callbacks, key=lambda callback: callback.order)
         offered = {name: _arguments_after_self(getattr(Callback, name)) - 2 for name in LOOP_HOOKS}
         for name in LOOP_HOOKS:
             found: list[Callable[..., Any]] = []
             mine = getattr(task, name, None)
             if mine is not None and _own(task, name):
-                found.append(_trimmed(mine, offered[name]))
+                found.append(_timed(_trimmed(mine, offered[name]), task, name, times))
             for callback in listeners:
                 if getattr(type(callback), name) is not getattr(Callback, name) or (
                     name in vars(callback)
                 ):
                     method = _trimmed(getattr(callback, name), offered[name] + 2)
+                    method = _timed(method, callback, name, times)
                     found.append(functools.partial(method, trainer, task))
             setattr(self, name, tuple(found))
 
     def __getattr__(self, name: str) -> tuple[Callable[..., Any], ...]:  # for type checkers only
         raise AttributeError(f"{name!r} is no hook.{did_you_mean(name, LOOP_HOOKS)}")
+
+
+def of_user(hook: Any) -> bool:
+    """Tells whether a function of the table of hooks is none of ours."""
+    return not getattr(getattr(hook, "func", hook), "__module__", "").startswith("lightkit.")
+
+
+def _timed(
+    method: Callable[..., Any], owner: object, name: str, times: Times | None
+) -> Callable[..., Any]:
+    """Returns a hook with its time taken, where it is the user's own; others stay as they are."""
+    if times is None or not of_user(method):
+        return method
+    return times.timed(method, times.part(f"{type(owner).__name__}.{name}", "callbacks"))
 
 
 def _own(task: Any, name: str) -> bool:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim import Optimizer
 
+from lightkit.advice import Advice
 from lightkit.agreement import Agreement
 from lightkit.callbacks import ModelCheckpoint, ModelSummary, ProgressBar
 from lightkit.checkpoint import Writer
@@ -124,8 +125,11 @@ def equip(trainer: Trainer, session: Session) -> None:
     )
     session.metrics.note = session.precision.note
     session.metrics.epoch_time = lambda: time.perf_counter() - session.flow.epoch_started
+    if session.device.type != "cpu":  # where the host runs ahead and waits when it reads
+        session.metrics.read = session.flow.times.waiting(session.metrics.read)
     session.callbacks = _all_callbacks(trainer, session)
-    session.hooks = HookTable(trainer, task, [*session.callbacks, session.metrics])
+    listeners = [*session.callbacks, session.metrics, Advice()]
+    session.hooks = HookTable(trainer, task, listeners, session.flow.times)
 
 
 def _all_callbacks(trainer: Trainer, session: Session) -> list[Callback]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from lightkit.columns import Column, reduction, scalar
 from lightkit.data import batch_size_of
 from lightkit.distributed import Ranks
 from lightkit.errors import LoggingError
+from lightkit.readings import read
 
 if TYPE_CHECKING:
     from lightkit.state import TrainState
@@ -55,6 +56,7 @@ class Recorder:
         ranks: The processes of the run. What is logged stays with its rank until it is read.
         silent: Whether another rank sees the same batches, so that this one does not count.
         of_zero: The names that rank zero alone logs, of several; known to all ranks.
+        read: Reads values as floats.
     """
 
     def __init__(self, state: TrainState, ranks: Ranks | None = None) -> None:
@@ -62,6 +64,7 @@ class Recorder:
         self.ranks = Ranks() if ranks is None else ranks
         self.silent = False
         self.of_zero: set[str] = set()
+        self.read: Callable[[Sequence[Tensor | float]], list[float]] = read
         self.train: dict[str, Column] = {}
         self.loss = Column("train_loss", prog_bar=True)
         self.loss_steps: list[int] = []

@@ -43,6 +43,7 @@ class LoaderPlan:
         limit: How many of its batches are used, by all ranks together; None for all.
         length: Batches it will give to this rank; None where unknown.
         feed: What begins passes over it.
+        waited: Seconds spent waiting for it, in all passes.
     """
 
     name: str | None
@@ -50,6 +51,7 @@ class LoaderPlan:
     limit: int | None
     length: int | None
     feed: Feed
+    waited: float = 0.0
 
     def of_all(self) -> int:
         """Returns how many batches every rank has of it; 0 where that cannot be known."""

@@ -301,7 +301,8 @@ class Trainer(TrainerView):
                 "where a run cannot be continued. Call it in on_save_point."
             )
         how: dict[str, Any] = {"background": background, "then": then, "failed": failed}
-        return saving.save(self, run, filepath, weights_only=weights_only, exact=exact, **how)
+        with run.flow.times.checkpoint:
+            return saving.save(self, run, filepath, weights_only=weights_only, exact=exact, **how)
 
     def set_accumulation(self, batches: int) -> None:
         """Sets the batches per optimizer step from the next epoch on."""

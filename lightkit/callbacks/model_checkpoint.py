@@ -301,7 +301,8 @@ class ModelCheckpoint(Callback):
             if due and not state.pending_validation:  # else it is due again after that
                 self._due_step = state.global_step
             self._wanted = True
-            self._save(trainer)
+            with flow.times.checkpoint:
+                self._save(trainer)
 
     def on_exception(self, trainer: Trainer, task: TaskModule, exception: BaseException) -> None:
         """Saves the last completed step, where that can be done and was not done yet."""
