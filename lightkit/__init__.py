@@ -20,6 +20,7 @@ from lightkit.task import TaskModule
 
 if typing.TYPE_CHECKING:
     from lightkit import callbacks
+    from lightkit.data.tensor_loader import TensorLoader
     from lightkit.distributed.ddp import DDPStrategy
     from lightkit.distributed.fsdp import FSDPStrategy
     from lightkit.trainer import Trainer
@@ -28,6 +29,7 @@ else:
     _ROOMS = {
         "DDPStrategy": "distributed.ddp",
         "FSDPStrategy": "distributed.fsdp",
+        "TensorLoader": "data.tensor_loader",
         "Trainer": "trainer",
         "callbacks": "callbacks",
     }
@@ -56,6 +58,7 @@ __all__ = [
     "History",
     "LightkitError",
     "TaskModule",
+    "TensorLoader",
     "Trainer",
     "callbacks",
     "errors",

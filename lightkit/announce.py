@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightkit import screen
+from lightkit import advice, screen
 from lightkit.loggers import TensorBoardLogger
 from lightkit.places import newest_checkpoint
 from lightkit.precision import hints
@@ -37,7 +37,9 @@ def say_start(trainer: Trainer, run: FitRun, resumed: str | None) -> None:
         parts.append(f"seed {options.seed}")
     _say("device", ", ".join(parts))
     for line in hints(run.precision, run.device, run.plan.optimizers):
-        _say("hint", line)
+        advice.say("precision", line)
+    for name, line in advice.at_start(run):
+        advice.say(name, line)
     _say("training", _length(trainer, run))
     if several:
         _say("step", _step(trainer, run))
@@ -45,6 +47,8 @@ def say_start(trainer: Trainer, run: FitRun, resumed: str | None) -> None:
         _say("trial", "fast_dev_run writes nothing")
     if options.overfit_batches:
         _say("trial", "overfit_batches trains on the same batches in every epoch")
+    if trainer.session.compilation is not None:
+        _say("compile", trainer.session.compilation.describe())
     for line in run.plan.describe(*planned(trainer)):
         _say("schedule", line)
     if resumed is not None:

@@ -138,13 +138,15 @@ def _opened(trainer: Trainer, session: Session) -> Iterator[None]:
         trainer.session = session
         if isinstance(session.datamodule, DataModule):
             session.datamodule.trainer = trainer
-        opening.set_up(session)
+        opening.set_up(session, trainer.options.memory_format)
         with opening.numerics(trainer.options):
             yield
         failed = False
     except BaseException as exception:
         ranks = session.strategy.ranks
         error = ranks.explain(exception)  # torch cannot say which process is missing
+        if session.compilation is not None:
+            error = session.compilation.explained(error)
         for hook in () if session.hooks is None else session.hooks.on_exception:
             _shielded(hook, error)
         ranks.failed(error)
@@ -154,6 +156,9 @@ def _opened(trainer: Trainer, session: Session) -> Iterator[None]:
     finally:
         link.hold(trainer)  # the trainer stays known after its call
         session.strategy.end()
+        if session.compilation is not None:
+            session.compilation.end()
+            session.compilation = None
         with contextlib.ExitStack() as stack:
             if session.hooks is None or held[1] is not None:
                 stack.callback(link.hold, *held)

@@ -9,6 +9,7 @@
     ├── HookNameError (TypeError)        a method that looks like a hook and is none
     ├── CheckpointError (RuntimeError)   a checkpoint that cannot be written, read or applied
     ├── NonFiniteError (RuntimeError)    a loss or metric that became nan or inf
+    ├── CompileError (RuntimeError)      torch.compile failed on the step or on a block
     ├── PeerError (RuntimeError)         another process of the run ended or did not come
     └── NotRunningError (RuntimeError)   something that exists only while fit, validate, ... run
 
@@ -55,6 +56,10 @@ class CheckpointError(LightkitError, RuntimeError):
 
 class NonFiniteError(LightkitError, RuntimeError):
     """A loss or a monitored metric is nan or inf."""
+
+
+class CompileError(LightkitError, RuntimeError):
+    """What ``Trainer(compile=)`` asks for cannot be compiled."""
 
 
 class PeerError(LightkitError, RuntimeError):

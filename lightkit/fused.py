@@ -11,11 +11,21 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from lightkit.errors import OptimizerError
 
-# Where fused updates were measured: faster, and equal to the plain ones within 1e-7. Half types are
-# left out: the fused SGD kernel for the CPU does not move them at all (torch 2.13).
+# Where fused updates are known to equal the plain ones within 1e-7. Half types are left out: the
+# fused SGD kernel for the CPU does not move them at all (torch 2.13).
 _TYPES: tuple[type[Optimizer], ...] = (Adam, AdamW, SGD)
 _DEVICES = ("cpu", "cuda")
 _DTYPES = (torch.float32, torch.float64)
+
+# When they are never slower, on the CPU; docs/performance.md has the measurements.
+#: Operations that plain updates make of each tensor, at least: SGD, with momentum, Adam and AdamW.
+_PLAIN_SGD, _MOMENTUM, _ADAM = 1, 3, 7
+#: Fewer tensors in a group of plain SGD gain nothing: the call itself costs 3 us more.
+_FEW_TENSORS = 6
+#: The fused kernels wake all threads for every tensor of more numbers than a cache line holds ...
+_CACHE_LINE = 64
+#: ... and torch's other operations one for each so many numbers, so none for those of small tensors.
+_NUMBERS_PER_THREAD = 32768
 
 
 class FusedChoice:
@@ -25,7 +35,8 @@ class FusedChoice:
         optimizers: The optimizers of the run.
         task: The module whose parameters they hold.
         device: Where the run computes.
-        strict: Raise where one of them cannot run fused.
+        strict: Run all of them fused, and raise where one cannot. False leaves out those that
+            might be slower for it.
 
     Attributes:
         chosen: The optimizers that run fused by this choice (not those made so by the user).
@@ -42,7 +53,7 @@ class FusedChoice:
         *,
         strict: bool,
     ) -> None:
-        self._device = device
+        self._device, self._strict = device, strict
         # Layers with sparse gradients: fused updates refuse them, and only at the first step.
         self._sparse = {
             id(p)
@@ -55,6 +66,7 @@ class FusedChoice:
             reasons = [r for g in optimizer.param_groups if (r := self._reason(optimizer, g))]
             if not reasons:
                 self.chosen.append(optimizer)
+                optimizer.register_step_pre_hook(_CheckOfGradients())
             elif strict and not all(g.get("fused") for g in optimizer.param_groups):
                 raise OptimizerError(
                     f"fused=True is not possible for {type(optimizer).__name__}: {reasons[0]}. "
@@ -80,6 +92,8 @@ class FusedChoice:
             return f"its parameters are not all on one device of {' or '.join(_DEVICES)}"
         if any(p.dtype not in _DTYPES for p in params):
             return "its parameters are not all float32 or float64"
+        if not all(map(_dense, params)):
+            return "a parameter is a view with gaps, which a fused update would write into"
         meshes = {getattr(p, "device_mesh", None) for p in params}
         if type(optimizer) is SGD and meshes != {None}:
             return "torch has no fused SGD for parameters that are split over ranks"
@@ -90,6 +104,8 @@ class FusedChoice:
         frozen = not all(p.requires_grad for p in params)
         if group.get("momentum") and (group["dampening"] or frozen):
             return "it has momentum together with dampening or frozen parameters"
+        if not self._strict and self._device.type == "cpu" and _maybe_slower(optimizer, group):
+            return "it might be slower"
         return ""
 
     def apply(self) -> None:
@@ -100,9 +116,72 @@ class FusedChoice:
                     group["fused"] = True
                 if group["fused"] and group.get("momentum"):
                     _fill_momentum(optimizer, group["params"])
+                if group["fused"]:
+                    _align_state(optimizer, group["params"])
             # Lets GradScaler hand over the flag of a skipped step on the device, without a sync.
             every = all(group["fused"] for group in optimizer.param_groups)
             cast(Any, optimizer)._step_supports_amp_scaling = every
+
+
+def _maybe_slower(optimizer: Optimizer, group: dict[str, Any]) -> bool:
+    """Tells whether fused updates of a group on the CPU might take longer than plain ones.
+
+    With one thread, those of very few tensors by plain SGD. With several threads, where they would
+    wake them all more often than plain updates do: on a machine that has something else to do, be
+    it the workers of a loader, each such call may wait for a hundredth of a second or more.
+    """
+    params: list[nn.Parameter] = group["params"]
+    operations = _ADAM
+    if type(optimizer) is SGD:
+        operations = _MOMENTUM if group["momentum"] else _PLAIN_SGD
+    threads = torch.get_num_threads()
+    if threads == 1:
+        return operations == _PLAIN_SGD and len(params) < _FEW_TENSORS
+    parts = [p.to_local() if hasattr(p, "to_local") else p for p in params]
+    fused = sum(p.numel() * p.element_size() > _CACHE_LINE for p in parts)
+    plain = sum(p.numel() >= threads * _NUMBERS_PER_THREAD for p in parts)
+    return fused > operations * plain
+
+
+def _dense(p: nn.Parameter) -> bool:
+    """Tells whether a parameter's numbers lie in memory without gaps, in whatever order."""
+    if p.is_contiguous() or hasattr(p, "to_local"):
+        return True
+    return torch.empty_like(p, device="meta").stride() == p.stride()
+
+
+class _CheckOfGradients:
+    """Refuses, at the first step, gradients that lie in memory in another order than parameters.
+
+    Autograd makes none. Where somebody puts one there by hand, the fused kernels for the CPU would
+    take the wrong numbers without a word.
+    """
+
+    def __init__(self) -> None:
+        self._done = False
+
+    def __call__(self, optimizer: Optimizer, arguments: Any, keywords: Any) -> None:
+        if self._done:
+            return
+        self._done = True
+        for group in optimizer.param_groups:
+            for p in group["params"] if group.get("fused") else ():
+                if p.grad is not None and p.grad.stride() != p.stride():
+                    raise OptimizerError(
+                        f"The gradient of a parameter of shape {tuple(p.shape)} was put there by "
+                        f"hand and lies in memory in another order, which fused updates cannot "
+                        f"read. Copy it (p.grad = torch.empty_like(p).copy_(gradient)), or use "
+                        f"Trainer(fused=False)."
+                    )
+
+
+def _align_state(optimizer: Optimizer, params: list[nn.Parameter]) -> None:
+    # A checkpoint of a run with another memory format: fused updates read it in memory's order.
+    for p in params:
+        state = optimizer.state.get(p, {})
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == p.shape and value.stride() != p.stride():
+                state[name] = torch.empty_like(p).copy_(value)
 
 
 def _fill_momentum(optimizer: Optimizer, params: list[nn.Parameter]) -> None:

@@ -14,11 +14,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim import Optimizer
 
+from lightkit import compiling
 from lightkit.advice import Advice
 from lightkit.agreement import Agreement
-from lightkit.callbacks import ModelCheckpoint, ModelSummary, ProgressBar
+from lightkit.callbacks import (
+    ModelCheckpoint,
+    ModelSummary,
+    ProgressBar,
+    SimpleProfiler,
+    TraceProfiler,
+)
 from lightkit.checkpoint import Writer
 from lightkit.checks import check_loaders, check_parameters
+from lightkit.compiling import Compilation
 from lightkit.data import sample_counts
 from lightkit.distributed import (
     check_nodes,
@@ -127,6 +135,9 @@ def equip(trainer: Trainer, session: Session) -> None:
     session.metrics.epoch_time = lambda: time.perf_counter() - session.flow.epoch_started
     if session.device.type != "cpu":  # where the host runs ahead and waits when it reads
         session.metrics.read = session.flow.times.waiting(session.metrics.read)
+    how = compiling.settings(options.compile) if session.stage is Stage.FIT else None
+    if how is not None:
+        session.compilation = Compilation(how, task, session.flow, session.device)
     session.callbacks = _all_callbacks(trainer, session)
     listeners = [*session.callbacks, session.metrics, Advice()]
     session.hooks = HookTable(trainer, task, listeners, session.flow.times)
@@ -149,6 +160,12 @@ def _all_callbacks(trainer: Trainer, session: Session) -> list[Callback]:
             "enable_checkpointing=False, but there is a ModelCheckpoint among the callbacks. "
             "Remove one of the two."
         )
+    if options.profiler is not None:
+        kind = {"simple": SimpleProfiler, "trace": TraceProfiler}.get(str(options.profiler))
+        if kind is not None:
+            add(kind, kind)
+        elif options.profiler not in found:
+            found.append(options.profiler)
     if options.enable_progress_bar:
         add(ProgressBar, ProgressBar)
     if fit and options.enable_model_summary:
@@ -160,7 +177,7 @@ def _all_callbacks(trainer: Trainer, session: Session) -> list[Callback]:
     return sorted(found, key=lambda callback: callback.order)
 
 
-def set_up(session: Session) -> None:
+def set_up(session: Session, memory_format: str | None) -> None:
     """Lets data, task and callbacks prepare themselves, and brings the task to its device."""
     assert session.hooks is not None
     assert session.stage is not None
@@ -178,7 +195,11 @@ def set_up(session: Session) -> None:
         hook(stage)
     task.configure_model()
     session.precision.convert_module(task)
+    if session.compilation is not None:
+        session.compilation.begin()
     session.strategy.setup(task)
+    if memory_format is not None:
+        session.strategy.to_channels_last(task)
 
 
 @contextlib.contextmanager
@@ -218,7 +239,7 @@ def build_fit(trainer: Trainer, session: Session, train: Any, val: Any) -> FitRu
     optimizer = plan.optimizer if plan.automatic else None
     transfer = make_transfer(session)
     strategy = session.strategy
-    step = strategy.bind_training(task, automatic=plan.automatic)
+    step, validation = _bound(session, plan, plans, transfer)
     several = strategy.world_size > 1
     run = FitRun(
         task=task,
@@ -255,7 +276,7 @@ def build_fit(trainer: Trainer, session: Session, train: Any, val: Any) -> FitRu
         train_length=length,
         counts=sample_counts(loader, feed.share),
         reload=reloader(trainer, session, make, val),
-        validation=_eval_run(session, "validation", plans, transfer) if plans else None,
+        validation=validation,
         # A loader that is its own iterator would miss these batches afterwards.
         sanity_batches=0 if any(_gives_once(p.loader) for p in plans) else trainer.sanity_batches,
         datamodule=session.datamodule,
@@ -263,6 +284,24 @@ def build_fit(trainer: Trainer, session: Session, train: Any, val: Any) -> FitRu
     )
     _tie(session, run)
     return run
+
+
+def _bound(
+    session: Session,
+    plan: OptimizerPlan,
+    plans: list[LoaderPlan],
+    transfer: Callable[[Any, int], Any] | None,
+) -> tuple[Callable[..., Any], EvalRun | None]:
+    """Returns the training step as the loop calls it, compiled or not, and the validation."""
+    task, compilation, strategy = session.task, session.compilation, session.strategy
+    validation = _eval_run(session, "validation", plans, transfer) if plans else None
+    if compilation is None:
+        return strategy.bind_training(task, automatic=plan.automatic), validation
+    compilation.check(automatic=plan.automatic)
+    step = strategy.bind_training(task, automatic=plan.automatic, compiled=compilation.compiled)
+    if validation is not None:
+        validation.step = compilation.eager(validation.step)
+    return compilation.around(step), validation
 
 
 def _tie(session: Session, run: FitRun) -> None:

@@ -11,6 +11,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
+from lightkit import compiling
 from lightkit.data import limited
 from lightkit.distributed import Strategy, check_strategy
 from lightkit.errors import ConfigError, did_you_mean
@@ -44,7 +45,6 @@ _NOTHING: dict[str, tuple[Any, ...]] = {
     "enable_autolog_hparams": (True, False),
     "inference_mode": (True, False),
     "plugins": (None,),
-    "profiler": (None,),
 }
 
 
@@ -112,8 +112,11 @@ class Options:
     benchmark: bool | None
     detect_anomaly: bool
     fused: bool | None
+    compile: Any
+    memory_format: str | None
     terminate_on_nan: bool
     seed: int | None
+    profiler: str | Callback | None
 
     def __post_init__(self) -> None:
         """Checks every argument by itself, and those that belong together."""
@@ -128,7 +131,10 @@ class Options:
         self._one_of("fused", (None, True, False))
         self._one_of("benchmark", (None, True, False))
         self._one_of("deterministic", (None, True, False, "warn"))
+        self._one_of("memory_format", (None, "channels_last"))
+        compiling.settings(self.compile)
         check_strategy(self.strategy)
+        self._profiler()
         self._numbers()
         for name in ("train", "val", "test", "predict"):
             limited(_MANY, getattr(self, f"limit_{name}_batches"), f"limit_{name}_batches")
@@ -143,6 +149,18 @@ class Options:
             raise ConfigError(
                 f"fast_dev_run={trial!r}: allowed are True, False or a number of batches."
             )
+
+    def _profiler(self) -> None:
+        if self.profiler in ("advanced", "pytorch"):
+            raise ConfigError(
+                f"profiler={self.profiler!r}: write 'simple' for a table of all parts of a run, or "
+                f"'trace' for torch.profiler, with the operators of some steps."
+            )
+        if isinstance(self.profiler, type) and issubclass(self.profiler, Callback):
+            name = self.profiler.__name__
+            raise ConfigError(f"profiler={name} is a class. Make an object of it: {name}().")
+        if not isinstance(self.profiler, Callback):
+            self._one_of("profiler", (None, "simple", "trace"))
 
     def _numbers(self) -> None:
         clip = self.gradient_clip_val

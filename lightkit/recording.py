@@ -147,6 +147,8 @@ class Recorder:
             finally:
                 self._alone = False
 
+    members = staticmethod(metric_objects.members)
+
     def _new(
         self,
         name: str,

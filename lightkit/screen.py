@@ -87,9 +87,27 @@ class Table:
         self._widest = 7
 
     def lines(
-        self, position: str, row: Mapping[str, float], took: float, waited: float, width: int
+        self,
+        position: str,
+        row: Mapping[str, float],
+        took: float,
+        waited: float,
+        width: int,
+        *,
+        speed: float | None = None,
+        memory: int | None = None,
     ) -> list[str]:
-        """Returns the row, after a header where there is none yet or the columns changed."""
+        """Returns the row, after a header where there is none yet or the columns changed.
+
+        Args:
+            position: Which epoch it is.
+            row: Its metrics.
+            took: Its seconds.
+            waited: The share of them that was spent waiting for data.
+            width: Columns of the screen.
+            speed: Samples per second; None where unknown.
+            memory: Bytes in use; None where unknown.
+        """
         first = [n for n in ("train_loss", "val_loss") if n in row]
         for name in (*first, *row):
             if name not in self._names and name not in ("epoch", "step", "time"):
@@ -100,17 +118,24 @@ class Table:
             value = number(row[name]) if name in row else "-"
             cells.append((name, value, max(len(name), 8)))
         cells += [("time", duration(took), 7), ("data", f"{waited:.0%}", 4)]
+        if speed is not None:
+            cells.append(("samples/s", large(speed), 9))
+        if memory is not None:
+            cells.append(("memory", size_of(memory), 7))
         cut: list[str] = []
         while sum(size + 2 for _, _, size in cells) - 2 > width and len(cells) > 2:
-            # On a narrow screen first the wait for data goes, then the last metrics.
-            cut.insert(0, cells.pop(-1 if cells[-1][0] == "data" else -2)[0])
+            # On a narrow screen first what comes after the time goes, then the last metrics.
+            if cells[-1][0] != "time":
+                cells.pop()
+            else:
+                cut.insert(0, cells.pop(-2)[0])
         lines = ["  ".join(f"{value:>{size}}" for _, value, size in cells)]
         titles = [title for title, _, _ in cells]
         if titles != self._titles:
             self._titles = titles
             lines.insert(0, "  ".join(f"{title:>{size}}" for title, _, size in cells))
-            if cut[:-1]:  # the last one is "data"
-                lines.insert(0, _left_out(cut[:-1], width))
+            if cut:
+                lines.insert(0, _left_out(cut, width))
         return lines
 
 
@@ -352,9 +377,31 @@ def number(value: float) -> str:
     return f"{value:.4f}" if size < 100 else f"{value:.1f}"
 
 
+def large(value: float) -> str:
+    """Returns "7.2", "950", "12.3k" or "1.2M"."""
+    for unit, scale in (("M", 1e6), ("k", 1e3)):
+        if value >= 0.9995 * scale:
+            return f"{value / scale:.1f}{unit}"
+    return f"{value:.0f}" if value >= 99.5 else f"{value:.1f}"
+
+
+def size_of(size: int) -> str:
+    """Returns bytes as "850 MB" or "3.2 GB"."""
+    return f"{size / 1e6:.0f} MB" if size < 999.5e6 else f"{size / 1e9:.1f} GB"
+
+
 def duration(seconds: float) -> str:
     """Returns "1.9s", or "1:02" and "3:00:01" for what is longer than a minute."""
     return f"{seconds:.1f}s" if seconds < 59.95 else clock(seconds)
+
+
+def brief(seconds: float) -> str:
+    """Returns "350 us", "6 ms", "1.2 s" or what `clock` says: two or three figures."""
+    for unit, scale in (("us", 1e-6), ("ms", 1e-3)):
+        if seconds < 999.5 * scale:
+            value = seconds / scale
+            return f"{value:.1f} {unit}" if value < 9.95 else f"{value:.0f} {unit}"
+    return f"{seconds:.1f} s" if seconds < 99.95 else clock(seconds)
 
 
 def clock(seconds: float) -> str:

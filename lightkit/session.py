@@ -17,6 +17,7 @@ from lightkit.state import Stage, TrainState
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from lightkit.compiling import Compilation
     from lightkit.hooks import Callback, HookTable
     from lightkit.ledger import Ledger
     from lightkit.loggers.base import Logger
@@ -43,6 +44,7 @@ class Session:
         loaded_at: Epochs completed when the loaders were made; -1 for those of a run that is
             continued, which were made before the epoch was known.
         ledger: The record of the fit's run folder; None where nothing is written.
+        compilation: What is compiled in the fit that runs; None where nothing is.
     """
 
     task: TaskModule = None  # type: ignore[assignment]  # before the first call there is none
@@ -67,3 +69,4 @@ class Session:
     named_by_user: bool = False
     loaded_at: int = -1
     ledger: Ledger | None = None
+    compilation: Compilation | None = None

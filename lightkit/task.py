@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import Self
 
-from lightkit import metric_objects
 from lightkit.data import move_to_device
 from lightkit.errors import NotRunningError, UsageError
 from lightkit.hooks import TASK_NAMES, check_hook_names
@@ -260,7 +259,7 @@ class TaskModule(TaskHooks, ShardingHooks, nn.Module):
             LoggingError: As by `log`; it names the value.
         """
         if self._link.metrics is not None:
-            for name, value in metric_objects.members(dictionary):
+            for name, value in self._link.metrics.members(dictionary):
                 self.log(name, value, *arguments, **options)
 
     def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:

@@ -44,7 +44,7 @@ _OWN = (
     "loggers",
     "flow.stop_reason",
     "loop.seconds",
-    "history.*.time",
+    "history.values.time",
     "callbacks.Timer*",
     "callbacks.ModelCheckpoint*",
 )

@@ -57,16 +57,19 @@ class Times:
             to the step.
         spent: Seconds of all epochs before this one, by kind.
         label: Makes a label of a profiler for each part that is entered, while one records.
+        instrumented: Whether a profiler has made all pieces of the run parts.
     """
 
     __slots__ = (
         "_before",
         "_began",
         "_labels",
+        "_last",
         "_open",
         "_since",
         "checkpoint",
         "device",
+        "instrumented",
         "label",
         "parts",
         "spent",
@@ -80,10 +83,12 @@ class Times:
         self.device = self.part("waiting for the device", "device")
         self.spent = dict.fromkeys(KINDS, 0.0)
         self.label: Callable[[str], AbstractContextManager[Any]] | None = None
+        self.instrumented = False
         self._open: list[Part] = []  # the innermost last
         self._labels: list[AbstractContextManager[Any] | None] = []  # one for each open part
         self._since = 0.0  # when the innermost was entered, or gone back to
-        self._began: float | None = None  # the epoch
+        self._began: float | None = None  # the epoch; None outside of one
+        self._last = dict.fromkeys(KINDS, 0.0)  # the epoch that was the last one
         self._before: dict[Part, float] = {}  # seconds of the parts when it began
 
     def part(self, name: str, kind: str) -> Part:
@@ -149,6 +154,11 @@ class Times:
         self._began = now
         self._before = {part: part.seconds for part in self.parts}
 
+    def end(self, now: float, waited: float) -> None:
+        """Ends the last epoch; see `begin_epoch`."""
+        self._last = self.epoch(now, waited)
+        self._began = None
+
     def epoch(self, now: float, waited: float) -> dict[str, float]:
         """Returns the seconds of the running epoch by kind; together they are all that it took.
 
@@ -159,7 +169,7 @@ class Times:
         """
         found = dict.fromkeys((*KINDS, "device"), 0.0)
         if self._began is None:
-            return dict.fromkeys(KINDS, 0.0)
+            return dict(self._last)
         self._settle(now)
         for part in self.parts:
             found[part.kind] += part.seconds - self._before.get(part, 0.0)

@@ -78,8 +78,16 @@ class Trainer(TrainerView):
         detect_anomaly: Whether autograd looks for the origin of nan; slow.
         fused: None runs Adam, AdamW and SGD fused where that was measured faster; False never (the
             bits of a plain loop); True always.
+        compile: True compiles ``training_step`` with ``torch.compile``, "regional" the repeated
+            blocks of the model, a dict gives torch.compile's arguments (mode, backend, dynamic,
+            fullgraph, options) and perhaps ``"regional": True``. Evaluations are not compiled.
+        memory_format: "channels_last" keeps the 4-D weights of the task and the 4-D tensors of
+            batches so; None leaves them as they are.
         terminate_on_nan: Whether a loss that is not finite ends the run.
         seed: Seeds everything when the trainer is made.
+        profiler: "simple" shows where the time went, in a table at the end; "trace" records a few
+            steps with ``torch.profiler``; or ``lk.callbacks.SimpleProfiler()``,
+            ``lk.callbacks.TraceProfiler(steps=(10, 15))``.
 
     Raises:
         ConfigError: For arguments that cannot work.
@@ -131,8 +139,11 @@ class Trainer(TrainerView):
         benchmark: bool | None = None,
         detect_anomaly: bool = False,
         fused: bool | None = None,
+        compile: bool | Literal["regional"] | dict[str, Any] = False,  # noqa: A002  as the field says
+        memory_format: Literal["channels_last"] | None = None,
         terminate_on_nan: bool = True,
         seed: int | None = None,
+        profiler: str | Callback | None = None,
     ) -> None:
         self.options = Options(**{k: v for k, v in locals().items() if k != "self"})
         self.limits, self.default_epochs = make_limits(self.options)

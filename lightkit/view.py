@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,6 +124,52 @@ class TrainerView:
     def epoch_started(self) -> float:
         """``time.perf_counter()`` at the start of the epoch."""
         return self.session.flow.epoch_started
+
+    @property
+    def epoch_times(self) -> dict[str, float]:
+        """Seconds of the epoch so far by what they were spent on; of the last one after a fit.
+
+        "data" (waiting for the training loader while the device had nothing to do), "validation",
+        "checkpoint" (what the loop waited for), "callbacks" (your own hooks and callbacks) and
+        "step", which is all the rest. They add up to the time of the epoch.
+        """
+        flow = self.session.flow
+        return flow.times.epoch(time.perf_counter(), flow.data_wait)
+
+    @property
+    def samples_per_second(self) -> float | None:
+        """Training samples of all ranks per second of this epoch, validations not counted.
+
+        None outside a fit, before the first batch, and where the loader does not say how many
+        samples a batch has.
+        """
+        from lightkit.run import FitRun
+
+        run, first, done = self._run, self.session.flow.first_batch, self.state.batch_idx
+        if not isinstance(run, FitRun) or run.counts is None or done <= first:
+            return None
+        last = run.counts.of(done - 1)  # only the last one may be smaller
+        seconds = self.epoch_times
+        took = sum(seconds.values()) - seconds["validation"]
+        if last is None or took <= 0:
+            return None
+        own = run.counts.batch_size * (done - first - 1) + last
+        return own * self.session.strategy.data_ranks[1] / took
+
+    @property
+    def memory(self) -> int | None:
+        """Bytes: on CUDA the most that was allocated there, else the most that this process held.
+
+        None on systems that do not tell.
+        """
+        if self.session.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.session.device)
+        try:
+            import resource
+        except ImportError:  # Windows
+            return None
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return most if sys.platform == "darwin" else most * 1024
 
     # --- limits ----------------------------------------------------------------------------------
 

@@ -106,10 +106,9 @@ def test_a_fit_that_goes_on_from_an_epochs_end_is_the_fit_that_never_stopped(tmp
         assert state.pop("seconds") > 0
     assert whole["loop"] == rest["loop"]
     assert len(again.history) == 4
-    for row, other in zip(whole["history"], rest["history"], strict=True):
-        row.pop("time")
-        other.pop("time")
-        assert row == other
+    for state in (whole["history"], rest["history"]):
+        assert state["values"].pop("time").shape == (4,)
+    assert equal(whole["history"], rest["history"])
 
 
 def test_stopped_in_the_middle_of_an_epoch_the_newest_state_is_saved(tmp_path):

@@ -235,6 +235,12 @@ def shared_generator():
     return shuffled(generator=generator), val
 
 
+def tensors(samples, **options):
+    index = torch.arange(samples)
+    x = torch.rand(samples, 5, generator=own(samples))
+    return lk.TensorLoader(index, x, **{"batch_size": 4, "shuffle": True} | options)
+
+
 LOADERS = {
     "shuffled": lambda: (shuffled(),),
     "with a generator": lambda: (shuffled(generator=own()),),
@@ -265,6 +271,12 @@ LOADERS = {
     "two passes of the loader": lambda: (
         DataLoader(Noisy(), 4, sampler=RandomSampler(range(22), num_samples=40, generator=own())),
     ),
+    "tensors": lambda: (tensors(22), tensors(9)),
+    "tensors with a generator": lambda: (
+        tensors(22, generator=(g := own())),
+        tensors(9, generator=g),
+    ),
+    "tensors in turn": lambda: (tensors(22, shuffle=False, drop_last=True),),
     "a stream": lambda: (DataLoader(Stream(), 4),),
     "a stream with a state": lambda: (DataLoader(StatefulStream(), 4),),
     "a list": lambda: ([(torch.arange(3), torch.full((3, 5), float(i))) for i in range(6)],),
@@ -281,7 +293,8 @@ def test_in_one_process(tmp_path, kind):
 
 
 @pytest.mark.parametrize(
-    "kind", ["shuffled", "a sampler that draws per index", "a stream with a state"]
+    "kind",
+    ["shuffled", "tensors", "a sampler that draws per index", "a stream with a state"],
 )
 @pytest.mark.parametrize("options", [{}, {"limit_train_batches": 5}], ids=["whole", "limited"])
 def test_by_groups(tmp_path, kind, options):

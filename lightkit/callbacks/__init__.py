@@ -8,10 +8,12 @@ from lightkit.callbacks.lambda_callback import LambdaCallback
 from lightkit.callbacks.lr_monitor import LearningRateMonitor
 from lightkit.callbacks.model_checkpoint import ModelCheckpoint
 from lightkit.callbacks.prediction_writer import PredictionWriter
+from lightkit.callbacks.profiler import SimpleProfiler
 from lightkit.callbacks.progress import ProgressBar
 from lightkit.callbacks.requeue import RequeueJob
 from lightkit.callbacks.summary import ModelSummary
 from lightkit.callbacks.timer import Timer
+from lightkit.callbacks.trace import TraceProfiler
 from lightkit.hooks import Callback
 
 #: The names that other trainers use for the bar.
@@ -29,6 +31,8 @@ __all__ = [
     "ProgressBar",
     "RequeueJob",
     "RichProgressBar",
+    "SimpleProfiler",
     "TQDMProgressBar",
     "Timer",
+    "TraceProfiler",
 ]

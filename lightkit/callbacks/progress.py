@@ -264,10 +264,11 @@ class ProgressBar(Callback):
         if display is None:
             return
         seconds = row.get("time", time.perf_counter() - trainer.epoch_started)
-        waited = trainer.data_wait / seconds if seconds > 0 else 0.0
+        waited = trainer.epoch_times["data"] / seconds if seconds > 0 else 0.0
         if trainer.max_epochs > 0 and not position.startswith("step"):
             position += f"/{trainer.max_epochs}"
-        for line in self._table.lines(position, row, seconds, waited, display.width):
+        more = {"speed": trainer.samples_per_second, "memory": trainer.memory}
+        for line in self._table.lines(position, row, seconds, waited, display.width, **more):
             display.leave(line)
 
 

@@ -12,7 +12,8 @@ The layout of format 1; everything is plain types and tensors::
                         everything else that a run needs to go on; left out of weights-only files
 
 "run" is the id of the run, "folder" its folder, and "exact" false for a state that was saved after
-an exception. These three, "flow", "loggers" and "world_size" are not in the oldest files.
+an exception. These three, "flow", "loggers" and "world_size" are not in the oldest files, and
+"history" is a list of dicts there.
 
 With several ranks a file holds what rank zero knows, and under "ranks" in "metrics" and "data" what
 each of them knows by itself. Counters of batches count those of one rank.
@@ -20,11 +21,15 @@ each of them knows by itself. Counters of batches count those of one rank.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
 
 from lightkit.checkpoint import spread
 from lightkit.checkpoint.files import FORMAT
@@ -91,7 +96,7 @@ def collect(
             checkpoint["datamodule"] = run.datamodule.state_dict()
         checkpoint["callbacks"] = _callback_states(run)
         checkpoint["metrics"] = {**run.metrics.state_dict(), **checkpoint["metrics"]}
-        checkpoint["history"] = list(run.history)
+        checkpoint["history"] = _packed(run.history)
     for hook in run.hooks.on_save_checkpoint:
         hook(checkpoint)
     return checkpoint
@@ -137,7 +142,42 @@ def restore(run: FitRun, checkpoint: dict[str, Any]) -> None:
         run.datamodule.load_state_dict(checkpoint["datamodule"])
     _restore_callbacks(run, checkpoint["callbacks"])
     run.metrics.load_state_dict(checkpoint["metrics"])
-    run.history.load(checkpoint["history"])
+    run.history.load(_unpacked(checkpoint["history"]))
+
+
+def _packed(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns the rows of a history as one tensor for each name, as every save writes them all.
+
+    "rows" is their number, "values" holds the columns, and "at" the numbers of the rows that have
+    the name, where not all do.
+    """
+    names: dict[str, Any] = {}
+    for row in rows:
+        names.update(row)
+    columns: dict[str, Any] = {}
+    at: dict[str, Tensor] = {}
+    for name in names:
+        values = [row[name] for row in rows if name in row]
+        if len(values) < len(rows):
+            at[name] = torch.tensor([i for i, row in enumerate(rows) if name in row])
+        columns[name] = values
+        for kind, dtype in ((float, torch.float64), (int, torch.int64)):
+            with contextlib.suppress(OverflowError, ValueError):  # an int of more than 64 bits
+                if set(map(type, values)) == {kind}:
+                    columns[name] = torch.tensor(values, dtype=dtype)
+    return {"rows": len(rows), "values": columns, "at": at}
+
+
+def _unpacked(saved: Any) -> list[dict[str, Any]]:
+    """Returns what `_packed` was given; the oldest files hold the rows themselves."""
+    if isinstance(saved, list):
+        return saved
+    rows: list[dict[str, Any]] = [{} for _ in range(saved["rows"])]
+    for name, column in saved["values"].items():
+        values = column.tolist() if isinstance(column, Tensor) else column
+        for row, value in zip(saved["at"].get(name, range(len(rows))), values, strict=True):
+            rows[int(row)][name] = value
+    return rows
 
 
 def _callback_states(run: FitRun) -> dict[str, Any]:

@@ -125,6 +125,25 @@ def compare_first(ranks: Ranks, kind: str, batch: Any) -> None:
         )
 
 
+def compare_orders(ranks: Ranks, loader: Any, first: int) -> None:
+    """Raises `DataError` on all ranks where they begin with different batches. A collective.
+
+    Args:
+        ranks: The processes of the run.
+        loader: The loader, whose order each of them has drawn.
+        first: The hash of its first indices.
+    """
+    told = ranks.exchange([first], "comparison of the order of batches")
+    others = [str(rank) for rank, mark in enumerate(told) if mark != told[0]]
+    if others:
+        raise DataError(
+            f"The sampler of a loader ({type(loader).__name__}) gives other samples on rank "
+            f"{', '.join(others)} than on rank 0, though it began in the same random states: its "
+            f"weights or its lists differ, or it draws from a random state that it does not show. "
+            f"Make it from the same numbers on all ranks, and from a fixed seed."
+        )
+
+
 def _content(batch: Any, before: int = 0) -> int:
     """Returns a hash of a batch, as far as it is cheap to tell: of plain types and tensors."""
     if isinstance(batch, Tensor):

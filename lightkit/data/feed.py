@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +12,19 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightkit import rng
-from lightkit.data.comparing import compare_first
-from lightkit.data.loaders import generators, loader_length, own_randoms, parts
+from lightkit.data.comparing import compare_first, compare_orders
+from lightkit.data.loaders import (
+    ends,
+    generators,
+    has_state,
+    loader_length,
+    own_randoms,
+    parts,
+    takes_turns,
+)
 from lightkit.data.planning import Plan, fingerprint, seed_from
 from lightkit.data.shares import Reading, Share, Together, check_divider, divider
+from lightkit.data.tensor_loader import TensorPass
 from lightkit.data.workers import WorkerStart, watch
 from lightkit.distributed.ranks import Ranks
 from lightkit.errors import DataError
@@ -41,8 +49,8 @@ class Feed:
     The user's loader stays as it is. Where something must be put around its sampler, the passes
     are over a shallow copy, which has workers of its own; `close` ends them.
 
-    A pass is continued in one of three ways. A map-style DataLoader is *walked*: indices only, no
-    sample is loaded. What has a ``state_dict`` (an iterable dataset in one process, a
+    A pass is continued in one of three ways. A map-style DataLoader or a `TensorLoader` is *walked*:
+    indices only, no sample is loaded. What has a ``state_dict`` (an iterable dataset in one process, a
     StatefulDataLoader, any other loader) is put where it was. Everything else is *read* again.
 
     With several processes a pass has one order, that of rank zero, and each process takes its share
@@ -66,6 +74,7 @@ class Feed:
         own: Whether the loader divides its data by itself, between several processes.
         data: A hash of what the indices of its data set mean.
         reads: Whether each of several processes reads everything.
+        wrap: Put around the fetching of each batch, for a profiler; None for nothing.
 
     Raises:
         DataError: A sampler that divides the data between other processes than there are.
@@ -84,6 +93,7 @@ class Feed:
         self.loader = self.view = loader
         self._salt = salt
         self._plan: Plan | None = None
+        self._pass: TensorPass | None = None
         self.ranks = ranks = Ranks() if ranks is None else ranks
         self._place = rank, world = (ranks.rank, ranks.world_size) if place is None else place
         part = divider(loader) if ranks.world_size > 1 else None
@@ -98,11 +108,18 @@ class Feed:
         self._random: dict[str, Any] | None = None
         self._fetcher: Any = None
         self.stream: BatchStream | None = None
+        self.wrap: Callable[[Callable[[], Any]], Callable[[], Any]] | None = None
         self._compared = False
         self._walks = self._persistent = self._iterable = self._placed = self._over = False
         self.data = fingerprint(getattr(loader, "dataset", None))
-        if not isinstance(loader, DataLoader):
-            return
+        self._tensors = takes_turns(loader)
+        if self._tensors:
+            self._walks, self.reads = True, False
+        if isinstance(loader, DataLoader):
+            self._plan_walks(loader, resumable)
+
+    def _plan_walks(self, loader: DataLoader[Any], resumable: bool) -> None:
+        """Puts a plan around the sampler of a DataLoader where one is needed."""
         workers = bool(loader.num_workers)
         self._iterable = isinstance(loader.dataset, IterableDataset)
         self._persistent = workers and loader.persistent_workers
@@ -217,7 +234,7 @@ class Feed:
         """Starts persistent workers that were running; nothing is drawn or loaded."""
         if not self._persistent or self.open:
             return
-        if self._iterable and _has_state(self.loader.dataset):
+        if self._iterable and has_state(self.loader.dataset):
             _log.warning(
                 "%s has a state, which its persistent workers keep from epoch to epoch where it "
                 "cannot be read: after this resume it starts anew. Use persistent_workers=False.",
@@ -267,10 +284,10 @@ class Feed:
             keepers.pop("loader", None)
         states = {name: part.state_dict() for name, part in keepers.items()}
         # A dataset that ended stands at its start again, though nobody asked for the end yet.
-        ends = [*_ends(states.get("loader"))] or [getattr(self._fetcher, "ended", False)]
-        if any(ends):  # a worker that ended would begin again
+        ended = [*ends(states.get("loader"))] or [getattr(self._fetcher, "ended", False)]
+        if any(ended):  # a worker that ended would begin again
             states.pop("loader", None)
-        over = within and settled and (self._over or all(ends))
+        over = within and settled and (self._over or all(ended))
         now = {"open": self.open, "states": states, "over": over, "data": self.data}
         if within and settled and self._reading is not None:
             now["random"] = self._reading.state
@@ -356,7 +373,12 @@ class Feed:
             return iter(()), 0
         plan, left = self._plan, 0 if placed else skip
         iterator: Any
-        if plan is None:
+        if self._tensors:
+            self._pass = TensorPass(self.loader, self.share, skip, limit)
+            iterator, left = iter(self._pass), 0
+            if self._common:
+                compare_orders(self.ranks, self.loader, self._pass.mark(1))
+        elif plan is None:
             iterator = iter(self.view)
             self._fetcher = getattr(iterator, "_dataset_fetcher", None)
         else:
@@ -369,7 +391,7 @@ class Feed:
             watch(iterator)
             left = 0 if plan.walked() else left
             if plan.share is not None:
-                self._compare(plan.first)
+                compare_orders(self.ranks, self.loader, plan.first)
         if self.reads:
             first = None
             if not (self._compared or placed or skip or isinstance(self.loader, (list, tuple))):
@@ -386,22 +408,11 @@ class Feed:
             iterator = Together(iterator, self.ranks)
         return iterator, left
 
-    def _compare(self, first: int) -> None:
-        """Raises `DataError` on all ranks where they begin with different batches. A collective."""
-        told = self.ranks.exchange([first], "comparison of the order of batches")
-        others = [str(rank) for rank, mark in enumerate(told) if mark != told[0]]
-        if others:
-            kind = type(self.loader).__name__
-            raise DataError(
-                f"The sampler of a loader ({kind}) gives other samples on rank {', '.join(others)} than "
-                f"on rank 0, though it began in the same random states: its weights or its lists "
-                f"differ, or it draws from a random state that it does not show. Make it from the "
-                f"same numbers on all ranks, and from a fixed seed."
-            )
-
     def mark(self, done: int) -> int | None:
         """Returns the hash of the first ``done`` indices of this pass; None where none is known."""
-        plan = self._plan
+        plan, before = self._plan, self.share.before(done)
+        if self._pass is not None:
+            return self._pass.mark(before) if before else None
         if plan is None or not plan.replay:
             return None
         counted = self._counted(done)
@@ -417,15 +428,22 @@ class Feed:
         length, saved = loader_length(self.loader), record.get("length")
         if saved is not None and length is not None and length != saved:
             raise DataError(f"The {name} has {length} batches, it had {saved}. {_CHANGED}")
-        if self._plan is None or not self._plan.replay:
+        if self._plan is not None and self._plan.replay:
+            self._check_walk(self._plan, done, name)
+        elif self._pass is None:
             return
-        given, counted = len(self._plan.marks), self._counted(done)
+        if record.get("hash") not in (None, self.mark(done)):
+            raise DataError(f"The {name} gives other samples than it gave. {_CHANGED}")
+
+    def _check_walk(self, plan: Plan, done: int, name: str) -> None:
+        """Raises `DataError` where a loader asked for fewer indices than are done."""
+        given, counted = len(plan.marks), self._counted(done)
         if given < counted:
             raise DataError(
                 f"The {name} ended after {given} batches, but the run that is resumed had "
                 f"completed {counted} of them. {_CHANGED}"
             )
-        if given > counted and not self._plan.workers:
+        if given > counted and not plan.workers:
             _log.warning(
                 "The %s looks %d batch%s ahead in the main process: the order is as it was, but "
                 "what its data set draws from random states for them cannot be repeated. Use "
@@ -434,17 +452,15 @@ class Feed:
                 given - counted,
                 "es"[: 2 * (given - counted > 1)],
             )
-        if record.get("hash") not in (None, self.mark(done)):
-            raise DataError(f"The {name} gives other samples than it gave. {_CHANGED}")
 
     def _keepers(self, *, within: bool) -> dict[str, Any]:
         """Returns the parts that have a state of their own; that of a DataLoader is a position."""
         found = {**parts(self.loader), "loader": self.view}
         if isinstance(self.loader, DataLoader):
-            placed = self._iterable and within and _has_state(self.loader.dataset)
+            placed = self._iterable and within and has_state(self.loader.dataset)
             if not placed:  # else a StatefulDataLoader would only read as well
                 del found["loader"]
-        keepers = {name: part for name, part in found.items() if _has_state(part)}
+        keepers = {name: part for name, part in found.items() if has_state(part)}
         for name, part in found.items():
             if name not in keepers:
                 keepers |= own_randoms(name, part)
@@ -470,23 +486,3 @@ def order_of(record: dict[str, Any]) -> dict[str, Any]:
     """
     states = {k: v for k, v in rng.rng_state().items() if k not in ("cuda", "mps")}
     return {"rng": states, **record}
-
-
-def _ends(state: Any) -> Iterator[bool]:
-    """Yields for each worker in the state of a StatefulDataLoader whether its dataset ended."""
-    if isinstance(state, Mapping):
-        if "fetcher_ended" in state:
-            yield state["fetcher_ended"]
-        for part in state.values():
-            yield from _ends(part)
-
-
-def _has_state(part: Any) -> bool:
-    """Tells whether a part has a ``state_dict()`` to call and can take it back."""
-    if not hasattr(part, "load_state_dict") or not callable(getattr(part, "state_dict", None)):
-        return False
-    try:
-        inspect.signature(part.state_dict).bind()
-    except (TypeError, ValueError):
-        return False
-    return True

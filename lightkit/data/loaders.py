@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import random
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import is_dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -71,7 +72,7 @@ def _check_loader(loader: Any, who: str) -> None:
     if isinstance(loader, Tensor):
         raise DataError(
             f"{who} is a Tensor of shape {tuple(loader.shape)}. Make a loader of it: "
-            f"DataLoader(TensorDataset(x, y), batch_size=32, shuffle=True)."
+            f"lightkit.TensorLoader(x, y, batch_size=32, shuffle=True)."
         )
     kind = type(loader)
     if isinstance(loader, (str, bytes)) or not (
@@ -199,6 +200,26 @@ def own_randoms(name: str, part: Any) -> dict[str, OwnRandom]:
     return {f"{name}.{key}": OwnRandom(value) for key, value in own if isinstance(value, kinds)}
 
 
+def ends(state: Any) -> Iterator[bool]:
+    """Yields for each worker in the state of a StatefulDataLoader whether its dataset ended."""
+    if isinstance(state, Mapping):
+        if "fetcher_ended" in state:
+            yield state["fetcher_ended"]
+        for part in state.values():
+            yield from ends(part)
+
+
+def has_state(part: Any) -> bool:
+    """Tells whether a part has a ``state_dict()`` to call and can take it back."""
+    if not hasattr(part, "load_state_dict") or not callable(getattr(part, "state_dict", None)):
+        return False
+    try:
+        inspect.signature(part.state_dict).bind()
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
 class OwnRandom:
     """Gives a ``random.Random``, or a generator of NumPy, a state that a checkpoint can hold."""
 
@@ -243,6 +264,13 @@ def _unplain(state: Any) -> Any:
     return {key: _unplain(value) for key, value in state.items()}
 
 
+def takes_turns(loader: Any) -> bool:
+    """Tells whether a loader is a `TensorLoader`, which begins a pass anywhere by itself."""
+    from lightkit.data.tensor_loader import TensorLoader
+
+    return isinstance(loader, TensorLoader) and type(loader).__iter__ is TensorLoader.__iter__
+
+
 class SampleCounts(NamedTuple):
     """How many samples each batch of a loader has, known without looking at the batches.
 
@@ -264,7 +292,7 @@ class SampleCounts(NamedTuple):
 
 
 def sample_counts(loader: Any, share: Share | None = None) -> SampleCounts | None:
-    """Returns the sample counts of a DataLoader that batches in the stock way, else None.
+    """Returns the sample counts of a loader that batches in the stock way, else None.
 
     They are those of one process's batches, where ``share`` says which these are.
 
@@ -273,12 +301,17 @@ def sample_counts(loader: Any, share: Share | None = None) -> SampleCounts | Non
     `lightkit.data.batch_size_of` looks at each batch. Counted are samples drawn from the dataset,
     whatever ``collate_fn`` makes of them.
     """
-    if not isinstance(loader, DataLoader) or type(loader).__iter__ is not DataLoader.__iter__:
+    sampler: Any = loader
+    samples: int | None
+    if takes_turns(loader):
+        samples = len(loader.dataset)
+    elif not isinstance(loader, DataLoader) or type(loader).__iter__ is not DataLoader.__iter__:
         return None
-    sampler = loader.batch_sampler
-    if type(sampler) is not BatchSampler or isinstance(loader.dataset, IterableDataset):
-        return None
-    samples = loader_length(sampler.sampler)
+    else:
+        sampler = loader.batch_sampler
+        if type(sampler) is not BatchSampler or isinstance(loader.dataset, IterableDataset):
+            return None
+        samples = loader_length(sampler.sampler)
     if samples is None:
         return None
     size = sampler.batch_size

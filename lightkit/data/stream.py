@@ -12,7 +12,7 @@ from lightkit.data.workers import why_ended
 from lightkit.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from types import TracebackType
 
     from lightkit.data.feed import Feed
@@ -130,6 +130,8 @@ class BatchStream:
             iterator, left = feed.iterate(record, skip, None if whole else limit)
         self._iterator: Iterator[Any] | None = iterator
         self._next = iterator.__next__
+        if feed is not None and feed.wrap is not None:
+            self.around(feed.wrap)
         self.wait = _clock() - start
         self.fetched = skip - left
         try:
@@ -179,6 +181,12 @@ class BatchStream:
     def over(self) -> bool:
         """Whether no batch will come any more, as far as that is known without asking for one."""
         return self.ended or self.fetched == self._stop
+
+    def around(self, wrap: Callable[[Callable[[], Any]], Callable[[], Any]] | None) -> None:
+        """Puts a function around the loader's ``next``, instead of the last one; None for none."""
+        if self._iterator is not None:
+            fetch = self._iterator.__next__
+            self._next = fetch if wrap is None else wrap(fetch)
 
     def close(self) -> None:
         """Ends the pass and lets go of the iterator; workers end unless they are persistent.

@@ -19,6 +19,25 @@ _log = logging.getLogger("lightkit")
 def blocks(task: nn.Module) -> list[nn.Module]:
     """Returns the modules that are put together one at a time, inner ones first.
 
+    Those of `repeated` that have parameters.
+
+    Raises:
+        ConfigError: As by `repeated`.
+    """
+    chosen = repeated(task)
+    if not chosen and not defines(task, "configure_sharding"):
+        _log.warning(
+            "%s has no ModuleList of equal blocks, so the whole model is put together at once "
+            "in every step. Say what its blocks are: configure_sharding(self) returns them.",
+            type(task).__name__,
+        )
+    wanted = {id(m) for m in chosen if any(True for _ in m.parameters())}
+    return [module for module in reversed(list(task.modules())) if id(module) in wanted]
+
+
+def repeated(task: nn.Module) -> list[nn.Module]:
+    """Returns the blocks of a model.
+
     Those that the task's ``configure_sharding`` returns; else the children of every ModuleList with
     at least two of one type.
 
@@ -50,14 +69,7 @@ def blocks(task: nn.Module) -> list[nn.Module]:
             if isinstance(module, nn.ModuleList):
                 kinds = Counter(map(type, module))
                 chosen += [child for child in module if kinds[type(child)] > 1]
-        if not chosen:
-            _log.warning(
-                "%s has no ModuleList of equal blocks, so the whole model is put together at once "
-                "in every step. Say what its blocks are: configure_sharding(self) returns them.",
-                type(task).__name__,
-            )
-    wanted = {id(m) for m in chosen if any(True for _ in m.parameters())}
-    return [module for module in reversed(every) if id(module) in wanted]
+    return chosen
 
 
 def check_parameters(task: nn.Module, chosen: Sequence[nn.Module]) -> None:

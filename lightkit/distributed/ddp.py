@@ -7,7 +7,7 @@ import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 from lightkit.distributed.ranks import Ranks
 from lightkit.distributed.strategies import Strategy, check_alike, to_device
 from lightkit.errors import ConfigError, OptimizerError, UsageError
+
+if TYPE_CHECKING:
+    from lightkit.distributed.strategies import Compiled
 
 _UNUSED = re.compile(r"did not receive grad for rank \d+: ([\d ]+)")
 
@@ -31,14 +34,14 @@ class _StepModule(nn.Module):
             it does not look into every mapping, and what else is in there needs no gradient.
     """
 
-    def __init__(self, task: nn.Module) -> None:
+    def __init__(self, task: nn.Module, step: Callable[..., Any]) -> None:
         super().__init__()
-        self.task = task
+        self.task, self.step = task, step
         self.outputs: Mapping[str, Any] | None = None
 
     def forward(self, *arguments: Any) -> Any:
         """Calls the step and returns the loss, or whatever else it returned."""
-        outputs = self.task.training_step(*arguments)  # type: ignore[operator]
+        outputs = self.step(*arguments)
         if isinstance(outputs, Tensor) or not isinstance(outputs, Mapping):
             return outputs
         self.outputs = outputs
@@ -122,12 +125,15 @@ class DDPStrategy(Strategy):
 
     # --- automatic optimization ------------------------------------------------------------------
 
-    def bind_training(self, task: nn.Module, *, automatic: bool) -> Callable[..., Any]:
+    def bind_training(
+        self, task: nn.Module, *, automatic: bool, compiled: Compiled | None = None
+    ) -> Callable[..., Any]:
         """See `Strategy.bind_training`."""
+        step = super().bind_training(task, automatic=automatic, compiled=compiled)
         if not automatic:
             self._follow(task)
-            return self.bind(task, "training_step")
-        self._adaptor = _StepModule(task)
+            return step
+        self._adaptor = _StepModule(task, step)
         self._wrap()
         self.sync_gradients = self._sync_gradients
         return self._step

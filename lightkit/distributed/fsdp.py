@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.optim import Optimizer
 
+    from lightkit.distributed.strategies import Compiled
+
 #: How long the slowest disk may take.
 _STORAGE_TIMEOUT = timedelta(hours=1)
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
@@ -200,6 +202,19 @@ class FSDPStrategy(Strategy):
             task.to(self.device)  # buffers
         task.__dict__[_MARK] = mark
 
+    def to_channels_last(self, task: nn.Module) -> None:
+        """See `Strategy.to_channels_last`.
+
+        Raises:
+            ConfigError: The task is sharded, which torch can do with contiguous parameters only.
+        """
+        if self.sharded:
+            raise ConfigError(
+                f"memory_format='channels_last' does not go with strategy=\"{self.name}\": parts of "
+                f'parameters are contiguous. Leave it out, or use strategy="ddp".'
+            )
+        super().to_channels_last(task)
+
     def _shard(self, task: nn.Module) -> None:
         """Shards the blocks, then what is left of the task."""
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -246,15 +261,17 @@ class FSDPStrategy(Strategy):
 
         return step
 
-    def bind_training(self, task: nn.Module, *, automatic: bool) -> Callable[..., Any]:
+    def bind_training(
+        self, task: nn.Module, *, automatic: bool, compiled: Compiled | None = None
+    ) -> Callable[..., Any]:
         """See `Strategy.bind_training`.
 
         Raises:
             ConfigError: For manual optimization.
         """
-        method: Callable[..., Any] = getattr(task, "training_step")  # noqa: B009
+        step = super().bind_training(task, automatic=automatic, compiled=compiled)
         if not self.sharded:
-            return method
+            return step
         if not automatic:
             raise ConfigError(
                 f'strategy="{self.name}" splits the model between forward and backward, so it '
@@ -262,7 +279,7 @@ class FSDPStrategy(Strategy):
                 f'{type(task).__name__} optimizes by itself: use strategy="ddp".'
             )
         self._task, self.sync_gradients = task, self._sync
-        return method
+        return step
 
     def check_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
         """See `Strategy.check_optimizers`.

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from lightkit.precision import Precision
 
+    Compiled = Callable[[Callable[..., Any]], Callable[..., Any]]
+
 
 class Strategy:
     """The seam between the loop and the devices.
@@ -80,19 +82,33 @@ class Strategy:
         """Brings the task to where it runs, with the same weights on all ranks."""
         to_device(task, self.device)
 
+    def to_channels_last(self, task: nn.Module) -> None:
+        """Lays the task's floating 4-D parameters and buffers out with the channels last.
+
+        They keep their names, shapes and values, and stay so after the call, as on their device.
+        """
+        for tensor in itertools.chain(task.parameters(), task.buffers()):
+            if tensor.dim() == 4 and tensor.is_floating_point():
+                tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+
     def bind(self, task: nn.Module, name: str) -> Callable[..., Any]:
         """Returns what is called for the step method ``name`` of an evaluation."""
         method: Callable[..., Any] = getattr(task, name)
         return method
 
-    def bind_training(self, task: nn.Module, *, automatic: bool) -> Callable[..., Any]:
+    def bind_training(
+        self, task: nn.Module, *, automatic: bool, compiled: Compiled | None = None
+    ) -> Callable[..., Any]:
         """Returns what is called for ``training_step``.
 
         Args:
             task: The task.
             automatic: Whether the loop differentiates, and not the task itself.
+            compiled: Returns the compiled form of a function; None where nothing is compiled. It is
+                for the task's own method: what wraps that stays outside.
         """
-        return self.bind(task, "training_step")
+        step: Callable[..., Any] = getattr(task, "training_step")  # noqa: B009
+        return step if compiled is None else compiled(step)
 
     def check_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
         """Raises for optimizers that cannot update what the strategy made of the parameters."""

@@ -17,9 +17,11 @@ PACKAGES: dict[str, set[str]] = {
     "torchmetrics": {"metrics.py"},
     "matplotlib": {"history.py"},
     "pandas": {"history.py"},
+    "torch.profiler": {"callbacks/trace.py"},
     "argparse": {"cli.py", "hparams.py"},  # hparams: its Namespace
     # checkpoint/sharded: the parts of sharded checkpoints, by torch.distributed.checkpoint
     "torch.distributed": {"distributed/", "checkpoint/sharded.py"},
+    "torch._dynamo": {"compiling.py", "compile_report.py"},
     "sklearn": set(),
     # checkpoint: its errors; processes: tries whether a value can be sent before all wait for it
     "pickle": {"checkpoint/", "distributed/processes.py"},
@@ -30,11 +32,12 @@ EXPRESSIONS: dict[str, set[str]] = {
     r"torch\.distributed\.": {"distributed/"},
     r"(torch\.)?(amp\.|cuda\.amp\.)?(autocast|GradScaler)\(": {"precision.py"},
     r"torch\.(save|load)\(": {"checkpoint/"},
-    # Each waits for the device; distributed: numbers in the memory of the CPU.
-    r".*\.(item|tolist)$": {"readings.py", "checkpoint/", "distributed/"},
+    # Each waits for the device; distributed, planning: numbers in the memory of the CPU.
+    r".*\.(item|tolist)$": {"readings.py", "checkpoint/", "distributed/", "data/planning.py"},
     r"torch\.load\(.*weights_only=False": set(),
     r"signal\.signal": {"signals.py", "data/"},  # data: in worker processes
     r"torch\.inference_mode": set(),
+    r"torch\.(compile|compiler|_dynamo)\b": {"compiling.py"},
 }
 
 

@@ -17,6 +17,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "signatures",
         "screen",
         "signals",
+        "timing",
         "_share",
     ),
     (
@@ -32,6 +33,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     (
         "columns",
+        "compile_report",
+        "compiling",
         "freezing",
         "fused",
         "history",
@@ -45,9 +48,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("checkpoint", "metrics", "optim", "task"),
     ("run",),
-    ("agreement", "loops", "evaluation", "closure", "predictions"),
+    ("agreement", "loops", "evaluation", "closure", "predictions", "instruments"),
     ("callbacks", "loggers"),
     (
+        "advice",
         "announce",
         "calls",
         "checks",

@@ -33,21 +33,27 @@ class Marks:
 
     Attributes:
         read: For each of the two: seconds of the process, seconds of the wall.
-        walls: With ``each``, the wall's seconds at the beginning of every step.
     """
 
-    def __init__(self, first: int, last: int, *, each: bool = False) -> None:
+    def __init__(self, first: int, last: int) -> None:
         self.count, self.next, self.last = 0, first, last
         self.read: list[tuple[float, float]] = []
-        self.walls: list[float] | None = [] if each else None
 
     def __call__(self) -> None:
-        if self.walls is not None:
-            self.walls.append(time.perf_counter())
         if self.count == self.next:
             self.read.append((time.process_time(), time.perf_counter()))
             self.next = self.last
         self.count += 1
+
+
+class Each:
+    """Reads the clocks at the beginning of every step; attribute as in `Marks`."""
+
+    def __init__(self) -> None:
+        self.read: list[tuple[float, float]] = []
+
+    def __call__(self) -> None:
+        self.read.append((time.process_time(), time.perf_counter()))
 
 
 class Watched(nn.Module):
@@ -264,9 +270,8 @@ def make_job(
     *,
     steps: int | None = None,
     epochs: int | None = None,
-    each: bool = False,
 ) -> Job:
-    """Makes a job from the seed 0. ``each``: the clock is read in every step.
+    """Makes a job from the seed 0.
 
     Args:
         name: One of `WORKS`.
@@ -274,14 +279,13 @@ def make_job(
         folder: Where the contender may write.
         steps: Steps in an epoch, where it shall be another number.
         epochs: Epochs, likewise; at least 3.
-        each: Whether the marks hold the time of each step.
     """
     work = WORKS[name]
     torch.manual_seed(0)
     steps, epochs = steps or work.steps, epochs or work.epochs
     net, train, val = work.make(steps)
     length = len(train)
-    net.marks = Marks(length, (epochs - 1) * length, each=each)
+    net.marks = Marks(length, (epochs - 1) * length)
 
     def schedule(optimizer: Optimizer) -> LRScheduler | None:
         if work.cycle is None:

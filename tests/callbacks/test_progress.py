@@ -47,7 +47,9 @@ class FakeTrainer(SimpleNamespace):
             "num_test_batches": [4],
             "num_predict_batches": [4],
             "accumulate_grad_batches": 1,
-            "data_wait": 0.0,
+            "epoch_times": {"data": 0.0},
+            "samples_per_second": None,
+            "memory": None,
             "epoch_started": time.perf_counter(),
         }
         super().__init__(**{**defaults, **kwargs})
@@ -166,7 +168,7 @@ def test_an_epoch_leaves_a_row_and_the_header_comes_once(terminal):
     for loss in (0.5, 0.25):
         fit.start_epoch()
         fit.batches(6, train_loss=loss)
-        fit.trainer.data_wait = 0.125
+        fit.trainer.epoch_times = {"data": 0.125}
         fit.end_epoch(train_loss=loss, val_acc=0.75, val_loss=12.5)
     fit.end()
     assert shown(terminal) == [

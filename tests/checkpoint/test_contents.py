@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import types
 
 import pytest
@@ -121,6 +122,35 @@ def test_everything_goes_into_a_file_and_back(tmp_path):
     assert isinstance(other.history, History)
     assert other.data == {"position": 4}
     Net().load_state_dict(loaded["model"])
+
+
+def test_a_history_comes_back_as_it_was(tmp_path):
+    rows = [
+        {"epoch": 1, "train_loss": 0.1 + 0.2, "note": "first", "mixed": 1},
+        {"epoch": 2, "train_loss": math.nan, "val_loss": math.inf, "mixed": 2.0},
+        {},
+        {"epoch": 4, "val_loss": -0.0, "huge": 2**70, "none": None},
+    ]
+    run, other = Run(), Run()
+    run.history = History(rows)
+    write_checkpoint(collect(run), tmp_path / "a.ckpt")
+    restore(other, read_checkpoint(tmp_path / "a.ckpt"))
+    for row, before in zip(other.history, rows, strict=True):
+        assert {k: repr(v) for k, v in row.items()} == {k: repr(v) for k, v in before.items()}
+
+
+def test_the_rows_of_a_history_cost_a_save_little():
+    """A list of dicts costs twenty times as much: each number of it is pickled by itself."""
+    run = Run()
+    run.history = History({"epoch": i, "train_loss": 0.5, "val_loss": 0.5} for i in range(1000))
+    saved = collect(run)["history"]
+    assert [t.dtype for t in saved["values"].values()] == [torch.int64, *2 * [torch.float64]]
+
+
+def test_the_oldest_files_hold_the_rows_of_a_history():
+    run, other = Run(2), Run()
+    restore(other, {**collect(run), "history": list(run.history)})
+    assert other.history == run.history
 
 
 def test_the_random_states_are_saved_and_restoring_leaves_them_alone():

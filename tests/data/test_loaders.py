@@ -66,7 +66,7 @@ def test_looking_at_loaders_draws_nothing() -> None:
         (TensorDataset(torch.ones(3)), "is a Dataset.*DataLoader\\(dataset, batch_size=32, shuf"),
         (Numbers(), "is a Dataset.*batch_size=None"),
         ([TensorDataset(torch.ones(3))], "is a Dataset"),
-        (torch.ones(3, 2), r"Tensor of shape \(3, 2\).*TensorDataset"),
+        (torch.ones(3, 2), r"Tensor of shape \(3, 2\).*TensorLoader"),
         ([torch.ones(3), torch.ones(3)], "'dataloader_idx_0' is a Tensor"),
         ("data/train", "'data/train' \\(str\\)"),
         (3, r"3 \(int\)"),

@@ -95,6 +95,9 @@ def loader(kind):
         return DataLoader(Noisy(), 2, shuffle=True, num_workers=2, persistent_workers=True)
     if kind == "stream":
         return DataLoader(Stream(), 2)
+    if kind == "tensors":
+        x, generator = torch.arange(42.0)[:, None], torch.Generator().manual_seed(1)
+        return lk.TensorLoader(x, x, batch_size=2, shuffle=True, generator=generator)
     if kind == "list":
         return [(torch.tensor([[2.0 * i], [2.0 * i + 1]]), torch.zeros(1)) for i in range(21)]
     return DataLoader(data, 2, shuffle=True)
@@ -104,7 +107,7 @@ def validation():
     return DataLoader(Numbers(21), 2, shuffle=True)
 
 
-KINDS = ("shuffled", "weighted", "generator", "workers", "stream", "list")
+KINDS = ("shuffled", "weighted", "generator", "workers", "tensors", "stream", "list")
 
 
 def fit(kind="shuffled", val=None, **options):

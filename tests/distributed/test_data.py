@@ -125,7 +125,7 @@ def lives(tmp_path_factory):
     """Returns what each rank of each life has seen: 4 ranks, then 3, 2 and 1 go on."""
     folder = tmp_path_factory.mktemp("lives")
     path = lambda kind, life: str(folder / f"{kind}_{life}.ckpt")  # noqa: E731
-    kinds = ("shuffled", "workers", "stream")
+    kinds = ("shuffled", "workers", "tensors", "stream")
 
     def run(world, moves):
         if world == 1:
@@ -142,7 +142,7 @@ def lives(tmp_path_factory):
     }
 
 
-@pytest.mark.parametrize("kind", ["shuffled", "workers", "stream"])
+@pytest.mark.parametrize("kind", ["shuffled", "workers", "tensors", "stream"])
 def test_other_numbers_of_ranks_go_on_in_the_same_order(lives, alone, kind):
     wanted, lived = alone[kind]["train"], lives[kind]
     began = in_turn([part[0] for part in lived[4]])

@@ -91,7 +91,6 @@ def _contents(folder: Path) -> dict:
     for name in ("lightkit", "loggers", "callbacks"):
         saved.pop(name, None)
     saved["loop"].pop("seconds")
-    for row in saved["history"]:
-        row.pop("time")
+    saved["history"]["values"].pop("time")
     rows = (folder / "metrics.jsonl").read_text().splitlines()
     return {**saved, "rows": rows, "files": sorted(p.name for p in folder.glob("checkpoints/*"))}

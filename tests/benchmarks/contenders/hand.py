@@ -19,7 +19,7 @@ def train(job: Job, variant: str = "") -> None:
     if variant == "silent":
         silent(job, optimizer)
     elif variant == "usual":
-        {"full": usual_full, "bare": usual_bare}.get(job.level, newcomer)(job, optimizer)
+        {"full": usual_full, "newcomer": newcomer}.get(job.level, usual_bare)(job, optimizer)
     else:
         {"full": full, "log": log, "bare": bare, "newcomer": newcomer}[job.level](job, optimizer)
 

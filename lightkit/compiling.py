@@ -1,0 +1,336 @@
+"""``Trainer(compile=)``: the training step, or the blocks of the model, go through torch.compile.
+
+The only door to torch.compile; nothing of it is imported where nothing is compiled. What a compiled
+step logs is put into a list and logged when the step is over, so that it is no part of the graph,
+breaks none and compiles nothing anew. Evaluations are not compiled: their batches and their mode are
+others, so each would be compiled again, and ``trainer.validate`` gives what the fit has shown.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lightkit import metric_objects
+from lightkit.compile_report import MEANT, Report, frames_in, summary, user_line
+from lightkit.distributed.blocks import repeated
+from lightkit.errors import CompileError, ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    from lightkit.flow import Flow
+    from lightkit.task import TaskModule
+
+_log = logging.getLogger("lightkit")
+#: The keys of a dict, and what their values may be.
+_KEYS: dict[str, tuple[type, ...]] = {
+    "mode": (str, type(None)),
+    "backend": (str, Callable),  # type: ignore[dict-item]
+    "dynamic": (bool, type(None)),
+    "fullgraph": (bool,),
+    "options": (dict, type(None)),
+    "regional": (bool,),
+}
+#: Modes of torch.compile that record CUDA graphs.
+_GRAPH_MODES = ("reduce-overhead", "max-autotune")
+#: What a torchmetrics object does in a step, and is done outside of the graph.
+_METHODS = ("forward", "update", "compute", "reset")
+#: Where torch.compile keeps what calls a module instead of its ``forward``.
+_CALL = "_compiled_call_impl"
+
+
+def settings(given: Any) -> dict[str, Any] | None:
+    """Returns the arguments of torch.compile that ``compile=`` means, and ``"regional"``.
+
+    Args:
+        given: What the Trainer was given.
+
+    Returns:
+        None where nothing is to be compiled.
+
+    Raises:
+        ConfigError: It is none of the values that are allowed.
+    """
+    if given is None or given is False:
+        return None
+    if given is True:
+        return {}
+    if given == "regional":
+        return {"regional": True}
+    if not isinstance(given, Mapping):
+        hint = f" Write {{'mode': {given!r}}}." if given in _GRAPH_MODES else ""
+        raise ConfigError(
+            f"compile={given!r}: allowed are True, False, 'regional', or a dict with the arguments "
+            f"of torch.compile ({', '.join(_KEYS)}).{hint}"
+        )
+    for name, value in given.items():
+        if name not in _KEYS:
+            raise ConfigError(
+                f"compile={dict(given)!r} has the unknown key {name!r}; allowed are "
+                f"{', '.join(_KEYS)}.{did_you_mean(str(name), _KEYS)}"
+            )
+        if not isinstance(value, _KEYS[name]):
+            allowed = [{"NoneType": "None"}.get(k.__name__, k.__name__) for k in _KEYS[name]]
+            raise ConfigError(
+                f"compile={{{name!r}: {value!r}}}: allowed is {' or '.join(allowed).lower()}."
+            )
+    return dict(given)
+
+
+class Notes:
+    """Takes what a compiled step logs, in place of the log, and keeps it until the step is over.
+
+    A list that is empty whenever the step begins can be traced; the log itself, whose lists grow,
+    would be compiled again in every step. Tensors are copied within the graph: what is changed in
+    place afterwards is logged as it was.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[bool, str | None, Any, tuple[Any, ...]]] = []
+
+    def log(self, name: str | None, value: Any, *arguments: Any) -> None:
+        """Keeps the arguments of `Recorder.log`; without a name the metrics of a collection."""
+        self.calls.append((False, name, _copy(value), arguments))
+
+    def log_alone(self, name: str | None, value: Any, *arguments: Any) -> None:
+        """Keeps those of `Recorder.log_alone`."""
+        self.calls.append((True, name, _copy(value), arguments))
+
+    def members(self, dictionary: Any) -> Any:
+        """Returns what ``self.log_dict`` logs; the metrics of a collection as one, for later."""
+        if isinstance(dictionary, nn.ModuleDict):
+            return [(None, dictionary)]
+        return metric_objects.members(dictionary)
+
+    def replay(self, log: Any, copy: bool) -> None:
+        """Logs what was kept; ``copy`` takes it out of memory that the next step writes into."""
+        calls = list(self.calls)
+        self.calls.clear()
+        for alone, name, value, arguments in calls:
+            put = log.log_alone if alone else log.log
+            if name is None:
+                for key, metric in log.members(value):
+                    put(key, metric, *arguments)
+            elif copy and isinstance(value, Tensor):
+                put(name, value.clone(), *arguments)
+            else:
+                put(name, value, *arguments)
+
+
+def _copy(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+class Compilation:
+    """What is compiled in one fit.
+
+    Args:
+        how: What `settings` returned.
+        task: The task.
+        flow: Tells whether a group of batches has begun.
+        device: The device of this process.
+    """
+
+    def __init__(
+        self, how: Mapping[str, Any], task: TaskModule, flow: Flow, device: torch.device
+    ) -> None:
+        how = dict(how)
+        self._regional = how.pop("regional", False)
+        self._how, self._task, self._flow = how, task, flow
+        # What a CUDA graph returns lies where its next replay writes.
+        self._overwrites = device.type == "cuda" and _records_graphs(how)
+        self._calls: list[tuple[nn.Module, Any]] = []  # the blocks, and what calls them
+        self._undo = contextlib.ExitStack()
+        self._report = Report()
+
+    def begin(self) -> None:
+        """Compiles the blocks where these are asked for; before they are sharded.
+
+        Raises:
+            ConfigError: There are none, or torch.compile refuses its arguments.
+        """
+        import torch._dynamo.config as config
+
+        # Torch looks at .grad behind a graph break and hides the warning, but not from "error".
+        self._undo.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not")
+        if hasattr(config, "allow_unspec_int_on_nn_module"):
+            # Else each value of self.global_step would be compiled by itself.
+            name = "allow_unspec_int_on_nn_module"
+            self._undo.callback(setattr, config, name, getattr(config, name))
+            setattr(config, name, True)
+        self._undo.enter_context(_metrics_outside(self._task))
+        if not self._regional:
+            return
+        blocks = repeated(self._task)
+        if not blocks:
+            raise ConfigError(
+                f"compile='regional' compiles the repeated blocks of a model, but "
+                f"{type(self._task).__name__} has no ModuleList with two of one type. Say what its "
+                f"blocks are (configure_sharding(self) returns them), or use compile=True."
+            )
+        for block in blocks:
+            if getattr(block, _CALL, None) is None:  # else the user has compiled it by himself
+                with _refused(self._how):
+                    block.compile(**self._how)
+                self._undo.callback(block.__dict__.pop, _CALL, None)
+                self._calls.append((block, block.__dict__[_CALL]))
+
+    def check(self, *, automatic: bool) -> None:
+        """Raises `ConfigError` where the step differentiates by itself, which no graph can hold."""
+        if not automatic and not self._regional:
+            raise ConfigError(
+                "compile=True compiles training_step, which in manual optimization differentiates "
+                "and steps by itself. Use compile='regional' (the blocks of the model), or compile "
+                "its networks: self.net.compile() in configure_model."
+            )
+
+    def compiled(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """Returns the step compiled, or as it is where blocks are compiled."""
+        if self._regional:
+            return step
+        how = dict(self._how)
+        if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+            # Else all fits of a program together may compile a step so often as torch allows.
+            how["isolate_recompiles"] = True
+        with _refused(self._how):
+            return torch.compile(step, **how)
+
+    def around(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """Returns a step whose logging stays outside of the graph."""
+        link, flow, notes, overwrites = self._task._link, self._flow, Notes(), self._overwrites
+        report = self._report
+        report.begin()
+
+        def noting(*arguments: Any) -> Any:
+            if overwrites and not flow.group_open:
+                # Gradients of a group lie in the memory of the graphs until the optimizer's step.
+                torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+            log, link.metrics = link.metrics, notes  # type: ignore[assignment]
+            try:
+                outputs = step(*arguments)
+            except BaseException:
+                notes.calls.clear()
+                raise
+            finally:
+                link.metrics = log
+            if notes.calls:
+                notes.replay(log, overwrites)
+            if report.is_due():
+                report.say()
+            return _copied(outputs) if overwrites else outputs
+
+        return noting
+
+    def eager(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """Returns a step of an evaluation, within which the blocks run as they are."""
+        calls = self._calls
+        if not calls:
+            return step
+
+        def uncompiled(*arguments: Any) -> Any:
+            for block, _ in calls:
+                block.__dict__.pop(_CALL, None)
+            try:
+                return step(*arguments)
+            finally:
+                for block, call in calls:
+                    block.__dict__[_CALL] = call
+
+        return uncompiled
+
+    def explained(self, error: BaseException) -> BaseException:
+        """Returns an error of torch.compile as one that says what to do; others as they are."""
+        exc = sys.modules.get("torch._dynamo.exc")
+        if exc is None or not isinstance(error, exc.TorchDynamoException):
+            return error
+        what = "A block" if self._regional else "training_step"
+        place = user_line(frames_in(str(error)))
+        return CompileError(
+            f"{what} of {type(self._task).__name__} could not be compiled"
+            f"{f' ({place})' if place else ''}: {type(error).__name__}: {summary(str(error))} "
+            f"Trainer(compile=False) runs it as it is, and then also shows an error of its own."
+        )
+
+    def describe(self) -> str:
+        """Returns what is compiled, for the start lines."""
+        what = "training_step"
+        if self._regional:
+            kinds = sorted({type(block).__name__ for block, _ in self._calls})
+            what = f"{len(self._calls)} blocks ({', '.join(kinds)})"
+        how = ", ".join(f"{k}={v!r}" for k, v in self._how.items() if isinstance(v, (str, bool)))
+        return f"{what}{f' with {how}' if how else ''}; the first step takes longer"
+
+    def end(self) -> None:
+        """Leaves the task as it was."""
+        self._undo.close()
+
+
+@contextlib.contextmanager
+def _refused(how: Mapping[str, Any]) -> Iterator[None]:
+    """Raises what torch.compile says of its arguments as `ConfigError`."""
+    try:
+        yield
+    except Exception as error:
+        raise ConfigError(f"compile={dict(how)!r}: torch.compile refuses it: {error}") from error
+
+
+def _records_graphs(how: Mapping[str, Any]) -> bool:
+    """Tells whether arguments of torch.compile ask for CUDA graphs."""
+    options = how.get("options") or {}
+    return (
+        how.get("mode") in _GRAPH_MODES
+        or how.get("backend") == "cudagraphs"
+        or bool(options.get("triton.cudagraphs"))
+    )
+
+
+def _copied(value: Any) -> Any:
+    """Returns what a step returned, with copies of its tensors; the loss stays differentiable."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, Mapping):
+        return {key: _copied(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_copied(item) for item in value)
+    return value
+
+
+@contextlib.contextmanager
+def _metrics_outside(task: nn.Module) -> Iterator[None]:
+    """Keeps the torchmetrics objects of a task out of graphs: they count in Python, in every step.
+
+    Their update is a function of each object, which they themselves leave out of copies; the rest
+    are methods of their classes, so that a copy of the task keeps nothing of this.
+    """
+    metrics = [module for module in task.modules() if metric_objects.is_metric(module)]
+    with contextlib.ExitStack() as stack:
+        for owner in [*metrics, *{type(metric) for metric in metrics}]:
+            for name in _METHODS:
+                if name in vars(owner) or isinstance(owner, type):
+                    stack.callback(_put, owner, name, vars(owner).get(name))
+                    _put(owner, name, _outside(getattr(owner, name)))
+        yield
+
+
+def _outside(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a function that breaks graphs, and whatever it calls with it."""
+    disable: Callable[..., Callable[..., Any]] = torch.compiler.disable
+    if "reason" in inspect.signature(disable).parameters:  # not in older versions
+        return disable(function, reason=MEANT)
+    return disable(function)
+
+
+def _put(owner: Any, name: str, value: Any) -> None:
+    """Sets an attribute of an object or a class past what guards it; None removes it."""
+    if isinstance(owner, type):
+        delattr(owner, name) if value is None else setattr(owner, name, value)
+    else:
+        vars(owner)[name] = value

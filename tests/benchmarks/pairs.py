@@ -1,0 +1,106 @@
+"""Two ways of doing one thing, in one process and in turn: A B B A. The frame of the gains.
+
+A module of ``tests/benchmarks/gains`` has ``pairs(quick)``, which yields a `Pair` for each row of its
+table, and ``BASE`` and ``OTHER``, the names of the two ways.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from tests.benchmarks import fresh
+from tests.benchmarks.tables import Spread, Table, ratios
+
+#: Seconds that a chunk takes at least, where its number of units is chosen here.
+CHUNK = 0.01
+CLOCKS = {"cpu": time.process_time, "wall": time.perf_counter, "thread": time.thread_time}
+
+
+@dataclass
+class Pair:
+    """Two ways of doing one thing.
+
+    Attributes:
+        what: What is done; the name of the row.
+        base: Does it so many times in the one way.
+        other: And in the other.
+        unit: What is done once: "step", "batch", "epoch".
+        clock: "cpu" (all threads of the process), "thread" (this one) or "wall" (for what waits).
+        times: How often in a chunk; None for so often that it takes 10 ms.
+        close: Called when it is measured.
+    """
+
+    what: str
+    base: Callable[[int], Any]
+    other: Callable[[int], Any]
+    unit: str = "step"
+    clock: str = "cpu"
+    times: int | None = None
+    close: Callable[[], Any] = lambda: None
+
+
+def compare(pair: Pair, rounds: int) -> dict[str, Any]:
+    """Measures a pair in so many rounds.
+
+    Returns:
+        ``what`` and ``unit``; ``base`` and ``other``: microseconds a unit, for each round.
+    """
+    clock = CLOCKS[pair.clock]
+    for way in (pair.base, pair.other):
+        way(1)  # whatever is made once
+    began = clock()
+    pair.base(1)
+    took = clock() - began
+    times = pair.times or max(1, int(CHUNK / max(took, 1e-6)))
+    found: dict[str, list[float]] = {"base": [], "other": []}
+    for number in range(rounds + 1):
+        marks = [clock()]
+        for way in (pair.base, pair.other, pair.other, pair.base):
+            way(times)
+            marks.append(clock())
+        if number:  # the first one warms up
+            a, b, c, d = (end - start for start, end in zip(marks, marks[1:], strict=False))
+            found["base"].append((a + d) / (2 * times) * 1e6)
+            found["other"].append((b + c) / (2 * times) * 1e6)
+    pair.close()
+    return {"what": pair.what, "unit": pair.unit, **found}
+
+
+def measure(module: str, rounds: int, quick: bool) -> list[dict[str, Any]]:
+    """Compares all pairs of a module, in this process."""
+    import torch
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    return [compare(pair, rounds) for pair in importlib.import_module(module).pairs(quick)]
+
+
+def tables(module: Any, *, rounds: int, quick: bool) -> Iterator[Table]:
+    """Yields the table of a module of gains, measured in a fresh process."""
+    name = module.__name__
+    arguments = {"module": name, "rounds": rounds, "quick": quick}
+    results = fresh.call("tests.benchmarks.pairs:measure", **arguments)
+    title = module.__doc__.splitlines()[0].rstrip(".")
+    yield gain_table(name.rpartition(".")[2], title, module.BASE, module.OTHER, results)
+
+
+def gain_table(
+    name: str, title: str, base: str, other: str, results: list[dict[str, Any]]
+) -> Table:
+    """Makes the table from what `compare` returned; below 1.00 the other way is faster."""
+    rows = [
+        (
+            row["what"],
+            row["unit"],
+            f"{Spread.of(row['base']).median:,.1f}",
+            f"{Spread.of(row['other']).median:,.1f}",
+            ratios(row["other"], row["base"]).show(),
+        )
+        for row in results
+    ]
+    header = ("", "per", f"us, {base}", f"us, {other}", f"time of {other} to {base}")
+    return Table(f"gains/{name}", title, header, rows)

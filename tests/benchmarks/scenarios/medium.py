@@ -1,0 +1,13 @@
+"""A small transformer, some milliseconds a step, bare and with the full set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from tests.benchmarks.levels import level_tables
+from tests.benchmarks.plan import Plan
+from tests.benchmarks.tables import Table
+
+
+def tables(plan: Plan) -> Iterator[Table]:
+    yield from level_tables("medium", plan)
