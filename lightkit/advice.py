@@ -47,11 +47,11 @@ def at_start(run: FitRun) -> Iterator[tuple[str, str]]:
     """Yields names and texts of what can be told before the first batch."""
     loader = run.train_loader
     if isinstance(loader, DataLoader) and loader.num_workers and in_memory(loader.dataset):
-        yield (
-            "workers-for-memory",
+        text = (
             f"the training data are in memory, and num_workers={loader.num_workers} sends each "
-            f"batch from one process to another; try num_workers=0 or lightkit.TensorLoader",
+            f"batch from one process to another; try num_workers=0 or lightkit.TensorLoader"
         )
+        yield "workers-for-memory", text
 
 
 class Advice(Callback):
@@ -71,9 +71,7 @@ class Advice(Callback):
     def on_train_start(self, trainer: Trainer, task: TaskModule) -> None:
         """Notes where the fit begins."""
         self._run = trainer._run if trainer.is_global_zero else None  # type: ignore[assignment]
-        self._said.clear()
         self._batches, self._validations = _batches(trainer), trainer.state.validations
-        self._first = 0.0
 
     def on_train_epoch_start(self, trainer: Trainer, task: TaskModule) -> None:
         """Looks at the epochs that are complete, with what followed them."""
@@ -85,7 +83,7 @@ class Advice(Callback):
 
     def on_validation_end(self, trainer: Trainer, task: TaskModule) -> None:
         """Looks in the middle of an epoch, which may be long."""
-        self._look(trainer)
+        self._look(trainer, validating=1)
 
     def on_train_end(self, trainer: Trainer, task: TaskModule) -> None:
         """Looks at all epochs."""
@@ -108,8 +106,8 @@ class Advice(Callback):
 
         hooks.on_train_batch_start = (*before, first)
 
-    def _look(self, trainer: Trainer) -> None:
-        """Says what has cost too much by now."""
+    def _look(self, trainer: Trainer, *, validating: int = 0) -> None:
+        """Says what has cost too much by now, in which one validation may not be counted yet."""
         run, flow = self._run, trainer.session.flow
         if run is None or len(self._said) == len(_SHARES):
             return
@@ -129,8 +127,9 @@ class Advice(Callback):
                 )
                 say("slow-data", f"{share} was spent waiting for data: {text}")
             elif kind == "validation":
-                count = trainer.state.validations - self._validations
-                say("slow-validation", f"{share} went into validation: {_validation(run, count)}")
+                count = trainer.state.validations + validating - self._validations
+                text = _validation(run, spent, count)
+                say("slow-validation", f"{share} went into validation: {text}")
             elif kind == "checkpoint":
                 say("slow-checkpoints", f"{share} was spent saving: {_saving(run, spent)}")
             else:
@@ -199,9 +198,9 @@ def _batches(trainer: Trainer) -> int:
     return trainer.state.batches_before + trainer.state.batch_idx
 
 
-def _validation(run: FitRun, count: int) -> str:
+def _validation(run: FitRun, spent: float, count: int) -> str:
     assert run.validation is not None
-    spent, waited = run.flow.times.validation.seconds, sum(p.waited for p in run.validation.loaders)
+    waited = sum(plan.waited for plan in run.validation.loaders)
     rarer = "val_check_interval"
     if run.cadence.unit == "epoch":
         rarer = f"check_val_every_n_epoch={2 * run.cadence.every}"

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightkit import advice, screen
-from lightkit.loggers import TensorBoardLogger
 from lightkit.places import newest_checkpoint
 from lightkit.precision import hints
 
@@ -90,6 +89,8 @@ def the_end(trainer: Trainer, session: Session) -> Iterator[None]:
 
 def _say_results(trainer: Trainer, session: Session) -> None:
     """Logs where the results are and how to look at them."""
+    from lightkit.loggers import TensorBoardLogger
+
     folder = session.run_dir
     assert folder is not None
     _say("results", _short(folder))

@@ -9,6 +9,7 @@ others, so each would be compiled again, and ``trainer.validate`` gives what the
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import logging
 import sys
@@ -158,15 +159,17 @@ class Compilation:
         """
         import torch._dynamo.config as config
 
-        # Torch looks at .grad behind a graph break and hides the warning, but not from "error".
+        # What torch's compiler does to itself: imports of deprecated parts, and a look at .grad
+        # behind a graph break, which it hides from all but the filter "error".
         self._undo.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch\.")
         warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not")
         if hasattr(config, "allow_unspec_int_on_nn_module"):
             # Else each value of self.global_step would be compiled by itself.
             name = "allow_unspec_int_on_nn_module"
             self._undo.callback(setattr, config, name, getattr(config, name))
             setattr(config, name, True)
-        self._undo.enter_context(_metrics_outside(self._task))
+        self._undo.enter_context(_metrics_outside(self._task, self._overwrites))
         if not self._regional:
             return
         blocks = repeated(self._task)
@@ -178,14 +181,29 @@ class Compilation:
             )
         for block in blocks:
             if getattr(block, _CALL, None) is None:  # else the user has compiled it by himself
+                # What Module.compile() does, which passes over modules of torch's own.
                 with _refused(self._how):
-                    block.compile(**self._how)
+                    call = torch.compile(_within(block), **self._how)
+                block.__dict__[_CALL] = call
                 self._undo.callback(block.__dict__.pop, _CALL, None)
-                self._calls.append((block, block.__dict__[_CALL]))
+                self._calls.append((block, call))
 
-    def check(self, *, automatic: bool) -> None:
-        """Raises `ConfigError` where the step differentiates by itself, which no graph can hold."""
-        if not automatic and not self._regional:
+    def check(self, *, automatic: bool, sharded: bool) -> None:
+        """Raises `ConfigError` for steps that no graph can hold.
+
+        Args:
+            automatic: Whether the loop differentiates, and not the step.
+            sharded: Whether the blocks of the model are put together one at a time.
+        """
+        if self._regional:
+            return
+        if sharded:
+            raise ConfigError(
+                "compile=True compiles training_step as a whole, but a sharded model is put "
+                "together block by block within it. Use compile='regional', which compiles the "
+                "blocks."
+            )
+        if not automatic:
             raise ConfigError(
                 "compile=True compiles training_step, which in manual optimization differentiates "
                 "and steps by itself. Use compile='regional' (the blocks of the model), or compile "
@@ -273,6 +291,18 @@ class Compilation:
         self._undo.close()
 
 
+def _within(block: nn.Module) -> Callable[..., Any]:
+    """Returns what calls a block with its hooks; for one of torch's own a function that is not."""
+    call: Callable[..., Any] = block._call_impl
+    if not type(block).__module__.startswith("torch."):
+        return call
+
+    def calling(*arguments: Any, **options: Any) -> Any:
+        return call(*arguments, **options)
+
+    return calling
+
+
 @contextlib.contextmanager
 def _refused(how: Mapping[str, Any]) -> Iterator[None]:
     """Raises what torch.compile says of its arguments as `ConfigError`."""
@@ -304,11 +334,15 @@ def _copied(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _metrics_outside(task: nn.Module) -> Iterator[None]:
+def _metrics_outside(task: nn.Module, copy: bool) -> Iterator[None]:
     """Keeps the torchmetrics objects of a task out of graphs: they count in Python, in every step.
 
     Their update is a function of each object, which they themselves leave out of copies; the rest
     are methods of their classes, so that a copy of the task keeps nothing of this.
+
+    Args:
+        task: The task.
+        copy: Whether they get copies of tensors, of which some keep those of all batches.
     """
     metrics = [module for module in task.modules() if metric_objects.is_metric(module)]
     with contextlib.ExitStack() as stack:
@@ -316,16 +350,22 @@ def _metrics_outside(task: nn.Module) -> Iterator[None]:
             for name in _METHODS:
                 if name in vars(owner) or isinstance(owner, type):
                     stack.callback(_put, owner, name, vars(owner).get(name))
-                    _put(owner, name, _outside(getattr(owner, name)))
+                    _put(owner, name, _outside(getattr(owner, name), copy))
         yield
 
 
-def _outside(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a function that breaks graphs, and whatever it calls with it."""
+def _outside(function: Callable[..., Any], copy: bool) -> Callable[..., Any]:
+    """Returns a function that is called outside of graphs, with all that it calls itself."""
+
+    @functools.wraps(function)
+    def given_copies(*arguments: Any, **options: Any) -> Any:
+        return function(*_copied(arguments), **_copied(options))
+
     disable: Callable[..., Callable[..., Any]] = torch.compiler.disable
+    chosen = given_copies if copy else function
     if "reason" in inspect.signature(disable).parameters:  # not in older versions
-        return disable(function, reason=MEANT)
-    return disable(function)
+        return disable(chosen, reason=MEANT)
+    return disable(chosen)
 
 
 def _put(owner: Any, name: str, value: Any) -> None:

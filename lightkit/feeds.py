@@ -7,6 +7,8 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from lightkit.data import (
     BatchStream,
     Feed,
@@ -17,6 +19,7 @@ from lightkit.data import (
     move_to_device,
     named_loaders,
 )
+from lightkit.data.prefetch import lane_of
 from lightkit.errors import ConfigError, DataError
 from lightkit.limits import Cadence, make_cadence
 from lightkit.run import LoaderPlan
@@ -130,7 +133,33 @@ def _feed(trainer: Trainer, session: Session, loader: Any, **options: Any) -> Fe
     """Returns what begins passes over a loader, divided between the ranks."""
     strategy = session.strategy
     options.setdefault("divided", not trainer.options.use_distributed_sampler)
-    return Feed(loader, ranks=strategy.ranks, place=strategy.data_ranks, **options)
+    feed = Feed(loader, ranks=strategy.ranks, place=strategy.data_ranks, **options)
+    wish, overfit = trainer.options.prefetch, trainer.options.overfit_batches
+    lane = None if wish is False or overfit else lane_of(session.device)
+    if lane is not None:
+        why_not = _why_not_ahead(session, feed)
+        if wish is True and why_not and options.get("resumable"):
+            raise ConfigError(f"prefetch=True, but {why_not}")
+        if not why_not and (wish is True or feed.steady):
+            feed.lane = lane
+    return feed
+
+
+def _why_not_ahead(session: Session, feed: Feed) -> str:
+    """Returns why batches of a loader cannot be on their way before their turn; "" if they can."""
+    kind = type(feed.loader).__name__
+    own = [name for name in _TRANSFER[:2] if _transfer_of(session, name) is not None]
+    if own:
+        return f"{own[0]} is to get each batch as the loader gave it. Remove one of the two."
+    if not feed.may_look_ahead:
+        return (
+            f"the training loader ({kind}) keeps its place by itself, and a run that goes on would "
+            f"find it one batch too far. Leave prefetch out, or give a DataLoader over a data set "
+            f"with indices."
+        )
+    if not getattr(feed.loader, "pin_memory", False):
+        return f"the batches are not in pinned memory. Give the {kind} pin_memory=True."
+    return ""
 
 
 def _limit(feed: Feed, limit: int | float | None, argument: str) -> int | None:
@@ -237,17 +266,18 @@ def required_plans(trainer: Trainer, session: Session, stage: str, given: Any) -
     return plans
 
 
-def make_transfer(session: Session) -> Callable[[Any, int], Any] | None:
+def make_transfer(session: Session, memory_format: str | None) -> Callable[[Any, int], Any] | None:
     """Returns what brings a batch to the device, or None where there is nothing to do."""
     task, datamodule, device = session.task, session.datamodule, session.device
-    dtype = session.precision.dtype
+    dtype, layout = session.precision.dtype, None
+    if memory_format is not None:
+        layout = getattr(torch, memory_format)
     own: dict[str, Callable[..., Any]] = {}
     for name in _TRANSFER:
-        if overrides(task, name):
-            own[name] = getattr(task, name)
-        elif datamodule is not None and _redefined(datamodule, name):
-            own[name] = getattr(datamodule, name)
-    if not own and device.type == "cpu" and dtype is None:
+        function = _transfer_of(session, name)
+        if function is not None:
+            own[name] = function
+    if not own and device.type == "cpu" and dtype is None and layout is None:
         return None
     before, move, after = (own.get(name) for name in _TRANSFER)
     non_blocking = device.type == "cuda"
@@ -259,9 +289,22 @@ def make_transfer(session: Session) -> Callable[[Any, int], Any] | None:
             batch = move(batch, device, dataloader_idx)
         if move is None or dtype is not None:  # a move of the user's knows nothing of precision
             batch = move_to_device(batch, device, non_blocking=non_blocking, dtype=dtype)
-        return batch if after is None else after(batch, dataloader_idx)
+        if after is not None:
+            batch = after(batch, dataloader_idx)
+        # Behind the user's functions, which may make other tensors.
+        return batch if layout is None else move_to_device(batch, device, memory_format=layout)
 
     return transfer
+
+
+def _transfer_of(session: Session, name: str) -> Callable[..., Any] | None:
+    """Returns the user's function of one of the names of `_TRANSFER`: the task's comes first."""
+    task, datamodule = session.task, session.datamodule
+    if overrides(task, name):
+        return getattr(task, name)  # type: ignore[no-any-return]
+    if datamodule is not None and _redefined(datamodule, name):
+        return getattr(datamodule, name)  # type: ignore[no-any-return]
+    return None
 
 
 def _redefined(datamodule: Any, name: str) -> bool:

@@ -66,7 +66,6 @@ class FusedChoice:
             reasons = [r for g in optimizer.param_groups if (r := self._reason(optimizer, g))]
             if not reasons:
                 self.chosen.append(optimizer)
-                optimizer.register_step_pre_hook(_CheckOfGradients())
             elif strict and not all(g.get("fused") for g in optimizer.param_groups):
                 raise OptimizerError(
                     f"fused=True is not possible for {type(optimizer).__name__}: {reasons[0]}. "
@@ -137,42 +136,42 @@ def _maybe_slower(optimizer: Optimizer, group: dict[str, Any]) -> bool:
     threads = torch.get_num_threads()
     if threads == 1:
         return operations == _PLAIN_SGD and len(params) < _FEW_TENSORS
-    parts = [p.to_local() if hasattr(p, "to_local") else p for p in params]
+    parts: list[Tensor] = [p.to_local() if hasattr(p, "to_local") else p for p in params]
     fused = sum(p.numel() * p.element_size() > _CACHE_LINE for p in parts)
     plain = sum(p.numel() >= threads * _NUMBERS_PER_THREAD for p in parts)
     return fused > operations * plain
+
+
+def _order(t: Tensor) -> list[int]:
+    """Returns in which order the numbers lie in memory; where a size is 1, a stride says nothing."""
+    return [stride for size, stride in zip(t.shape, t.stride(), strict=True) if size != 1]
 
 
 def _dense(p: nn.Parameter) -> bool:
     """Tells whether a parameter's numbers lie in memory without gaps, in whatever order."""
     if p.is_contiguous() or hasattr(p, "to_local"):
         return True
-    return torch.empty_like(p, device="meta").stride() == p.stride()
+    return _order(torch.empty_like(p, device="meta")) == _order(p)
 
 
-class _CheckOfGradients:
-    """Refuses, at the first step, gradients that lie in memory in another order than parameters.
+def check_gradients(optimizer: Optimizer) -> None:
+    """Raises where a gradient lies in memory in another order than its parameter.
 
-    Autograd makes none. Where somebody puts one there by hand, the fused kernels for the CPU would
-    take the wrong numbers without a word.
+    Autograd makes none. Where the user's code puts one there by itself, the fused kernels for the
+    CPU would take the wrong numbers, without a word.
+
+    Raises:
+        OptimizerError: With the shape of the parameter, and what to write.
     """
-
-    def __init__(self) -> None:
-        self._done = False
-
-    def __call__(self, optimizer: Optimizer, arguments: Any, keywords: Any) -> None:
-        if self._done:
-            return
-        self._done = True
-        for group in optimizer.param_groups:
-            for p in group["params"] if group.get("fused") else ():
-                if p.grad is not None and p.grad.stride() != p.stride():
-                    raise OptimizerError(
-                        f"The gradient of a parameter of shape {tuple(p.shape)} was put there by "
-                        f"hand and lies in memory in another order, which fused updates cannot "
-                        f"read. Copy it (p.grad = torch.empty_like(p).copy_(gradient)), or use "
-                        f"Trainer(fused=False)."
-                    )
+    for group in optimizer.param_groups:
+        for p in group["params"] if group.get("fused") else ():
+            if p.grad is not None and _order(p.grad) != _order(p):
+                raise OptimizerError(
+                    f"The gradient of a parameter of shape {tuple(p.shape)} was put there by hand "
+                    f"and lies in memory in another order, which fused updates cannot read. Copy "
+                    f"it (p.grad = torch.empty_like(p).copy_(gradient)), or use "
+                    f"Trainer(fused=False)."
+                )
 
 
 def _align_state(optimizer: Optimizer, params: list[nn.Parameter]) -> None:
@@ -180,7 +179,7 @@ def _align_state(optimizer: Optimizer, params: list[nn.Parameter]) -> None:
     for p in params:
         state = optimizer.state.get(p, {})
         for name, value in state.items():
-            if isinstance(value, Tensor) and value.shape == p.shape and value.stride() != p.stride():
+            if isinstance(value, Tensor) and value.shape == p.shape and _order(value) != _order(p):
                 state[name] = torch.empty_like(p).copy_(value)
 
 

@@ -46,6 +46,7 @@ _NUMBERS = (
     "limit_val_batches",
     "overfit_batches",
     "precision",
+    "prefetch",
     "seed",
     "val_check_interval",
 )

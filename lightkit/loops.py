@@ -30,7 +30,6 @@ from lightkit.losses import (
     is_zero,
     unpack,
 )
-from lightkit.timing import timed_validation
 
 if TYPE_CHECKING:
     from lightkit.data.groups import Group
@@ -423,7 +422,6 @@ def validation_due(run: FitRun, before: int) -> bool:
     return bool(clock() - run.flow.validated_at >= every)
 
 
-@timed_validation
 def validate(run: FitRun, *, batches_over: bool = False) -> None:
     """Runs the validation of a fit; training goes on afterwards as if nothing had been.
 
@@ -438,12 +436,14 @@ def validate(run: FitRun, *, batches_over: bool = False) -> None:
     flow, sanity = run.flow, run.flow.sanity_checking
     before = None if sanity else (run.before_validation(), run.metrics.eval_state())
     flow.validating = True
+    flow.times.enter(flow.times.validation)
     run.strategy.before_evaluation(run.task)  # over ranks a collective: buffers
     try:
         complete = flow.signal is None and evaluate(
             run.validation, sanity=sanity, **listening(run, run.validation)
         )
     finally:
+        flow.times.leave()
         flow.validating = False
     run.metrics.begin_epoch()
     if not complete:

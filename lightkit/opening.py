@@ -14,19 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim import Optimizer
 
-from lightkit import compiling
 from lightkit.advice import Advice
 from lightkit.agreement import Agreement
-from lightkit.callbacks import (
-    ModelCheckpoint,
-    ModelSummary,
-    ProgressBar,
-    SimpleProfiler,
-    TraceProfiler,
-)
+from lightkit.callbacks import ModelCheckpoint, ModelSummary, ProgressBar
 from lightkit.checkpoint import Writer
 from lightkit.checks import check_loaders, check_parameters
-from lightkit.compiling import Compilation
 from lightkit.data import sample_counts
 from lightkit.distributed import (
     check_nodes,
@@ -47,6 +39,7 @@ from lightkit.feeds import (
     required_plans,
     train_loader,
 )
+from lightkit.fused import check_gradients
 from lightkit.hooks import Callback, HookTable, positional_arguments
 from lightkit.metrics import MetricLog
 from lightkit.optim import ManualOptimizer, OptimizerPlan
@@ -135,9 +128,12 @@ def equip(trainer: Trainer, session: Session) -> None:
     session.metrics.epoch_time = lambda: time.perf_counter() - session.flow.epoch_started
     if session.device.type != "cpu":  # where the host runs ahead and waits when it reads
         session.metrics.read = session.flow.times.waiting(session.metrics.read)
-    how = compiling.settings(options.compile) if session.stage is Stage.FIT else None
-    if how is not None:
-        session.compilation = Compilation(how, task, session.flow, session.device)
+    if options.compile is not False and session.stage is Stage.FIT:
+        from lightkit import compiling
+
+        how = compiling.settings(options.compile)
+        if how is not None:
+            session.compilation = compiling.Compilation(how, task, session.flow, session.device)
     session.callbacks = _all_callbacks(trainer, session)
     listeners = [*session.callbacks, session.metrics, Advice()]
     session.hooks = HookTable(trainer, task, listeners, session.flow.times)
@@ -161,11 +157,8 @@ def _all_callbacks(trainer: Trainer, session: Session) -> list[Callback]:
             "Remove one of the two."
         )
     if options.profiler is not None:
-        kind = {"simple": SimpleProfiler, "trace": TraceProfiler}.get(str(options.profiler))
-        if kind is not None:
-            add(kind, kind)
-        elif options.profiler not in found:
-            found.append(options.profiler)
+        profiler = _profiler(options.profiler)
+        add(type(profiler), lambda: profiler)
     if options.enable_progress_bar:
         add(ProgressBar, ProgressBar)
     if fit and options.enable_model_summary:
@@ -237,7 +230,7 @@ def build_fit(trainer: Trainer, session: Session, train: Any, val: Any) -> FitRu
     plans = _validation_plans(trainer, session, val)
     plan = _optimizers(trainer, session)
     optimizer = plan.optimizer if plan.automatic else None
-    transfer = make_transfer(session)
+    transfer = make_transfer(session, options.memory_format)
     strategy = session.strategy
     step, validation = _bound(session, plan, plans, transfer)
     several = strategy.world_size > 1
@@ -297,7 +290,7 @@ def _bound(
     validation = _eval_run(session, "validation", plans, transfer) if plans else None
     if compilation is None:
         return strategy.bind_training(task, automatic=plan.automatic), validation
-    compilation.check(automatic=plan.automatic)
+    compilation.check(automatic=plan.automatic, sharded=strategy.sharded)
     step = strategy.bind_training(task, automatic=plan.automatic, compiled=compilation.compiled)
     if validation is not None:
         validation.step = compilation.eager(validation.step)
@@ -309,9 +302,15 @@ def _tie(session: Session, run: FitRun) -> None:
     link, optimizers = run.task._link, run.plan.optimizers
     link.precision, session.precision.optimizers = run.precision, optimizers
     link.after_backward = run.strategy.after_backward(run.task)
-    link.manual = [
-        ManualOptimizer(o, run.precision, lambda o: _before_manual_step(run, o)) for o in optimizers
-    ]
+    fused = {id(optimizer) for optimizer in run.plan.fused}
+
+    def before_step(optimizer: Optimizer) -> None:
+        if id(optimizer) in fused:  # at its first step; code that puts gradients there goes on so
+            fused.remove(id(optimizer))
+            check_gradients(optimizer)
+        _before_manual_step(run, optimizer)
+
+    link.manual = [ManualOptimizer(o, run.precision, before_step) for o in optimizers]
 
 
 def _validation_plans(trainer: Trainer, session: Session, given: Any) -> list[LoaderPlan]:
@@ -372,7 +371,7 @@ def build_eval(
     """Returns the run of ``validate``, ``test`` or ``predict``; ``keep`` collects the outputs."""
     plans = required_plans(trainer, session, stage, given)
     session.lengths[stage] = [p.length for p in plans]
-    run = _eval_run(session, stage, plans, make_transfer(session))
+    run = _eval_run(session, stage, plans, make_transfer(session, trainer.options.memory_format))
     if keep:
         run.outputs = [[] for _ in plans]
     return run

@@ -11,7 +11,6 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from lightkit import compiling
 from lightkit.data import limited
 from lightkit.distributed import Strategy, check_strategy
 from lightkit.errors import ConfigError, did_you_mean
@@ -114,9 +113,10 @@ class Options:
     fused: bool | None
     compile: Any
     memory_format: str | None
+    prefetch: Any
     terminate_on_nan: bool
     seed: int | None
-    profiler: str | Callback | None
+    profiler: Any
 
     def __post_init__(self) -> None:
         """Checks every argument by itself, and those that belong together."""
@@ -132,7 +132,11 @@ class Options:
         self._one_of("benchmark", (None, True, False))
         self._one_of("deterministic", (None, True, False, "warn"))
         self._one_of("memory_format", (None, "channels_last"))
-        compiling.settings(self.compile)
+        self._one_of("prefetch", (None, True, False, "epoch"))
+        if self.compile is not False:
+            from lightkit import compiling
+
+            compiling.settings(self.compile)
         check_strategy(self.strategy)
         self._profiler()
         self._numbers()
@@ -156,7 +160,7 @@ class Options:
                 f"profiler={self.profiler!r}: write 'simple' for a table of all parts of a run, or "
                 f"'trace' for torch.profiler, with the operators of some steps."
             )
-        if isinstance(self.profiler, type) and issubclass(self.profiler, Callback):
+        if isinstance(self.profiler, type):
             name = self.profiler.__name__
             raise ConfigError(f"profiler={name} is a class. Make an object of it: {name}().")
         if not isinstance(self.profiler, Callback):
@@ -247,9 +251,9 @@ def _check_twice(items: list[Any], what: str) -> None:
     """Raises for what can be there once only."""
     if len(items) < 2:
         return
-    from lightkit.callbacks import ModelSummary, ProgressBar
+    from lightkit.callbacks import ModelSummary, ProgressBar, SimpleProfiler, TraceProfiler
 
-    kinds = (ModelSummary, ProgressBar)
+    kinds = (ModelSummary, ProgressBar, SimpleProfiler, TraceProfiler)
     for i, item in enumerate(items):
         name = type(item).__name__
         for other in items[:i]:

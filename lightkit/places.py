@@ -28,7 +28,8 @@ _log = logging.getLogger("lightkit")
 
 def run_folder(trainer: Trainer, session: Session) -> Path | None:
     """Returns the folder of a fit, made; None where nothing shall be left behind."""
-    if not (session.loggers or trainer.options.enable_checkpointing):
+    wanted = any(getattr(callback, "needs_folder", False) for callback in session.callbacks)
+    if not (session.loggers or trainer.options.enable_checkpointing or wanted):
         return None
     chosen = next((d for logger in session.loggers if (d := logger.next_dir())), None)
     parent = trainer.default_root_dir / type(session.task).__name__

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -31,7 +31,7 @@ def save(
     path: str | Path,
     *,
     weights_only: bool = False,
-    background: bool = False,
+    background: bool | Literal["disk"] = False,
     then: Callable[[], None] | None = None,
     failed: Callable[[Exception], None] | None = None,
     exact: bool = True,

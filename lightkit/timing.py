@@ -129,10 +129,10 @@ class Times:
         now, inside = _clock(), self._open
         if inside:
             inside[-1].seconds += now - self._since
-        if not inside or inside[-1] is not part:
-            part.calls += 1
+        again = bool(inside) and inside[-1] is part
+        part.calls += not again
         inside.append(part)
-        label = None if self.label is None else self.label(part.name)
+        label = None if self.label is None or again else self.label(part.name)
         self._labels.append(label)
         if label is not None:
             label.__enter__()
@@ -188,15 +188,3 @@ class Times:
         if self._open:
             self._open[-1].seconds += now - self._since
             self._since = now
-
-
-def timed_validation(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorates a function of a fit's run that validates."""
-
-    @functools.wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        run: Any = args[0]
-        with run.flow.times.validation:
-            return function(*args, **kwargs)
-
-    return call

@@ -83,6 +83,9 @@ class Trainer(TrainerView):
             fullgraph, options) and perhaps ``"regional": True``. Evaluations are not compiled.
         memory_format: "channels_last" keeps the 4-D weights of the task and the 4-D tensors of
             batches so; None leaves them as they are.
+        prefetch: None brings the next batch to a GPU while a step runs, where that changes no number;
+            False never; True also where reading a batch draws; "epoch" lets the workers of the next
+            epoch begin before the validation.
         terminate_on_nan: Whether a loss that is not finite ends the run.
         seed: Seeds everything when the trainer is made.
         profiler: "simple" shows where the time went, in a table at the end; "trace" records a few
@@ -141,6 +144,7 @@ class Trainer(TrainerView):
         fused: bool | None = None,
         compile: bool | Literal["regional"] | dict[str, Any] = False,  # noqa: A002  as the field says
         memory_format: Literal["channels_last"] | None = None,
+        prefetch: bool | Literal["epoch"] | None = None,
         terminate_on_nan: bool = True,
         seed: int | None = None,
         profiler: str | Callback | None = None,
@@ -148,13 +152,7 @@ class Trainer(TrainerView):
         self.options = Options(**{k: v for k, v in locals().items() if k != "self"})
         self.limits, self.default_epochs = make_limits(self.options)
         self._callbacks = listed(callbacks, Callback, "callbacks")
-        self._loggers: list[Logger]
-        if logger is True:
-            from lightkit.loggers import JSONLLogger, TensorBoardLogger
-
-            self._loggers = [TensorBoardLogger(), JSONLLogger()]
-        else:
-            self._loggers = [] if logger is False else listed(logger, Logger, "logger")
+        self._loggers = _loggers(logger)
         self.session = Session(precision=resolve_precision(precision, "cpu"))
         # Until a call meets the others: what is_global_zero and the like say before it.
         self.session.strategy.ranks = Ranks(launched())
@@ -272,7 +270,7 @@ class Trainer(TrainerView):
         filepath: str | Path,
         weights_only: bool = False,
         *,
-        background: bool = False,
+        background: bool | Literal["disk"] = False,
         then: Callable[[], None] | None = None,
         failed: Callable[[Exception], None] | None = None,
         exact: bool = True,
@@ -284,7 +282,8 @@ class Trainer(TrainerView):
         Args:
             filepath: The file; an existing one is replaced as a whole.
             weights_only: Leave out what is only needed to go on with the run.
-            background: Copy the state and return, while a thread writes the file.
+            background: True to copy the state and return, while a thread writes the file; "disk" to
+                write it and return, while a thread waits until it is on the disk.
             then: Called when the file is complete, on rank zero; in the background by that thread.
             failed: Gets the error of a background save. Without it the next such call or the end
                 of the fit raises it.
@@ -336,3 +335,12 @@ class Trainer(TrainerView):
             text = "  ".join(f"{name} {value:.5g}" for name, value in row.items())
             _log.info("%s: %s", stage, text or "nothing was logged")
         return results
+
+
+def _loggers(given: Any) -> list[Logger]:
+    """Returns the loggers that ``Trainer(logger=given)`` asks for."""
+    if given is True:
+        from lightkit.loggers import JSONLLogger, TensorBoardLogger
+
+        return [TensorBoardLogger(), JSONLLogger()]
+    return [] if given is False else listed(given, Logger, "logger")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -131,5 +133,20 @@ def test_numbers_may_be_read_back():
 
 def test_arguments_of_the_field_that_ask_for_nothing_are_accepted():
     lk.Trainer(inference_mode=True, num_nodes=1, sync_batchnorm=False, profiler=None, plugins=None)
-    with pytest.raises(ConfigError, match="profiler='simple' asks for what is not in this version"):
-        lk.Trainer(profiler="simple")
+    with pytest.raises(ConfigError, match="plugins=3 asks for what is not in this version"):
+        lk.Trainer(plugins=3)
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ("advanced", "write 'simple' for a table of all parts of a run, or 'trace'"),
+        ("pytorch", "write 'simple' for a table of all parts of a run, or 'trace'"),
+        ("simpel", "allowed: None, 'simple', 'trace'. Did you mean 'simple'"),
+        (True, "allowed: None, 'simple', 'trace'"),
+        (lk.callbacks.SimpleProfiler, "Make an object of it: SimpleProfiler()"),
+    ],
+)
+def test_a_profiler_that_does_not_exist_is_told_with_those_that_do(given, text):
+    with pytest.raises(ConfigError, match=re.escape(text)):
+        lk.Trainer(profiler=given)

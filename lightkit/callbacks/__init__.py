@@ -1,23 +1,54 @@
 """Callbacks that come with lightkit. None knows another."""
 
-from __future__ import annotations
+import typing
 
-from lightkit.callbacks.accumulation import GradientAccumulationScheduler
-from lightkit.callbacks.early_stopping import EarlyStopping
-from lightkit.callbacks.lambda_callback import LambdaCallback
-from lightkit.callbacks.lr_monitor import LearningRateMonitor
-from lightkit.callbacks.model_checkpoint import ModelCheckpoint
-from lightkit.callbacks.prediction_writer import PredictionWriter
-from lightkit.callbacks.profiler import SimpleProfiler
-from lightkit.callbacks.progress import ProgressBar
-from lightkit.callbacks.requeue import RequeueJob
-from lightkit.callbacks.summary import ModelSummary
-from lightkit.callbacks.timer import Timer
-from lightkit.callbacks.trace import TraceProfiler
 from lightkit.hooks import Callback
 
-#: The names that other trainers use for the bar.
-RichProgressBar = TQDMProgressBar = ProgressBar
+if typing.TYPE_CHECKING:
+    from lightkit.callbacks.accumulation import GradientAccumulationScheduler
+    from lightkit.callbacks.early_stopping import EarlyStopping
+    from lightkit.callbacks.lambda_callback import LambdaCallback
+    from lightkit.callbacks.lr_monitor import LearningRateMonitor
+    from lightkit.callbacks.model_checkpoint import ModelCheckpoint
+    from lightkit.callbacks.prediction_writer import PredictionWriter
+    from lightkit.callbacks.profiler import SimpleProfiler
+    from lightkit.callbacks.progress import ProgressBar
+    from lightkit.callbacks.requeue import RequeueJob
+    from lightkit.callbacks.summary import ModelSummary
+    from lightkit.callbacks.timer import Timer
+    from lightkit.callbacks.trace import TraceProfiler
+
+    RichProgressBar = TQDMProgressBar = ProgressBar
+else:
+    _ROOMS = {
+        "EarlyStopping": "early_stopping",
+        "GradientAccumulationScheduler": "accumulation",
+        "LambdaCallback": "lambda_callback",
+        "LearningRateMonitor": "lr_monitor",
+        "ModelCheckpoint": "model_checkpoint",
+        "ModelSummary": "summary",
+        "PredictionWriter": "prediction_writer",
+        "ProgressBar": "progress",
+        "RequeueJob": "requeue",
+        "SimpleProfiler": "profiler",
+        "Timer": "timer",
+        "TraceProfiler": "trace",
+    }
+    #: The names that other trainers use for the bar.
+    _ALSO = {"RichProgressBar": "ProgressBar", "TQDMProgressBar": "ProgressBar"}
+
+    def __getattr__(name: str) -> object:
+        """Imports a callback when it is first asked for."""
+        name = _ALSO.get(name, name)
+        if name not in _ROOMS:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        import importlib
+
+        return getattr(importlib.import_module(f"{__name__}.{_ROOMS[name]}"), name)
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
+
 
 __all__ = [
     "Callback",

@@ -94,9 +94,11 @@ class ModelCheckpoint(Callback):
         verbose: Say a line for each file.
         auto_insert_metric_name: Write ``name=`` before each value in ``filename``.
         enable_version_counter: Accepted for ported code; there are no version counters.
-        async_save: Copy the state into memory kept for it (as many bytes as a file has) and write
-            the file in the background: training waits for the copy only. ``last`` and ``best``
-            move once the file is complete. The last save of a run is written at once.
+        async_save: True copies the state into memory kept for it (as many bytes as a file has) and
+            writes the file in the background: training waits for the copy only. None writes the
+            file at once and waits for the disk in the background (with one process; with several
+            it is as False). ``last`` and ``best`` move once the file is complete. False waits for
+            the disk too, as the last save of a run always does.
         on_error: "raise" ends the fit with the error of a file that could not be written; "warn"
             says it and trains on.
         save_on_exception: Save the last completed step when your code raises (if ``save_last``, or
@@ -134,7 +136,7 @@ class ModelCheckpoint(Callback):
         verbose: bool = False,
         auto_insert_metric_name: bool = True,
         enable_version_counter: bool = True,
-        async_save: bool = False,
+        async_save: bool | None = None,
         on_error: Literal["raise", "warn"] = "raise",
         save_on_exception: bool = True,
     ) -> None:
@@ -239,6 +241,8 @@ class ModelCheckpoint(Callback):
     @property
     def _complete_files(self) -> Retention:
         """The files as they are on the disk, also while the next one is being written."""
+        if not self.async_save:
+            checkpoint.settle()  # all but there
         return self._undo or self._files
 
     def teardown(self, trainer: Trainer, task: TaskModule, stage: str) -> None:
@@ -400,6 +404,9 @@ class ModelCheckpoint(Callback):
             return
         self._set_clock()  # also if it fails: not again at every step
         step = trainer.global_step
+        behind: bool | Literal["disk"] = bool(self.async_save)
+        if self.async_save is None and self._ranks.world_size == 1:
+            behind = "disk"
         self._undo = self._files
         # The file holds this very state, so the files are counted before it is written.
         now = dataclasses.replace(self._files, keep_newest=last)
@@ -409,7 +416,7 @@ class ModelCheckpoint(Callback):
             trainer.save_checkpoint(
                 path,
                 self.save_weights_only,
-                background=self.async_save and exact and not self._flow.ending,
+                background=behind if exact and not self._flow.ending else False,
                 then=lambda: self._complete(trainer, path, score),
                 failed=self._note,
                 exact=exact,

@@ -118,8 +118,10 @@ def table(what: str, parts: Mapping[str, tuple[float, int]], took: float) -> str
         + "  ".join(f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
         for row in shown
     ]
-    return "\n".join([f"{what} took {screen.brief(took)}", lines[0], "-" * len(lines[0]), *lines[1:]])
+    return "\n".join(
+        [f"{what} took {screen.brief(took)}", lines[0], "-" * len(lines[0]), *lines[1:]]
+    )
 
 
 def _share(seconds: float, took: float) -> str:
-    return f"{100 * seconds / took:.1f} %"
+    return f"{100 * seconds / took:.1f} %" if took else ""

@@ -267,7 +267,7 @@ class ProgressBar(Callback):
         waited = trainer.epoch_times["data"] / seconds if seconds > 0 else 0.0
         if trainer.max_epochs > 0 and not position.startswith("step"):
             position += f"/{trainer.max_epochs}"
-        more = {"speed": trainer.samples_per_second, "memory": trainer.memory}
+        more: dict[str, Any] = {"speed": trainer.samples_per_second, "memory": trainer.memory}
         for line in self._table.lines(position, row, seconds, waited, display.width, **more):
             display.leave(line)
 

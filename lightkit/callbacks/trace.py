@@ -46,6 +46,7 @@ class TraceProfiler(Callback):
 
     order: ClassVar[int] = 120  # a step ends when all others have listened
     measured: ClassVar[bool] = False
+    needs_folder: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -65,7 +66,7 @@ class TraceProfiler(Callback):
         if warmup < 0:
             raise ConfigError(f"TraceProfiler(warmup={warmup!r}): allowed is a number from 0 on.")
         self.steps, self.warmup, self.all_ranks = tuple(steps), warmup, all_ranks
-        self._how = {
+        self._how: dict[str, Any] = {
             "record_shapes": record_shapes,
             "profile_memory": profile_memory,
             "with_stack": with_stack,

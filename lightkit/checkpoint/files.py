@@ -14,7 +14,7 @@ import pickle
 import re
 import threading
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -83,24 +83,43 @@ def write_stored(obj: Any, path: Path, files: Iterable[Path] = ()) -> None:
     Raises:
         CheckpointError: It cannot be written.
     """
-    temporary = temporary_name(path)
-    recorder: _Recorder | None = None
-    try:
+    begin_file(obj, path, files)()
+
+
+def begin_file(obj: Any, path: Path, files: Iterable[Path] = ()) -> Callable[[], None]:
+    """Does the first half of `write_stored`: the data goes to a file of a temporary name.
+
+    Returns:
+        The second half, which waits for the disk and gives the file its name. ``obj`` may change
+        before it is called, by any thread.
+    """
+    temporary, size = temporary_name(path), nbytes(obj)
+    with _or_no_file(temporary, path, size) as recorder:
         path.parent.mkdir(parents=True, exist_ok=True)
         # open() gives the mode of the umask, which tempfile does not.
-        with open(temporary, "wb") as file:
-            recorder = _Recorder(file)
+        with open(temporary, "wb") as recorder._file:
             torch.save(obj, recorder)  # type: ignore[arg-type]
-            file.flush()
-            os.fsync(file.fileno())
-        sync_files(files)
-        give_name(temporary, path)
+
+    def finish() -> None:
+        with _or_no_file(temporary, path, size):
+            sync_files((temporary, *files))
+            give_name(temporary, path)
+
+    return finish
+
+
+@contextlib.contextmanager
+def _or_no_file(temporary: Path, path: Path, size: int) -> Iterator[_Recorder]:
+    """Removes the temporary file where something goes wrong, and says what it was."""
+    recorder = _Recorder()
+    try:
+        yield recorder
     except BaseException as error:  # noqa: BLE001, Ctrl-C too must leave no temporary file
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        cause = recorder.error if recorder is not None and recorder.error else error
+        cause = recorder.error or error
         if isinstance(cause, OSError):
-            raise CheckpointError(why(cause, path, nbytes(obj))) from cause
+            raise CheckpointError(why(cause, path, size)) from cause
         # The error itself, or the Ctrl-C that torch turned into an error of its own.
         raise cause from cause.__cause__
 
@@ -239,8 +258,9 @@ def _read_folder(path: Path, *, lazy: bool) -> dict[str, Any]:
 class _Recorder:
     """A file that remembers the first error: torch hides it behind one of its own."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
+    _file: BinaryIO
+
+    def __init__(self) -> None:
         self.error: BaseException | None = None
 
     def write(self, data: bytes) -> int:

@@ -8,12 +8,12 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from lightkit.checkpoint.files import in_flight, settle, write_stored
+from lightkit.checkpoint.files import begin_file, in_flight, settle, write_stored
 from lightkit.checkpoint.storable import storable
 from lightkit.errors import CheckpointError
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lightkit.distributed import Strategy
 
 _log = logging.getLogger("lightkit")
+_T = TypeVar("_T")
 #: How long to wait before a file that could not be written is tried once more.
 RETRY_SECONDS = 1.0
 
@@ -43,7 +44,7 @@ class Writer:
         path: Path,
         *,
         files: Iterable[Path] = (),
-        background: bool = False,
+        background: bool | Literal["disk"] = False,
         then: Callable[[], None] | None = None,
         failed: Callable[[Exception], None] | None = None,
         strategy: Strategy | None = None,
@@ -56,7 +57,9 @@ class Writer:
             contents: The checkpoint. What cannot be stored is converted or refused here and now.
             path: Where to.
             files: Files that must be on the disk before this one counts.
-            background: Copy the tensors and return; a thread does the rest.
+            background: True to copy the tensors and return, while a thread does the rest. "disk" to
+                write the file and return, while a thread waits until it is on the disk, and gives
+                it its name; of a sharded run that is not possible, and it is as False.
             then: Called when the file is complete, in the background by that thread.
             failed: Gets the error of a background save. Without it the next `write` that names
                 nobody either, `wait` or `close` raises the error, whichever comes first.
@@ -78,11 +81,18 @@ class Writer:
         else:
             stored = storable(contents, "checkpoint")
 
+        if background == "disk":
+            if shards is None:
+                finish = _twice(lambda: begin_file(stored, path, files))
+                self._start(lambda: (finish(), then and then()), failed or self._keep)
+                return
+            background = False
+
         def work() -> None:
             if shards is None:
-                _write_twice(lambda: write_stored(stored, path, files))
+                _twice(lambda: write_stored(stored, path, files))
             else:
-                _write_twice(lambda: shards.write(stored, files))
+                _twice(lambda: shards.write(stored, files))
             if then is not None:
                 then()
 
@@ -99,7 +109,7 @@ class Writer:
         self._error = error
         _log.warning("%s", error)
 
-    def _start(self, work: Callable[[], None], failed: Callable[[Exception], None]) -> None:
+    def _start(self, work: Callable[[], object], failed: Callable[[Exception], None]) -> None:
         """Lets a thread do the work."""
         done = threading.Event()
 
@@ -149,14 +159,14 @@ class Writer:
             self._buffers, self._parts = Buffers(), {}
 
 
-def _write_twice(write: Callable[[], None]) -> None:
+def _twice(write: Callable[[], _T]) -> _T:
     """Writes a file, once more after a while: a network or a full disk may have recovered."""
     try:
-        write()
+        return write()
     except CheckpointError as error:
         _log.warning("%s Trying once more in %g s.", error, RETRY_SECONDS)
         time.sleep(RETRY_SECONDS)
-        write()
+        return write()
 
 
 class Buffers:

@@ -22,7 +22,8 @@ from lightkit.data.loaders import (
     parts,
     takes_turns,
 )
-from lightkit.data.planning import Plan, fingerprint, seed_from
+from lightkit.data.planning import CHANGED, Plan, fingerprint, seed_from
+from lightkit.data.prefetch import Ahead, Lane
 from lightkit.data.shares import Reading, Share, Together, check_divider, divider
 from lightkit.data.tensor_loader import TensorPass
 from lightkit.data.workers import WorkerStart, watch
@@ -33,14 +34,6 @@ if TYPE_CHECKING:
     from lightkit.data.stream import BatchStream
 
 _log = logging.getLogger("lightkit")
-
-_CHANGED = (
-    "The order of its batches cannot be replayed, so the run cannot go on exactly where it was: "
-    "the data, their split, the batch size or the sampler changed, or the sampler draws from a random state "
-    "that it does not show (give it state_dict and load_state_dict, or a torch.Generator as its "
-    "attribute `generator`). Resume with the loader of that run, resume from a checkpoint of an "
-    "epoch's end, or begin a new run from its weights: task.load_weights(path)."
-)
 
 
 class Feed:
@@ -109,12 +102,15 @@ class Feed:
         self._fetcher: Any = None
         self.stream: BatchStream | None = None
         self.wrap: Callable[[Callable[[], Any]], Callable[[], Any]] | None = None
-        self._compared = False
+        self.lane: Lane | None = None
+        self._ahead: Ahead | None = None
+        self._before: dict[str, Any] | None = None
+        self._compared = self._walkable = False
         self._walks = self._persistent = self._iterable = self._placed = self._over = False
         self.data = fingerprint(getattr(loader, "dataset", None))
         self._tensors = takes_turns(loader)
         if self._tensors:
-            self._walks, self.reads = True, False
+            self._walks, self._walkable, self.reads = True, True, False
         if isinstance(loader, DataLoader):
             self._plan_walks(loader, resumable)
 
@@ -128,7 +124,7 @@ class Feed:
         # not ask the sampler at all.
         kind = type(loader)
         owners = {f.__module__.partition(".")[0] for f in (kind.__iter__, kind._get_iterator)}
-        walkable = not self._iterable and owners <= {"torch", "torchdata"}
+        walkable = self._walkable = not self._iterable and owners <= {"torch", "torchdata"}
         shared = self._common and walkable
         self._walks = walkable and (replay or shared)
         self.reads = self._common and not walkable
@@ -161,6 +157,16 @@ class Feed:
     def world(self) -> int:
         """Between how many processes the data are divided."""
         return self._place[1]
+
+    @property
+    def steady(self) -> bool:
+        """Whether giving a batch draws nothing in this process."""
+        return self._tensors or bool(getattr(self.loader, "num_workers", 0))
+
+    @property
+    def may_look_ahead(self) -> bool:
+        """Whether a batch can be fetched before its turn, and the pass still be continued."""
+        return self._walkable or (self._by_workers and self._placer() is None)
 
     def done(self, batches: int) -> int:
         """Returns how many batches all processes have done when each has done so many."""
@@ -291,6 +297,8 @@ class Feed:
         now = {"open": self.open, "states": states, "over": over, "data": self.data}
         if within and settled and self._reading is not None:
             now["random"] = self._reading.state
+        if within and settled and self._ahead is not None:
+            now["ahead"] = self._ahead.before
         return now
 
     def load(self, record: Mapping[str, Any], now: Mapping[str, Any], name: str) -> None:
@@ -306,7 +314,7 @@ class Feed:
         """
         if now.get("data") not in (None, self.data):
             if record:
-                raise DataError(f"The {name} has other data than it had. {_CHANGED}")
+                raise DataError(f"The {name} has other data than it had. {CHANGED}")
             _log.warning(
                 "The %s has other data than in the run that is continued: more, fewer, or split "
                 "in another way. If that is not meant: split them from a fixed seed, for example "
@@ -319,6 +327,7 @@ class Feed:
         self._placed = self._over or placer in current
         states = {**begun, **current} if self._placed else {**current, **begun}
         self._random = now.get("random") if self._placed else None
+        self._before = now.get("ahead") if record else None
         if placer == "loader":  # which holds the dataset's
             states.pop("dataset" if self._placed and not self._over else "loader", None)
         for name, part in self._keepers(within=bool(record)).items():
@@ -406,6 +415,13 @@ class Feed:
             )
         elif self.own and self.share.even and loader_length(self.loader) is None:
             iterator = Together(iterator, self.ranks)
+        self._ahead, before, self._before = None, self._before, None
+        if self.lane is not None:
+            most = None if limit is None else (self.share.length(limit) or 0) - skip + left
+            drawing = None if self.steady else self.loader
+            self._ahead = iterator = Ahead(iterator, self.lane, most, drawing)
+            if skip and not left:  # before random states are put back, which know of its draws
+                self._ahead.begin(before)
         return iterator, left
 
     def mark(self, done: int) -> int | None:
@@ -427,31 +443,13 @@ class Feed:
         """Raises `DataError` unless the first ``done`` batches are those of the recorded pass."""
         length, saved = loader_length(self.loader), record.get("length")
         if saved is not None and length is not None and length != saved:
-            raise DataError(f"The {name} has {length} batches, it had {saved}. {_CHANGED}")
+            raise DataError(f"The {name} has {length} batches, it had {saved}. {CHANGED}")
         if self._plan is not None and self._plan.replay:
-            self._check_walk(self._plan, done, name)
+            self._plan.check(self._counted(done), name)
         elif self._pass is None:
             return
         if record.get("hash") not in (None, self.mark(done)):
-            raise DataError(f"The {name} gives other samples than it gave. {_CHANGED}")
-
-    def _check_walk(self, plan: Plan, done: int, name: str) -> None:
-        """Raises `DataError` where a loader asked for fewer indices than are done."""
-        given, counted = len(plan.marks), self._counted(done)
-        if given < counted:
-            raise DataError(
-                f"The {name} ended after {given} batches, but the run that is resumed had "
-                f"completed {counted} of them. {_CHANGED}"
-            )
-        if given > counted and not plan.workers:
-            _log.warning(
-                "The %s looks %d batch%s ahead in the main process: the order is as it was, but "
-                "what its data set draws from random states for them cannot be repeated. Use "
-                "num_workers=1 or more.",
-                name,
-                given - counted,
-                "es"[: 2 * (given - counted > 1)],
-            )
+            raise DataError(f"The {name} gives other samples than it gave. {CHANGED}")
 
     def _keepers(self, *, within: bool) -> dict[str, Any]:
         """Returns the parts that have a state of their own; that of a DataLoader is a position."""

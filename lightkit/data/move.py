@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, MutableMapping
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+#: Device, non_blocking, dtype, memory_format.
+_How: TypeAlias = "tuple[torch.device | str, bool, torch.dtype | None, torch.memory_format | None]"
 _PLAIN = frozenset((int, float, bool, str, bytes, complex, type(None)))
 
 
@@ -20,6 +22,7 @@ def move_to_device(
     *,
     non_blocking: bool = False,
     dtype: torch.dtype | None = None,
+    memory_format: torch.memory_format | None = None,
 ) -> Any:
     """Returns ``batch`` with all its tensors on ``device``.
 
@@ -33,47 +36,49 @@ def move_to_device(
         non_blocking: Copies from pinned memory need not be waited for.
         dtype: Floating-point tensors are cast to it, those of a ``PackedSequence`` included;
             objects with their own ``to`` are only moved.
+        memory_format: Floating-point tensors with four dimensions are laid out so.
     """
+    return _move(batch, (device, non_blocking, dtype, memory_format))
+
+
+def _move(batch: Any, how: _How) -> Any:
     kind = type(batch)
     if kind is Tensor:
-        return _move_tensor(batch, device, non_blocking, dtype)
+        return _move_tensor(batch, how)
     if kind in _PLAIN:
         return batch
     if kind is tuple or kind is list:
-        moved = [
-            move_to_device(item, device, non_blocking=non_blocking, dtype=dtype) for item in batch
-        ]
+        moved = [_move(item, how) for item in batch]
         for new, old in zip(moved, batch, strict=True):
             if new is not old:
                 return moved if kind is list else tuple(moved)
         return batch
     if kind is dict:
-        found = {
-            key: move_to_device(item, device, non_blocking=non_blocking, dtype=dtype)
-            for key, item in batch.items()
-        }
+        found = {key: _move(item, how) for key, item in batch.items()}
         for key, old in batch.items():
             if found[key] is not old:
                 return found
         return batch
-    return _move_other(batch, device, non_blocking, dtype)
+    return _move_other(batch, how)
 
 
-def _move_tensor(
-    tensor: Tensor, device: torch.device | str, non_blocking: bool, dtype: torch.dtype | None
-) -> Tensor:
-    """Moves one tensor, and casts it where it is of a floating type."""
+def _move_tensor(tensor: Tensor, how: _How) -> Tensor:
+    """Moves one tensor, and casts it and lays it out where it is of a floating type."""
+    device, non_blocking, dtype, memory_format = how
     if dtype is not None and tensor.is_floating_point():
-        return tensor.to(device, dtype, non_blocking=non_blocking)
-    return tensor.to(device, non_blocking=non_blocking)
+        tensor = tensor.to(device, dtype, non_blocking=non_blocking)
+    else:
+        tensor = tensor.to(device, non_blocking=non_blocking)
+    if memory_format is not None and tensor.dim() == 4 and tensor.is_floating_point():
+        tensor = tensor.contiguous(memory_format=memory_format)
+    return tensor
 
 
-def _move_other(
-    batch: Any, device: torch.device | str, non_blocking: bool, dtype: torch.dtype | None
-) -> Any:
+def _move_other(batch: Any, how: _How) -> Any:
     """Moves what is not of the four most frequent types."""
+    device, non_blocking, dtype, _ = how
     if isinstance(batch, Tensor):
-        return _move_tensor(batch, device, non_blocking, dtype)
+        return _move_tensor(batch, how)
     if isinstance(batch, PackedSequence):
         packed: Any = batch  # torch types its ``to`` more narrowly than it works
         cast = dtype if dtype is not None and packed.data.is_floating_point() else packed.data.dtype
@@ -83,13 +88,10 @@ def _move_other(
     items = members_of(batch)
     if items is None:
         return batch
-    moved = {
-        key: move_to_device(item, device, non_blocking=non_blocking, dtype=dtype)
-        for key, item in items
-    }
+    moved = {key: _move(item, how) for key, item in items}
     if all(moved[key] is item for key, item in items):
         return batch
-    return _rebuilt(batch, moved)
+    return rebuilt(batch, moved)
 
 
 def members_of(batch: Any) -> list[tuple[Any, Any]] | None:
@@ -104,7 +106,7 @@ def members_of(batch: Any) -> list[tuple[Any, Any]] | None:
     return None
 
 
-def _rebuilt(batch: Any, members: dict[Any, Any]) -> Any:
+def rebuilt(batch: Any, members: dict[Any, Any]) -> Any:
     """A container like ``batch`` with other members; the constructor of a user's class is spared."""
     if isinstance(batch, tuple):
         values = list(members.values())

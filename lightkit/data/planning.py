@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import marshal
 import re
 import zlib
@@ -28,9 +29,21 @@ from lightkit import rng
 from lightkit.data.loaders import loader_length
 from lightkit.data.shares import Share
 from lightkit.data.workers import mix, seed_process, seeded
+from lightkit.errors import DataError
+
+_log = logging.getLogger("lightkit")
 
 _LONG = 1_000_000  # samples: more take too long, and too much memory, before the first batch
 _PIECE = 100  # indices or batches: less often, as changing random states takes 0.1 ms
+
+#: What follows where a run cannot go on in the middle of a pass.
+CHANGED = (
+    "The order of its batches cannot be replayed, so the run cannot go on exactly where it was: "
+    "the data, their split, the batch size or the sampler changed, or the sampler draws from a random state "
+    "that it does not show (give it state_dict and load_state_dict, or a torch.Generator as its "
+    "attribute `generator`). Resume with the loader of that run, resume from a checkpoint of an "
+    "epoch's end, or begin a new run from its weights: task.load_weights(path)."
+)
 
 #: Samplers that draw from the global random state at their first ``next`` only, or never.
 _DRAW_AT_START = (
@@ -107,6 +120,29 @@ class Plan(Sampler[Any]):
         if not self.workers:  # which ask for the first indices at once
             next(self.walk, None)
         return True
+
+    def check(self, counted: int, name: str) -> None:
+        """Raises `DataError` where a loader asked for fewer indices than are done.
+
+        Args:
+            counted: How many marks there should be.
+            name: What to call the loader in messages.
+        """
+        given = len(self.marks)
+        if given < counted:
+            raise DataError(
+                f"The {name} ended after {given} batches, but the run that is resumed had "
+                f"completed {counted} of them. {CHANGED}"
+            )
+        if given > counted and not self.workers:
+            _log.warning(
+                "The %s looks %d batch%s ahead in the main process: the order is as it was, but "
+                "what its data set draws from random states for them cannot be repeated. Use "
+                "num_workers=1 or more.",
+                name,
+                given - counted,
+                "es"[: 2 * (given - counted > 1)],
+            )
 
     def __iter__(self) -> Iterator[Any]:
         if self.silent:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import platform
 import shlex
 import sys
 from pathlib import Path
@@ -28,21 +29,23 @@ def main(arguments: list[str] | None = None) -> int:
         if name not in CONTENDERS:
             parser.error(f"no contender {name!r}; there are {', '.join(CONTENDERS)}")
     names = chosen(asked.scenarios, parser)
-    if missing := left_out(contenders):
-        print(missing)
-    rounds = asked.rounds or (2 if asked.quick else 9)
-    plan = Plan(installed(contenders), rounds, asked.quick, asked.long)
-    print(f"{versions()}; {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}\n", flush=True)
+    if not CONTENDERS["hand"].installed:
+        parser.error("the loop by hand has a bar of tqdm: pip install -e '.[benchmarks]'")
+    plan = Plan(installed(contenders), rounds_of(asked), asked.quick, asked.long)
+    show(machine(contenders), write_it=asked.write)
     for name in names:
         print(f"{name}: {known()[name].__doc__.splitlines()[0]}", file=sys.stderr, flush=True)
         before = os.getloadavg()[0]
         for table in run(name, plan):
-            command = command_of(name, asked)
-            table.notes.append(conditions(command, plan, missing, before))
-            print(table.markdown() + "\n", flush=True)
-            if asked.write:
-                put(table)
+            table.notes.append(made_by(command_of(name, asked), plan, before))
+            show(table, write_it=asked.write)
+            before = os.getloadavg()[0]
     return 0
+
+
+def rounds_of(asked: argparse.Namespace) -> int:
+    """Returns the number of rounds that was asked for."""
+    return asked.rounds or (2 if asked.quick else 9)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -87,20 +90,32 @@ def command_of(scenario: str, asked: argparse.Namespace) -> str:
     return shlex.join(words)
 
 
-def conditions(command: str, plan: Plan, missing: str, before: float) -> str:
-    """Returns the line below a table: what made it, where, and how busy it was there."""
-    load = f"load {before:.1f} before and {os.getloadavg()[0]:.1f} after"
-    line = f"`{command}`: {os.cpu_count()} cores, {load}; {versions()}."
+def machine(contenders: list[str]) -> Table:
+    """Returns what the figures were measured with; names the contenders that are not here."""
+    rows = [
+        ("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        ("cores", f"{os.cpu_count()}; each turn has one thread"),
+        ("packages", versions()),
+    ]
+    missing = left_out(contenders)
+    return Table("machine", "Measured with", ("", ""), rows, [missing] if missing else [])
+
+
+def made_by(command: str, plan: Plan, before: float) -> str:
+    """Returns the line below a table: what made it, and how busy the machine was."""
+    line = f"`{command}`; load {before:.1f} before, {os.getloadavg()[0]:.1f} after."
     if plan.quick:
         line += " **Cut short (--quick): the numbers say nothing.**"
-    return f"{line} {missing}".strip()
+    return line
 
 
-def put(table: Table) -> None:
-    """Writes a table into the pages that have a place for it, and says where."""
-    pages = write(table, sorted(Path(ROOT, "docs").glob("*.md")))
-    where = ", ".join(page.name for page in pages) or f"no page has a place for {table.name}"
-    print(f"  written: {where}", file=sys.stderr, flush=True)
+def show(table: Table, *, write_it: bool) -> None:
+    """Prints a table, and writes it into the pages that have a place for it."""
+    print(table.markdown() + "\n", flush=True)
+    if write_it:
+        pages = write(table, sorted(Path(ROOT, "docs").glob("*.md")))
+        where = ", ".join(page.name for page in pages) or f"no page has a place for {table.name}"
+        print(f"  written: {where}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -68,7 +68,10 @@ def _ends(process: subprocess.Popen[bytes]) -> bool:
 def environment() -> dict[str, str]:
     """Returns the environment of a turn: this one, with one thread and the root on the path."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    return {**os.environ, **OWN, "PYTHONPATH": path}
+    found = {**os.environ, **OWN, "PYTHONPATH": path}
+    # Installed packages have byte code; a clone has it from its second import on, if it may.
+    found.pop("PYTHONDONTWRITEBYTECODE", None)
+    return found
 
 
 def main() -> None:

@@ -6,11 +6,17 @@ table, and ``BASE`` and ``OTHER``, the names of the two ways.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import itertools
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from tests.benchmarks import fresh
 from tests.benchmarks.tables import Spread, Table, ratios
@@ -31,6 +37,8 @@ class Pair:
         unit: What is done once: "step", "batch", "epoch".
         clock: "cpu" (all threads of the process), "thread" (this one) or "wall" (for what waits).
         times: How often in a chunk; None for so often that it takes 10 ms.
+        threads: Threads that torch computes with.
+        busy: Processes that compute meanwhile, as on a machine that others use too.
         close: Called when it is measured.
     """
 
@@ -40,6 +48,8 @@ class Pair:
     unit: str = "step"
     clock: str = "cpu"
     times: int | None = None
+    threads: int = 1
+    busy: int = 0
     close: Callable[[], Any] = lambda: None
 
 
@@ -49,6 +59,14 @@ def compare(pair: Pair, rounds: int) -> dict[str, Any]:
     Returns:
         ``what`` and ``unit``; ``base`` and ``other``: microseconds a unit, for each round.
     """
+    torch.set_num_threads(pair.threads)
+    with _busy(pair.busy):
+        found = _in_turn(pair, rounds)
+    pair.close()
+    return {"what": pair.what, "unit": pair.unit, **found}
+
+
+def _in_turn(pair: Pair, rounds: int) -> dict[str, list[float]]:
     clock = CLOCKS[pair.clock]
     for way in (pair.base, pair.other):
         way(1)  # whatever is made once
@@ -63,18 +81,27 @@ def compare(pair: Pair, rounds: int) -> dict[str, Any]:
             way(times)
             marks.append(clock())
         if number:  # the first one warms up
-            a, b, c, d = (end - start for start, end in zip(marks, marks[1:], strict=False))
+            a, b, c, d = (end - start for start, end in itertools.pairwise(marks))
             found["base"].append((a + d) / (2 * times) * 1e6)
             found["other"].append((b + c) / (2 * times) * 1e6)
-    pair.close()
-    return {"what": pair.what, "unit": pair.unit, **found}
+    return found
+
+
+@contextlib.contextmanager
+def _busy(count: int) -> Iterator[None]:
+    """Keeps so many processes computing."""
+    command = [sys.executable, "-c", "while True: pass"]
+    processes = [subprocess.Popen(command) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 def measure(module: str, rounds: int, quick: bool) -> list[dict[str, Any]]:
     """Compares all pairs of a module, in this process."""
-    import torch
-
-    torch.set_num_threads(1)
     torch.manual_seed(0)
     return [compare(pair, rounds) for pair in importlib.import_module(module).pairs(quick)]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import resource
-import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -77,5 +76,3 @@ def rounds(
             say(f"round {number + 1} of {count}: {name}")
             results[name].append(fresh.call(target, contender=name, **arguments))
     return results
-
-

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightkit.callbacks import model_checkpoint
 from lightkit.callbacks.model_checkpoint import ModelCheckpoint
-from lightkit.checkpoint import Writer, latest, read_checkpoint
+from lightkit.checkpoint import Writer, latest, read_checkpoint, settle
 from lightkit.distributed import Ranks
 from lightkit.errors import CheckpointError, ConfigError
 from lightkit.session import Session
@@ -126,6 +126,7 @@ class Trainer:
             self.state.epoch, self.state.batch_idx = self.state.epoch + 1, 0
         self.session.flow.epoch_ended, self.session.flow.ending = end, ending
         self.call("on_save_point")
+        settle()
 
     def epoch(self, val: float | None = None, steps: int = 2, ending: bool = False) -> None:
         for _ in range(steps - 1):
@@ -697,7 +698,7 @@ def test_a_run_that_goes_on_keeps_the_best_of_before(tmp_path):
 
 
 def test_a_crash_between_the_save_and_the_cleaning_leaves_nothing_behind(tmp_path, monkeypatch):
-    first = Trainer(tmp_path, ModelCheckpoint())
+    first = Trainer(tmp_path, ModelCheckpoint(async_save=False))
     first.session.ledger = a_run("a")
     first.start().epoch()
     monkeypatch.setattr(model_checkpoint, "collect_garbage", lambda *_: 1 / 0)

@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from lightkit.data import BatchStream, Feed
 from lightkit.errors import DataError
+from tests.data.members import Member, feed_of, in_turn
 
 DATA = TensorDataset(torch.arange(12))
 
@@ -162,3 +163,52 @@ def test_a_state_that_asks_for_more_is_none() -> None:
 
     feed = Feed(DataLoader(Asks(), 2), resumable=True)
     assert feed.now(0)["states"] == {}
+
+
+class Whole(Dataset[Any]):
+    """Gives whole batches only; says for each one in which process it was asked for it."""
+
+    def __len__(self) -> int:
+        return 22
+
+    def __getitem__(self, index: int) -> Any:
+        raise AssertionError("a sample was asked for alone")
+
+    def __getitems__(self, indices: list[int]) -> list[Any]:
+        assert type(indices) is list
+        drawn = torch.rand(len(indices))
+        inside = torch.utils.data.get_worker_info() is not None
+        return [(i, drawn[n], len(indices), inside) for n, i in enumerate(indices)]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("part", [False, True])
+def test_batched_getitems_gets_whole_batches(workers: int, part: bool) -> None:
+    data: Any = Subset(Subset(Whole(), range(2, 22)), range(1, 20, 2)) if part else Whole()
+    loader = DataLoader(data, 4, shuffle=True, num_workers=workers)
+    feed = Feed(loader, resumable=True)
+    torch.manual_seed(1)
+    plain = [*loader]
+    torch.manual_seed(1)
+    record = feed.record(3)
+    whole = [*BatchStream(loader, feed=feed, record=record)]
+    assert [batch[0].tolist() for batch in whole] == [batch[0].tolist() for batch in plain]
+    if not workers:  # whose seeds are the batch's own
+        assert [batch[1].tolist() for batch in whole] == [batch[1].tolist() for batch in plain]
+    for indices, _, asked, inside in whole:
+        assert asked.tolist() == [len(indices)] * len(indices)
+        assert inside.tolist() == [bool(workers)] * len(indices)
+    torch.manual_seed(1)
+    rest = [*BatchStream(loader, feed=feed, record=record, skip=1)]
+    assert [batch[0].tolist() for batch in rest] == [batch[0].tolist() for batch in whole[1:]]
+    if workers:
+        assert torch.equal(rest[0][1], whole[1][1])
+    said: list[Any] = []
+    parts = []
+    for rank in range(2):  # each rank asks for its own batches only
+        torch.manual_seed(1)
+        one = feed_of(loader, Member(rank, 2, said))
+        parts.append(
+            [batch[0].tolist() for batch in BatchStream(loader, feed=one, record=one.record(3))]
+        )
+    assert in_turn(parts) == [batch[0].tolist() for batch in whole][: 2 * len(parts[0])]

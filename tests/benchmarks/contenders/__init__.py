@@ -51,9 +51,9 @@ class Contender:
 
 #: The reference is the first one.
 CONTENDERS = {
-    "hand": Contender("loop by hand", "hand"),
-    "silent": Contender("the same, nothing logged or written", "hand", variant="silent"),
-    "usual": Contender("by hand, `loss.item()` in each step", "hand", variant="usual"),
+    "hand": Contender("loop by hand", "hand", "tqdm"),
+    "silent": Contender("the same, nothing logged or written", "hand", "tqdm", variant="silent"),
+    "usual": Contender("by hand, `loss.item()` in each step", "hand", "tqdm", variant="usual"),
     "lightkit": Contender("lightkit", "ours", imports="lightkit"),
     "plain": Contender("lightkit, `fused=False`", "ours", variant="plain"),
     "lightning": Contender("Lightning", "lightning", "lightning", "lightning"),

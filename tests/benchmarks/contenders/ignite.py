@@ -67,7 +67,13 @@ def attach_bar(trainer, evaluator) -> None:
 
 def attach_all(job: Job, trainer, evaluator, optimizer):
     """Attaches the full set; returns what closes it."""
-    from ignite.handlers import Checkpoint, DiskSaver, ProgressBar, TensorboardLogger, global_step_from_engine
+    from ignite.handlers import (
+        Checkpoint,
+        DiskSaver,
+        ProgressBar,
+        TensorboardLogger,
+        global_step_from_engine,
+    )
 
     Accuracy(output_transform=lambda output: output[1:]).attach(trainer, "train_accuracy")
     every = Events.ITERATION_COMPLETED(every=EVERY)

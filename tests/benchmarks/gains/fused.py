@@ -17,24 +17,40 @@ OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "Adam": (torch.optim.Adam, {"lr": 1e-4}),
     "AdamW": (torch.optim.AdamW, {"lr": 1e-4}),
 }
-#: Tensors and the shape of each: from a tiny MLP to one matrix of 4 million.
+#: Tensors and the shape of each: from one small vector to one of ten million numbers.
 SIZES = (
-    (4, (32,)),
-    (4, (64, 64)),
-    (30, (64, 64)),
-    (300, (32, 32)),
+    *((count, (1000,)) for count in (1, 4, 6, 16, 100, 1000)),
     (24, (512, 512)),
-    (1, (2048, 2048)),
+    (1, (10_000_000,)),
 )
+#: With several threads: what they are good for, and what they are not.
+SEVERAL = ((20, (1000,)), (24, (512, 512)), (1, (10_000_000,)))
 
 
 def pairs(quick: bool) -> Iterator[Pair]:
     """The update alone, ``optimizer.step()``, for gradients that lie there."""
-    for name, (kind, options) in OPTIMIZERS.items():
-        for count, shape in SIZES[:1] if quick else SIZES:
-            ways = [_stepping(kind, count, shape, options | more) for more in ({}, {"fused": True})]
-            size = " x ".join(map(str, shape))
-            yield Pair(f"{name}, {count} tensors of {size}", *ways)
+    for name in OPTIMIZERS:
+        for size in SIZES[:1] if quick else SIZES:
+            yield _pair(name, size)
+    for name in ("SGD", "AdamW"):
+        for size in SEVERAL[:1] if quick else SEVERAL:
+            yield _pair(name, size, threads=4)
+        yield _pair(name, SEVERAL[0], threads=4, busy=3)
+
+
+def _pair(name: str, size: tuple[int, tuple[int, ...]], threads: int = 1, busy: int = 0) -> Pair:
+    kind, options = OPTIMIZERS[name]
+    count, shape = size
+    ways = [_stepping(kind, count, shape, options | more) for more in ({}, {"fused": True})]
+    numbers = " x ".join(f"{n:,}" for n in shape)
+    what = f"{name}, {count:,} tensor{'s' if count > 1 else ''} of {numbers}"
+    if threads > 1:
+        what += f", {threads} threads"
+    if busy:
+        what += f" beside {busy} busy processes"
+    # Several threads spend time of the process while they wait for each other.
+    clock = "cpu" if threads == 1 else "wall"
+    return Pair(what, *ways, clock=clock, threads=threads, busy=busy)
 
 
 def _stepping(kind, count: int, shape: tuple[int, ...], options: dict[str, Any]):

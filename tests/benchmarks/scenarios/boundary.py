@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import tempfile
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ def measure(contender: str, work: str, level: str, epochs: int) -> dict[str, flo
     length, read = len(job.train), job.net.marks.read
     found = {}
     for i, name in enumerate(("cpu", "wall")):
-        steps = [b[i] - a[i] for a, b in zip(read, read[1:], strict=False)]
+        steps = [b[i] - a[i] for a, b in itertools.pairwise(read)]
         over = steps[2 * length - 1 :: length]  # the first boundary warms up
         found[name] = (statistics.median(over) - statistics.median(steps)) * 1e3
     return found
@@ -53,4 +54,6 @@ def tables(plan: Plan) -> Iterator[Table]:
             for name, turns in results.items()
         ]
         header = ("", "ms of the process, beyond a step", "ms of the wall")
-        yield Table(f"boundary/{work}/{level}", f"Between two epochs: {work}, {level}", header, rows)
+        yield Table(
+            f"boundary/{work}/{level}", f"Between two epochs: {work}, {level}", header, rows
+        )

@@ -122,7 +122,9 @@ def steps_table(plan: Plan, rounds: int) -> Table:
         for i, place in enumerate(at)
     ]
     header = (*HEADER, "MiB held")
-    return Table("growth/steps", "One long fit, the loss in TensorBoard every 50 steps", header, rows)
+    return Table(
+        "growth/steps", "One long fit, the loss in TensorBoard every 50 steps", header, rows
+    )
 
 
 def shown(found: dict[str, Any], place: int) -> tuple[str, str]:
