@@ -56,7 +56,8 @@ class Report:
         self._attempts = self._dynamo.counters["frames"]["total"]
         records = self._new_records()
         first = [r for r in records if r.co_name and not _reason(r) and not r.fail_reason]
-        names = dict.fromkeys(_function(r)[0] for r in first)
+        parts = dict(_function(r) for r in reversed(first))  # of one function its beginning
+        names = [f"{name} ({place})" for name, place in reversed(parts.items())]
         if names:
             seconds = sum(r.entire_frame_compile_time_s or 0.0 for r in first)
             _log.info("compiled %s in %.1f s", ", ".join(names), seconds)

@@ -66,7 +66,9 @@ def settings(given: Any) -> dict[str, Any] | None:
     if given == "regional":
         return {"regional": True}
     if not isinstance(given, Mapping):
-        hint = f" Write {{'mode': {given!r}}}." if given in _GRAPH_MODES else ""
+        hint = did_you_mean(str(given), ["regional"])
+        if given in _GRAPH_MODES:
+            hint = f" Write {{'mode': {given!r}}}."
         raise ConfigError(
             f"compile={given!r}: allowed are True, False, 'regional', or a dict with the arguments "
             f"of torch.compile ({', '.join(_KEYS)}).{hint}"
@@ -297,10 +299,10 @@ def _within(block: nn.Module) -> Callable[..., Any]:
     if not type(block).__module__.startswith("torch."):
         return call
 
-    def calling(*arguments: Any, **options: Any) -> Any:
+    def block_of_torch(*arguments: Any, **options: Any) -> Any:
         return call(*arguments, **options)
 
-    return calling
+    return block_of_torch
 
 
 @contextlib.contextmanager

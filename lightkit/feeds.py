@@ -209,6 +209,28 @@ def open_training(
     return feed, limit, length
 
 
+def begins_early(options: Options, feed: Feed) -> bool:
+    """Returns whether the pass of an epoch begins before the validation of the last one.
+
+    Raises:
+        ConfigError: It is asked for, and there are no workers that could begin.
+    """
+    if options.prefetch != "epoch":
+        return False
+    if options.reload_dataloaders_every_n_epochs:
+        raise ConfigError(
+            "prefetch='epoch' begins an epoch with the loader of the last one, but "
+            "reload_dataloaders_every_n_epochs asks for a new one. Leave one of the two out."
+        )
+    if not feed.may_begin_early:
+        raise ConfigError(
+            f"prefetch='epoch' lets the workers of the next epoch load during the validation, but "
+            f"the training loader ({type(feed.loader).__name__}) has none that know the order. Give "
+            f"a DataLoader over a data set with indices num_workers=1 or more, or leave it out."
+        )
+    return True
+
+
 def cadence(options: Options, length: int | None) -> Cadence:
     """Returns when a fit validates whose epochs have ``length`` batches."""
     if options.fast_dev_run:
@@ -268,8 +290,7 @@ def required_plans(trainer: Trainer, session: Session, stage: str, given: Any) -
 
 def make_transfer(session: Session, memory_format: str | None) -> Callable[[Any, int], Any] | None:
     """Returns what brings a batch to the device, or None where there is nothing to do."""
-    task, datamodule, device = session.task, session.datamodule, session.device
-    dtype, layout = session.precision.dtype, None
+    device, dtype, layout = session.device, session.precision.dtype, None
     if memory_format is not None:
         layout = getattr(torch, memory_format)
     own: dict[str, Callable[..., Any]] = {}

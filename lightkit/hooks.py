@@ -75,8 +75,8 @@ class Callback:
 
     Attributes:
         order: Place among the listeners of one hook: 0 user callbacks, 40 the metric log (which
-            takes in what those before it logged), 50 the progress display, 100 checkpoints. Equal
-            numbers keep the order given; the task always comes first.
+            takes in what those before it logged), 50 the progress display, 100 checkpoints, 120
+            profilers. Equal numbers keep the order given; the task always comes first.
     """
 
     order: ClassVar[int] = 0

@@ -46,7 +46,6 @@ _NUMBERS = (
     "limit_val_batches",
     "overfit_batches",
     "precision",
-    "prefetch",
     "seed",
     "val_check_interval",
 )
@@ -153,6 +152,8 @@ def settings_of(
     for name in _NUMBERS:
         value = None if name == "seed" and drawn else getattr(options, name)
         found[f"trainer.{name}"] = _plain(value)
+    if options.prefetch:  # else reading draws in its turn, whatever was said
+        found["trainer.prefetch"] = options.prefetch
     for name, size in (
         ("batch_size", getattr(loader, "batch_size", None)),
         ("samples", _len(loader)),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightkit import rng, signals
 from lightkit.closure import Closure
-from lightkit.data import END, BatchStream, generators
+from lightkit.data import END, generators
 from lightkit.data.groups import groups
 from lightkit.errors import UsageError
 from lightkit.evaluation import evaluate, listening, restore_modes, train_mode
@@ -32,6 +32,7 @@ from lightkit.losses import (
 )
 
 if TYPE_CHECKING:
+    from lightkit.data import BatchStream
     from lightkit.data.groups import Group
     from lightkit.run import FitRun
 
@@ -248,23 +249,7 @@ def _open_epoch(run: FitRun) -> BatchStream:
         for hook in run.hooks.on_train_epoch_start:
             hook()
     run.strategy.begin_epoch(run.task)
-    if state.batch_idx == 0:
-        # Where an epoch is resumed, its order is drawn again from here.
-        run.data = run.order_state()
-    elif run.data:
-        run.set_order_state(run.data)
-    stream = BatchStream(
-        run.train_loader,
-        limit=run.train_limit,
-        skip=state.batch_idx,
-        epoch=state.epoch,
-        sizes=run.counts,
-        feed=run.feed,
-        record=run.data,
-        name="training loader",
-    )
-    run.set_rng()  # in the middle of an epoch: after its order was drawn again
-    return stream
+    return run.open_pass()
 
 
 def train_step(run: FitRun, group: Group) -> None:
@@ -435,6 +420,8 @@ def validate(run: FitRun, *, batches_over: bool = False) -> None:
     assert run.validation is not None
     flow, sanity = run.flow, run.flow.sanity_checking
     before = None if sanity else (run.before_validation(), run.metrics.eval_state())
+    if run.early and batches_over:
+        run.begin_next()
     flow.validating = True
     flow.times.enter(flow.times.validation)
     run.strategy.before_evaluation(run.task)  # over ranks a collective: buffers

@@ -122,7 +122,7 @@ class MetricLog(Recorder, Callback):
             column.check_unchanged()
             flat += column.values
             flat += [w for w in column.weights if isinstance(w, Tensor)]
-        numbers = iter(self.read(flat))
+        numbers = iter(read(flat) if self.waiting is None else self.waiting(read, flat))
         found: list[tuple[Column, list[float], list[float]]] = []
         for column in columns:
             values = [next(numbers) for _ in column.values]

@@ -30,6 +30,7 @@ from lightkit.distributed import (
 )
 from lightkit.errors import ConfigError, UsageError
 from lightkit.feeds import (
+    begins_early,
     cadence,
     loader_plans,
     make_transfer,
@@ -127,7 +128,7 @@ def equip(trainer: Trainer, session: Session) -> None:
     session.metrics.note = session.precision.note
     session.metrics.epoch_time = lambda: time.perf_counter() - session.flow.epoch_started
     if session.device.type != "cpu":  # where the host runs ahead and waits when it reads
-        session.metrics.read = session.flow.times.waiting(session.metrics.read)
+        session.metrics.waiting = session.flow.times.waiting
     if options.compile is not False and session.stage is Stage.FIT:
         from lightkit import compiling
 
@@ -168,6 +169,15 @@ def _all_callbacks(trainer: Trainer, session: Session) -> list[Callback]:
     elif not fit:  # what the last fit wrote stays known: trainer.checkpoint_callback, "best"
         found += [c for c in old if isinstance(c, ModelCheckpoint) and c not in found]
     return sorted(found, key=lambda callback: callback.order)
+
+
+def _profiler(given: str | Callback) -> Callback:
+    """Returns the callback that ``Trainer(profiler=given)`` asks for."""
+    from lightkit.callbacks import SimpleProfiler, TraceProfiler
+
+    if isinstance(given, Callback):
+        return given
+    return SimpleProfiler() if given == "simple" else TraceProfiler()
 
 
 def set_up(session: Session, memory_format: str | None) -> None:
@@ -269,6 +279,7 @@ def build_fit(trainer: Trainer, session: Session, train: Any, val: Any) -> FitRu
         train_length=length,
         counts=sample_counts(loader, feed.share),
         reload=reloader(trainer, session, make, val),
+        early=begins_early(options, feed),
         validation=validation,
         # A loader that is its own iterator would miss these batches afterwards.
         sanity_batches=0 if any(_gives_once(p.loader) for p in plans) else trainer.sanity_batches,

@@ -251,15 +251,17 @@ def _check_twice(items: list[Any], what: str) -> None:
     """Raises for what can be there once only."""
     if len(items) < 2:
         return
-    from lightkit.callbacks import ModelSummary, ProgressBar, SimpleProfiler, TraceProfiler
+    from lightkit.callbacks import ModelSummary, ProgressBar
 
-    kinds = (ModelSummary, ProgressBar, SimpleProfiler, TraceProfiler)
+    kinds = (ModelSummary, ProgressBar)
     for i, item in enumerate(items):
         name = type(item).__name__
         for other in items[:i]:
             if other is item:
                 raise ConfigError(f"{what}: the same {name} object is there twice. Remove one.")
-            if any(isinstance(item, kind) and isinstance(other, kind) for kind in kinds):
+            shown = any(isinstance(item, kind) and isinstance(other, kind) for kind in kinds)
+            profilers = type(item) is type(other) and not getattr(item, "measured", True)
+            if shown or profilers:
                 raise ConfigError(
                     f"{what}: {type(other).__name__} and {name} would show the same twice. "
                     f"Remove one."

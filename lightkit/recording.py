@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,6 @@ from lightkit.columns import Column, reduction, scalar
 from lightkit.data import batch_size_of
 from lightkit.distributed import Ranks
 from lightkit.errors import LoggingError
-from lightkit.readings import read
 
 if TYPE_CHECKING:
     from lightkit.state import TrainState
@@ -56,7 +55,7 @@ class Recorder:
         ranks: The processes of the run. What is logged stays with its rank until it is read.
         silent: Whether another rank sees the same batches, so that this one does not count.
         of_zero: The names that rank zero alone logs, of several; known to all ranks.
-        read: Reads values as floats.
+        waiting: Calls a function that waits for the device, with its time taken; None to call it.
     """
 
     def __init__(self, state: TrainState, ranks: Ranks | None = None) -> None:
@@ -64,7 +63,7 @@ class Recorder:
         self.ranks = Ranks() if ranks is None else ranks
         self.silent = False
         self.of_zero: set[str] = set()
-        self.read: Callable[[Sequence[Tensor | float]], list[float]] = read
+        self.waiting: Callable[..., list[float]] | None = None
         self.train: dict[str, Column] = {}
         self.loss = Column("train_loss", prog_bar=True)
         self.loss_steps: list[int] = []
@@ -221,7 +220,7 @@ class Recorder:
         """Raises for a metric object that cannot be logged so."""
         if metric_objects.is_collection(metric):
             raise LoggingError(f"self.log({name!r}): log a MetricCollection with self.log_dict.")
-        others = self._eval if self._columns is self.train else self.train
+        others = self.train if self._columns is self._eval else self._eval
         if any(column.metric is metric for column in others.values()):
             raise LoggingError(
                 f"self.log({name!r}): the same metric object is logged in training and in "

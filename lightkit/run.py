@@ -9,7 +9,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lightkit import rng
-from lightkit.data import Feed, generators, loader_length, order_of, sample_counts, seed_from
+from lightkit.data import (
+    BatchStream,
+    Feed,
+    generators,
+    loader_length,
+    order_of,
+    sample_counts,
+    seed_from,
+)
 from lightkit.freezing import set_switches, switches
 
 if TYPE_CHECKING:
@@ -131,6 +139,10 @@ class FitRun:
         writer: Writes the checkpoints.
         feed: What begins passes over the training loader.
         data: What the order of the running epoch came from; empty between two epochs.
+        early: Whether the pass of an epoch begins before the validation of the last one.
+        next_data: What the order of the next epoch came from, where its pass has begun.
+        next_stream: That pass; None also where it is to begin again.
+        finished: What is known of the last pass, where the next one has begun.
         loaders_now: Where the loaders stood at the checkpoint that is continued.
         rng: Random states of the checkpoint that is continued; None once they are put back.
         generators_now: Likewise those of the loaders' own generators.
@@ -179,6 +191,10 @@ class FitRun:
     switches: dict[str, list[str]] = field(default_factory=dict)
     switched: dict[str, list[str]] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
+    early: bool = False
+    next_data: dict[str, Any] = field(default_factory=dict)
+    next_stream: BatchStream | None = None
+    finished: dict[str, Any] = field(default_factory=dict)
     rng: dict[str, Any] | None = None
     generators_now: list[torch.Tensor] = field(default_factory=list)
     loaders_now: list[dict[str, Any]] = field(default_factory=list)
@@ -215,7 +231,57 @@ class FitRun:
             counters["batch_idx"] = self.flow.group_start
         return counters
 
-    def order_state(self) -> dict[str, Any]:
+    def open_pass(self) -> BatchStream:
+        """Begins the pass of the running epoch, or goes on with it."""
+        state = self.state
+        if state.batch_idx == 0 and self.next_data:
+            if self.next_stream is None:
+                self.begin_next()
+            stream, self.data = self.next_stream, self.next_data
+            self.next_stream, self.next_data, self.finished = None, {}, {}
+            assert stream is not None
+            return stream
+        if state.batch_idx == 0:
+            # Where an epoch is resumed, its order is drawn again from here.
+            self.data = self.order_state(state.epoch)
+        elif self.data:
+            self.set_order_state(self.data)
+        self.finished = {}
+        stream = self._pass(self.data, state.epoch, state.batch_idx)
+        self.set_rng()  # in the middle of an epoch: after its order was drawn again
+        return stream
+
+    def begin_next(self) -> None:
+        """Begins the pass of the next epoch before its turn, so that its workers load meanwhile.
+
+        In a run that goes on it begins where it has begun then, and random states stay.
+        """
+        done = self.state.batch_idx
+        epoch = self.state.epoch + (done > 0)
+        if done:  # the marks are those of the new pass from here on
+            self.finished = {"done": self.feed.done(done), "hash": self.feed.mark(done)}
+        if self.next_data:
+            with rng.preserved(*self._generators()):
+                self.set_order_state(self.next_data)
+                self.next_stream = self._pass(self.next_data, epoch)
+            return
+        self.next_data = self.order_state(epoch)
+        self.next_stream = self._pass(self.next_data, epoch)
+        self.set_rng()
+
+    def _pass(self, record: dict[str, Any], epoch: int, skip: int = 0) -> BatchStream:
+        return BatchStream(
+            self.train_loader,
+            limit=self.train_limit,
+            skip=skip,
+            epoch=epoch,
+            sizes=self.counts,
+            feed=self.feed,
+            record=record,
+            name="training loader",
+        )
+
+    def order_state(self, epoch: int) -> dict[str, Any]:
         """Returns what the order of an epoch is about to be drawn from.
 
         With several ranks that share it, a collective: it is drawn from rank zero's random states.
@@ -226,12 +292,12 @@ class FitRun:
             self._measure()
         state = rng.rng_state()
         own = [generator.get_state() for generator in generators(self.train_loader)]
-        seed = seed_from(state["torch"], own, self.state.epoch)
+        seed = seed_from(state["torch"], own, epoch)
         record = {"generators": self._generator_states(), **self.feed.record(seed)}
         if not self.several or self.feed.own:
             return {"rng": state, **record}
         ranks = self.strategy.ranks
-        record = ranks.share(order_of(record), f"order of epoch {self.state.epoch}")
+        record = ranks.share(order_of(record), f"order of epoch {epoch}")
         if not ranks.is_zero:
             # What the loader's own generators draw belongs to the order, so it is not put back.
             self.rng, self.generators_now = state, []
@@ -270,6 +336,7 @@ class FitRun:
     def before_validation(self) -> dict[str, Any]:
         """Returns what a validation moves, for `undo_validation`."""
         state = {"rng": rng.rng_state(), "generators": self._generator_states()}
+        state["next"] = self.next_data
         return {**state, "loaders": [feed.now() for feed in self._feeds()[1:]]}
 
     def undo_validation(self, state: dict[str, Any]) -> None:
@@ -278,6 +345,9 @@ class FitRun:
             if not now["open"]:
                 feed.close()
             feed.load({}, now, _name(False))
+        if self.next_stream is not None:
+            self.next_stream.close()
+        self.next_stream, self.next_data = None, state["next"]
         self.set_order_state(state)
 
     def set_rng(self) -> None:
@@ -296,6 +366,8 @@ class FitRun:
         train, *others = self._feeds()
         done = self.completed()["batch_idx"] if self.data else None
         state = {**self.data, "world": train.world}
+        if self.next_data:
+            state["next"] = self.next_data
         if done is not None:
             state["done"] = train.done(done)
         if self.loaders_now:  # nothing of a checkpoint was put back yet
@@ -305,6 +377,7 @@ class FitRun:
         state |= {"generators_now": self._generator_states(), "loaders_now": now}
         if done is not None:
             state["hash"] = train.mark(done)
+            state |= self.finished
         return state
 
     def load_data_state(self, state: dict[str, Any]) -> None:
@@ -320,6 +393,7 @@ class FitRun:
         self.data.pop("ranks", None)
         self.generators_now = self.data.pop("generators_now", [])
         self.loaders_now = self.data.pop("loaders_now", [])
+        self.next_data = self.data.pop("next", {})
         world, done = self.data.pop("world", 1), self.data.pop("done", self.state.batch_idx)
         if not self.data:
             return
@@ -330,6 +404,8 @@ class FitRun:
 
     def close_feeds(self) -> None:
         """Ends what the loaders keep between passes."""
+        if self.next_stream is not None:
+            self.next_stream.close()
         for feed in self._feeds():
             feed.close()
 

@@ -110,19 +110,15 @@ class Times:
 
         return call
 
-    def waiting(self, function: Callable[P, R]) -> Callable[P, R]:
-        """Returns a function that waits for the device, with the time of it taken as `device`.
+    def waiting(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Calls a function that waits for the device, and takes its time as `device`.
 
         Not within a validation and the like, whose time it is.
         """
-        waits = self.timed(function, self.device)
-
-        @functools.wraps(function)
-        def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            inside = bool(self._open) and self._open[-1].kind != "step"
-            return (function if inside else waits)(*args, **kwargs)
-
-        return call
+        if self._open and self._open[-1].kind != "step":
+            return function(*args, **kwargs)
+        with self.device:
+            return function(*args, **kwargs)
 
     def enter(self, part: Part) -> None:
         """Begins a part; time counts for no other until `leave`."""

@@ -142,8 +142,8 @@ class Trainer(TrainerView):
         benchmark: bool | None = None,
         detect_anomaly: bool = False,
         fused: bool | None = None,
-        compile: bool | Literal["regional"] | dict[str, Any] = False,  # noqa: A002  as the field says
-        memory_format: Literal["channels_last"] | None = None,
+        compile: bool | str | dict[str, Any] = False,
+        memory_format: str | None = None,
         prefetch: bool | Literal["epoch"] | None = None,
         terminate_on_nan: bool = True,
         seed: int | None = None,

@@ -212,9 +212,11 @@ def _begin_slowly(worker):
         (
             DataLoader(Files(), 2),
             1,
-            "num_workers=0 and 6.0 ms per batch, with 1 core for this process; make a sample "
-            "cheaper: decode and resize beforehand, augment on the device "
-            "(on_after_batch_transfer)",
+            (
+                "num_workers=0 and 6.0 ms per batch, with 1 core for this process; make a sample "
+                "cheaper: decode and resize beforehand, augment on the device "
+                "(on_after_batch_transfer)"
+            ),
         ),
         (
             DataLoader(Files(), 2, num_workers=2),
@@ -224,14 +226,18 @@ def _begin_slowly(worker):
         (
             DataLoader(MEMORY, 2),
             8,
-            "the data are in memory and come sample by sample, 6.0 ms per batch; try "
-            "lightkit.TensorLoader",
+            (
+                "the data are in memory and come sample by sample, 6.0 ms per batch; try "
+                "lightkit.TensorLoader"
+            ),
         ),
         (
             DataLoader(ConcatDataset([Subset(MEMORY, [1]), MEMORY]), 2, num_workers=3),
             8,
-            "the data are in memory and come through 3 worker processes, 6.0 ms per batch; try "
-            "lightkit.TensorLoader",
+            (
+                "the data are in memory and come through 3 worker processes, 6.0 ms per batch; "
+                "try lightkit.TensorLoader"
+            ),
         ),
         (
             [1, 2],

@@ -151,6 +151,17 @@ def test_an_object_gives_way_to_a_plain_value_and_back(here):
     assert build(config).trainer.callbacks.note == "b"
 
 
+def test_a_profiler_is_a_word_or_an_object(here):
+    def profiler(given):
+        Path("task.yaml").write_text(TASK)
+        config = load_config("task.yaml", overrides={"trainer.profiler": given})
+        return build(config).trainer.options.profiler
+
+    assert profiler("simple") == "simple"
+    where = "class_path: lightkit.callbacks.TraceProfiler"
+    assert profiler(f"{{{where}, init_args: {{steps: [3, 5]}}}}").steps == (3, 5)
+
+
 def test_lists_are_replaced(here):
     one, two = (
         "{{trainer: {{callbacks: [{{class_path: here.Noted, init_args: {{note: {}}}}}]}}}}",

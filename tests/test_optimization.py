@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler as schedulers
 from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import MeanSquaredError
 
 import lightkit as lk
 from lightkit.errors import ConfigError, OptimizerError
@@ -248,6 +249,26 @@ def test_lbfgs(quiet):
         optimizer.step(closure)
     assert close(net, expected)
     assert history[-1]["train_loss"] < 0.01 < history[0]["train_loss"]
+
+
+def test_what_a_closure_computes_again_is_logged_once(quiet):
+    class Closed(Net):
+        def __init__(self):
+            super().__init__()
+            self.error = MeanSquaredError()
+
+        def training_step(self, batch, batch_idx):
+            self.error.update(self(batch[0]), batch[1])
+            self.log("error", self.error)
+            self.log("ones", 1.0, reduce_fx="sum")
+            return super().training_step(batch, batch_idx)
+
+        def configure_optimizers(self):
+            return torch.optim.LBFGS(self.parameters(), lr=1, max_iter=5)
+
+    row = quiet(max_epochs=1).fit(Closed(), loader())[0]
+    assert row["ones"] == len(loader())
+    assert row["error"] > 0
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

@@ -232,4 +232,6 @@ def test_the_hint_is_one_line_at_the_start_of_a_fit(
     with caplog.at_level("INFO", "lightkit"):
         train(tmp_path, Plain(), [1.0, 2.0], max_epochs=3)
     found = [r for r in caplog.records if "a line" in r.getMessage()]
-    assert [(r.levelname, r.getMessage()) for r in found] == [("INFO", "hint:     a line [precision]")]
+    assert [(r.levelname, r.getMessage()) for r in found] == [
+        ("INFO", "hint:     a line [precision]")
+    ]

@@ -139,3 +139,34 @@ def test_columns_without_room_are_counted_where_their_names_have_none_either():
     assert screen._left_out(names, 80) == f"(too narrow for {', '.join(names)})"
     assert screen._left_out(names, 60) == "(too narrow for train/metric_one and 2 more)"
     assert screen._left_out(names, 30) == "(too narrow for 3 columns)"
+
+
+def test_speed_and_memory_stand_behind_the_time_and_go_first_where_it_is_narrow():
+    row = {"train_loss": 0.5, "val_loss": 12.5}
+
+    def shown(width, **more):
+        return screen.Table().lines("1/3", row, 1.25, 0.1, width, **more)
+
+    both = {"speed": 12345.6, "memory": 3_250_000_000}
+    assert shown(80, **both) == [
+        "  epoch  train_loss  val_loss     time  data  samples/s   memory",
+        "    1/3      0.5000   12.5000     1.2s   10%      12.3k   3.2 GB",
+    ]
+    assert shown(63, **both)[0] == "  epoch  train_loss  val_loss     time  data  samples/s"
+    assert shown(54, **both)[0] == "  epoch  train_loss  val_loss     time  data"
+    assert shown(43, **both)[0] == "  epoch  train_loss  val_loss     time"
+    assert shown(37, **both)[:2] == ["(too narrow for val_loss)", "  epoch  train_loss     time"]
+    assert shown(80, memory=850_400_000)[0].endswith("  data   memory")
+    assert shown(80)[0].endswith("  data")
+
+
+def test_numbers_have_the_units_that_fit_them():
+    assert [screen.large(x) for x in (7.24, 99.6, 950, 999.6, 12345, 1.25e6)] == [
+        *("7.2", "100", "950", "1.0k", "12.3k", "1.2M"),
+    ]
+    assert [screen.size_of(x) for x in (0, 850_400_000, 999_600_000, 12.34e9)] == [
+        *("0 MB", "850 MB", "1.0 GB", "12.3 GB"),
+    ]
+    assert [screen.brief(x) for x in (0.00035, 0.00996, 0.0123, 0.9996, 1.25, 99.96, 3700)] == [
+        *("350 us", "10 ms", "12 ms", "1.0 s", "1.2 s", "1:40", "1:01:40"),
+    ]

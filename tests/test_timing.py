@@ -86,12 +86,13 @@ def test_a_device_that_still_had_work_was_not_kept_waiting(clock):
     times = Times()
     times.begin_epoch(clock(), 0.0)
     clock.sleep(3)  # for the loader
-    read = times.waiting(lambda: clock.sleep(2))
-    read()
+    times.waiting(clock.sleep, 2)
     assert times.epoch(clock(), 3.0) == spent(data=1, step=4)
     with times.validation:
-        read()  # belongs to the validation
-    assert times.epoch(clock(), 3.0) == spent(data=1, step=4, validation=2)
+        times.waiting(clock.sleep, 2)  # belongs to the validation
+    with times.part("a profiler's", "step"):
+        times.waiting(clock.sleep, 0.5)
+    assert times.epoch(clock(), 3.0) == spent(data=0.5, step=5, validation=2)
 
 
 class Slow:

@@ -83,15 +83,15 @@ def write_stored(obj: Any, path: Path, files: Iterable[Path] = ()) -> None:
     Raises:
         CheckpointError: It cannot be written.
     """
-    begin_file(obj, path, files)()
+    begin_file(obj, path, files)(False)
 
 
-def begin_file(obj: Any, path: Path, files: Iterable[Path] = ()) -> Callable[[], None]:
+def begin_file(obj: Any, path: Path, files: Iterable[Path] = ()) -> Callable[[bool], None]:
     """Does the first half of `write_stored`: the data goes to a file of a temporary name.
 
     Returns:
-        The second half, which waits for the disk and gives the file its name. ``obj`` may change
-        before it is called, by any thread.
+        The second half, which waits for the disk and gives the file its name, by any thread;
+        ``obj`` may have changed by then. Called with whether it will be tried again if it fails.
     """
     temporary, size = temporary_name(path), nbytes(obj)
     with _or_no_file(temporary, path, size) as recorder:
@@ -100,8 +100,8 @@ def begin_file(obj: Any, path: Path, files: Iterable[Path] = ()) -> Callable[[],
         with open(temporary, "wb") as recorder._file:
             torch.save(obj, recorder)  # type: ignore[arg-type]
 
-    def finish() -> None:
-        with _or_no_file(temporary, path, size):
+    def finish(again: bool) -> None:
+        with _or_no_file(temporary, path, size, keep=again):
             sync_files((temporary, *files))
             give_name(temporary, path)
 
@@ -109,14 +109,17 @@ def begin_file(obj: Any, path: Path, files: Iterable[Path] = ()) -> Callable[[],
 
 
 @contextlib.contextmanager
-def _or_no_file(temporary: Path, path: Path, size: int) -> Iterator[_Recorder]:
+def _or_no_file(
+    temporary: Path, path: Path, size: int, *, keep: bool = False
+) -> Iterator[_Recorder]:
     """Removes the temporary file where something goes wrong, and says what it was."""
     recorder = _Recorder()
     try:
         yield recorder
     except BaseException as error:  # noqa: BLE001, Ctrl-C too must leave no temporary file
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        if not (keep and isinstance(error, OSError)):
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
         cause = recorder.error or error
         if isinstance(cause, OSError):
             raise CheckpointError(why(cause, path, size)) from cause

@@ -83,16 +83,16 @@ class Writer:
 
         if background == "disk":
             if shards is None:
-                finish = _twice(lambda: begin_file(stored, path, files))
-                self._start(lambda: (finish(), then and then()), failed or self._keep)
+                finish = _twice(lambda _: begin_file(stored, path, files))
+                self._start(lambda: (_twice(finish), then and then()), failed or self._keep)
                 return
             background = False
 
         def work() -> None:
             if shards is None:
-                _twice(lambda: write_stored(stored, path, files))
+                _twice(lambda _: write_stored(stored, path, files))
             else:
-                _twice(lambda: shards.write(stored, files))
+                _twice(lambda _: shards.write(stored, files))
             if then is not None:
                 then()
 
@@ -159,14 +159,18 @@ class Writer:
             self._buffers, self._parts = Buffers(), {}
 
 
-def _twice(write: Callable[[], _T]) -> _T:
-    """Writes a file, once more after a while: a network or a full disk may have recovered."""
+def _twice(write: Callable[[bool], _T]) -> _T:
+    """Writes a file, once more after a while: a network or a full disk may have recovered.
+
+    Args:
+        write: Does it; called with whether it will be called again if it fails.
+    """
     try:
-        return write()
+        return write(True)
     except CheckpointError as error:
         _log.warning("%s Trying once more in %g s.", error, RETRY_SECONDS)
         time.sleep(RETRY_SECONDS)
-        return write()
+        return write(False)
 
 
 class Buffers:

@@ -168,6 +168,11 @@ class Feed:
         """Whether a batch can be fetched before its turn, and the pass still be continued."""
         return self._walkable or (self._by_workers and self._placer() is None)
 
+    @property
+    def may_begin_early(self) -> bool:
+        """Whether there are workers that load while something else runs, in a known order."""
+        return self._walkable and not self._tensors and self.steady
+
     def done(self, batches: int) -> int:
         """Returns how many batches all processes have done when each has done so many."""
         return batches * self.world if self.own else self.share.before(batches)

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from lightkit.distributed.strategies import Compiled
 
 _UNUSED = re.compile(r"did not receive grad for rank \d+: ([\d ]+)")
+_SWITCHED = (
+    "training_step changed requires_grad of parameters, so their gradients were not averaged over "
+    "ranks. Change it in a hook: on_train_batch_start, or on_train_epoch_start."
+)
 
 
 class _StepModule(nn.Module):
@@ -30,21 +34,22 @@ class _StepModule(nn.Module):
     task's parameters carry no prefix.
 
     Attributes:
-        outputs: The mapping that the step returned. DistributedDataParallel is given its loss alone:
-            it does not look into every mapping, and what else is in there needs no gradient.
+        outputs: The mapping that the step returned, if it returned one. DistributedDataParallel is
+            given its loss alone: it does not look into every mapping, and what else is in there
+            needs no gradient. (A list, since a module takes a microsecond to set an attribute.)
     """
 
     def __init__(self, task: nn.Module, step: Callable[..., Any]) -> None:
         super().__init__()
         self.task, self.step = task, step
-        self.outputs: Mapping[str, Any] | None = None
+        self.outputs: list[Mapping[str, Any]] = []
 
     def forward(self, *arguments: Any) -> Any:
         """Calls the step and returns the loss, or whatever else it returned."""
         outputs = self.step(*arguments)
         if isinstance(outputs, Tensor) or not isinstance(outputs, Mapping):
             return outputs
-        self.outputs = outputs
+        self.outputs.append(outputs)
         return outputs.get("loss")
 
 
@@ -86,6 +91,7 @@ class DDPStrategy(Strategy):
         self._ddp: DistributedDataParallel | None = None
         self._all: list[tuple[str, Tensor]] = []
         self._trained: list[tuple[str, Tensor]] = []
+        self._frozen: list[Tensor] = []
         self._switches: list[bool] = []
         self._learns = False
         self._hooked: dict[int, Tensor] = {}
@@ -157,6 +163,7 @@ class DDPStrategy(Strategy):
         self._all = list(self._adaptor.task.named_parameters())
         self._switches = [parameter.requires_grad for _, parameter in self._all]
         self._trained = [(name, p) for name, p in self._all if p.requires_grad]
+        self._frozen = [p for _, p in self._all if not p.requires_grad]
         self._learns = self.static_graph
         if not self._trained:
             raise OptimizerError("No parameter of the task is trainable, so there is no gradient.")
@@ -175,7 +182,10 @@ class DDPStrategy(Strategy):
         # A static graph is learned in the first backward, which therefore must average: a sum of
         # what is the same on all ranks stays as it is when it is averaged again.
         learns, self._learns = self._learns, False
-        self._ddp.require_backward_grad_sync = last or learns  # type: ignore[union-attr]
+        sync, ddp = last or learns, self._ddp
+        assert ddp is not None
+        if ddp.require_backward_grad_sync is not sync:
+            ddp.require_backward_grad_sync = sync
 
     def _step(self, *arguments: Any) -> Any:
         adaptor = self._adaptor
@@ -183,36 +193,42 @@ class DDPStrategy(Strategy):
         assert adaptor is not None
         try:
             loss = self._ddp(*arguments)
-            outputs, adaptor.outputs = adaptor.outputs, None
-            if outputs is None:
+            if not adaptor.outputs:
                 return loss
+            outputs = adaptor.outputs.pop()
             return outputs if loss is None else {**outputs, "loss": loss}
         except RuntimeError as error:
-            unused = _UNUSED.search(str(error))
-            if unused is None:
-                raise
-            names = [self._trained[int(i)][0] for i in unused[1].split()]
-            raise self._unused(names) from None
+            self._explain(error)
+            raise
 
     def check_step(self) -> None:
         """Raises where a backward left out parameters, for which other ranks may wait.
 
         Torch itself would say so in the next forward, to which this rank may never come: the others
-        wait within their backward, and it would in a collective of its own.
+        wait within their backward, and it would in a collective of its own. Torch is asked whether
+        it has averaged all gradients, so the cost does not grow with the number of parameters; only
+        those that are frozen are looked at.
         """
         if self._ddp is None:
             return
-        if self._switched():
-            raise UsageError(
-                "training_step changed requires_grad of parameters, so their gradients were not "
-                "averaged over ranks. Change it in a hook: on_train_batch_start, or "
-                "on_train_epoch_start."
-            )
+        for parameter in self._frozen:
+            if parameter.requires_grad:
+                raise UsageError(_SWITCHED)
         if self.find_unused_parameters or self.static_graph:
             return
-        names = [name for name, parameter in self._trained if parameter.grad is None]
-        if names:
-            raise self._unused(names)
+        try:
+            self._ddp._check_reducer_finalized()  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            if self._switched():
+                raise UsageError(_SWITCHED) from None
+            self._explain(error)
+            raise
+
+    def _explain(self, error: RuntimeError) -> None:
+        """Raises what torch says about parameters without a gradient, in names."""
+        unused = _UNUSED.search(str(error))
+        if unused is not None:
+            raise self._unused([self._trained[int(i)][0] for i in unused[1].split()]) from None
 
     def _unused(self, names: Sequence[str]) -> UsageError:
         shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
@@ -226,6 +242,7 @@ class DDPStrategy(Strategy):
         """Takes the hooks off the task's parameters."""
         self._ddp = self._adaptor = None
         self.sync_gradients, self._all, self._trained, self._switches = None, [], [], []
+        self._frozen = []
         for handle in self._handles:
             handle.remove()
         self._handles, self._touched, self._hooked = [], [], {}

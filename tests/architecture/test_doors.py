@@ -37,6 +37,7 @@ EXPRESSIONS: dict[str, set[str]] = {
     r"torch\.load\(.*weights_only=False": set(),
     r"signal\.signal": {"signals.py", "data/"},  # data: in worker processes
     r"torch\.inference_mode": set(),
+    r"torch\.cuda\.(Stream|stream)$": {"data/prefetch.py"},
     r"torch\.(compile|compiler|_dynamo)\b": {"compiling.py"},
 }
 

@@ -77,7 +77,7 @@ def test_steps_are_chosen_and_what_lies_between_them_is_labelled(quiet):
 def test_from_the_first_step_to_the_end_and_with_accumulation(quiet, recwarn):
     trainer = quiet(profiler=TraceProfiler(steps=(0, 100)), accumulate_grad_batches=2)
     trainer.fit(Task(), loader())
-    steps, found, _ = read(trainer.run_dir / "profile" / "rank0_steps_0-99.pt.trace.json.gz")
+    _, found, _ = read(trainer.run_dir / "profile" / "rank0_steps_0-99.pt.trace.json.gz")
     assert found["training_step"] == [0, 0, 1, 1, 2]
     assert found["Adam.step"] == [0, 1, 2]
     assert not recwarn.list

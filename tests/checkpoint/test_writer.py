@@ -145,6 +145,61 @@ def test_an_error_comes_out_at_the_next_occasion_and_once(tmp_path, broken, occa
     w.close(failed=False)
 
 
+# ---- for the disk only
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    """The disk is slow: it answers when the event is set."""
+    event, real = threading.Event(), files.sync_files
+
+    def wait_and_sync(paths):
+        assert event.wait(10)
+        real(paths)
+
+    monkeypatch.setattr(files, "sync_files", wait_and_sync)
+    return event
+
+
+def test_the_loop_goes_on_while_the_disk_is_waited_for(tmp_path, disk):
+    path, done, w = tmp_path / "a.ckpt", [], Writer()
+    weights = torch.ones(4)
+    contents = {"lightkit": HEADER, "model": {"w": weights}}
+    w.write(contents, path, background="disk", then=lambda: done.append(path.exists()))
+    weights.zero_()  # the next step: the data is in the file already, without a copy in memory
+    assert not path.exists()
+    assert [p.name.endswith(".lightkit-tmp") for p in tmp_path.iterdir()] == [True]
+    disk.set()
+    assert step_of(path) == 1.0  # who reads waits
+    assert done == [True]
+
+
+def test_what_cannot_be_written_is_said_at_once_and_tried_once_more(tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "RETRY_SECONDS", 0.001)
+    attempts = []
+
+    def full(*arguments):
+        attempts.append(1)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.torch, "save", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        Writer().write(a_checkpoint(1), tmp_path / "a.ckpt", background="disk")
+    assert len(attempts) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_disk_that_fails_is_tried_once_more(tmp_path, broken, times):
+    attempts = broken(times)
+    w, errors = Writer(), []
+    w.write(a_checkpoint(1), tmp_path / "a.ckpt", background="disk", failed=errors.append)
+    w.wait()
+    assert len(attempts) == 2
+    assert [type(e) for e in errors] == [CheckpointError][times == 1 :]
+    assert [p.name for p in tmp_path.iterdir()] == ["a.ckpt"][: times == 1]
+
+
 def test_an_error_goes_to_who_wants_it(tmp_path, broken):
     broken(2)
     w, errors = Writer(), []

@@ -127,6 +127,11 @@ def fits():
     return {kind: fit(kind, validation()) for kind in KINDS}
 
 
+def early():
+    """Epochs that begin before the validation of the last one."""
+    return fit("workers", validation(), prefetch="epoch", num_sanity_val_steps=0)
+
+
 def error(call):
     try:
         call()
@@ -167,6 +172,7 @@ def others():
         "shuffled", validation(), limit_train_batches=0.5, limit_val_batches=0.5
     )
     found["dev run"] = fit("shuffled", validation(), fast_dev_run=1)
+    found["early"] = early()
     module, task = Module(), Task()
     trainer(reload_dataloaders_every_n_epochs=1).fit(task, datamodule=module)
     found["reload"] = {"train": task.seen, "prepared": module.prepared, "made": module.made}

@@ -203,6 +203,25 @@ class FreezesInStep(Net):
         return super().training_step(batch, batch_idx)
 
 
+class ThawsInStep(Net):
+    def __init__(self):
+        super().__init__()
+        self.net[0].requires_grad_(False)
+
+    def training_step(self, batch, batch_idx):
+        self.net[0].requires_grad_(batch_idx > 1)
+        return super().training_step(batch, batch_idx)
+
+
+class FreezesAfterUse(Net):
+    """Takes gradients away from what the running step has used, as one process would."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.net[0].requires_grad_(self.trainer.global_step < 2)
+        return loss
+
+
 class Nests(lk.Callback):
     """Validates by another trainer with the strategy object of the fit."""
 
@@ -272,6 +291,7 @@ KINDS = {
     "static graph": (Net, {"accumulate_grad_batches": 3, "strategy": "static"}),
     "mapped": (Mapped, {"strategy": "static"}),
     "several validations": (Net, {"val_check_interval": 2}),
+    "frozen after use": (FreezesAfterUse, {}),
 }
 
 
@@ -296,7 +316,9 @@ def other():
         "allowed": trained(Leaves, strategy="ddp_find_unused_parameters_true"),
         "skips": refused(Skips),
         "forgets": refused(Forgets, max_steps=4),
+        "forgets in a group": refused(Forgets, accumulate_grad_batches=2),
         "weights late": refused(WeightsLate),
+        "thaws in step": refused(ThawsInStep),
         "freezes in step": refused(FreezesInStep),
         "nests": refused(Net, strategy=lk.DDPStrategy(), callbacks=Nests()),
         "stopped": trained(Net, epochs=50, callbacks=StopsOne()),

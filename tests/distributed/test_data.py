@@ -96,6 +96,14 @@ def test_arguments_about_data(results):
     assert [len(part[0]) for part in of(results, "dev run", "val")] == [1] * 4
 
 
+def test_epochs_that_begin_early_have_the_order_of_one_process(results):
+    alone, parts = scenes_data.early(), of(results, "early")
+    for epoch in (0, 1):
+        assert in_turn([part[epoch] for part in parts]) == alone["train"][epoch][:20]
+    assert in_turn([part[1] for part in of(results, "early", "val")]) == alone["val"][1]
+    assert of(results, "early", "draw")[0] == alone["draw"]
+
+
 def test_a_data_module_prepares_once_and_makes_loaders_anew(results):
     assert of(results, "reload", "prepared") == [1, 0, 0, 0]
     assert of(results, "reload", "made") == [2] * 4

@@ -104,8 +104,10 @@ def test_parameters_that_are_not_used_are_named(other):
     ("kind", "text"),
     [
         ("forgets", "did not use net.2.weight, net.2.bias"),
+        ("forgets in a group", "did not use net.2.weight, net.2.bias"),
         ("weights late", "returned a 'weight' on rank"),
         ("freezes in step", "changed requires_grad of parameters"),
+        ("thaws in step", "changed requires_grad of parameters"),
         ("nests", "in the middle of another trainer's fit"),
     ],
 )

@@ -150,7 +150,8 @@ def test_with_what_the_trainer_saves_by_itself(dies_and_is_the_same, place, n):
 
 
 def test_many_times_in_a_row(lives, reference, tmp_path):
-    settings = Settings(root=str(tmp_path))
+    # These steps are so short that the disk would not answer before the next death.
+    settings = Settings(root=str(tmp_path), saving={"async_save": False})
     kill = dataclasses.replace(settings, kill={"place": "batch_end", "n": 6})
     deaths = 0
     while (code := lives.live(kill)) == KILLED:
