@@ -13,7 +13,16 @@ import time
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
-from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    DataLoader,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+    default_collate,
+)
 
 from lightkit import screen
 from lightkit.callbacks import ModelCheckpoint
@@ -28,6 +37,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("lightkit.hints")
 _clock = time.perf_counter
+#: The orders that a `TensorLoader` knows.
+_ORDERS = (SequentialSampler, RandomSampler)
 #: What a cause must have cost by the end of an epoch: seconds, and its share of all epochs so far.
 _LEAST = 1.0
 _SHARES = {"data": 0.1, "validation": 0.5, "checkpoint": 0.1, "callbacks": 0.1}
@@ -46,7 +57,7 @@ def say(name: str, text: str) -> None:
 def at_start(run: FitRun) -> Iterator[tuple[str, str]]:
     """Yields names and texts of what can be told before the first batch."""
     loader = run.train_loader
-    if isinstance(loader, DataLoader) and loader.num_workers and in_memory(loader.dataset):
+    if isinstance(loader, DataLoader) and loader.num_workers and _only_tensors(loader):
         text = (
             f"the training data are in memory, and num_workers={loader.num_workers} sends each "
             f"batch from one process to another; try num_workers=0 or lightkit.TensorLoader"
@@ -55,7 +66,7 @@ def at_start(run: FitRun) -> Iterator[tuple[str, str]]:
 
 
 class Advice(Callback):
-    """Looks at the times of a fit at the end of each epoch and of each validation.
+    """Looks at the times of a fit at the end of each epoch and of each validation, and at saves.
 
     After the checkpoints in the order of listeners, so that the last epoch's is counted.
     """
@@ -84,6 +95,12 @@ class Advice(Callback):
     def on_validation_end(self, trainer: Trainer, task: TaskModule) -> None:
         """Looks in the middle of an epoch, which may be long."""
         self._look(trainer, validating=1)
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, task: TaskModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Looks where an epoch without a validation is long: there is a save every few minutes."""
+        self._look(trainer)
 
     def on_train_end(self, trainer: Trainer, task: TaskModule) -> None:
         """Looks at all epochs."""
@@ -156,7 +173,7 @@ def about_data(
             return f"{each}; try a larger batch, or keep the tensors on the device (device=)"
         return f"{kind} takes {each}; a torch DataLoader with num_workers loads beside the step"
     workers = loader.num_workers
-    if in_memory(loader.dataset):
+    if _only_tensors(loader):
         how = "sample by sample" if not workers else f"through {workers} worker processes"
         return f"the data are in memory and come {how}, {each}; try lightkit.TensorLoader"
     if workers and not loader.persistent_workers and first > waited / 2:
@@ -173,6 +190,12 @@ def about_data(
         f"num_workers={workers} and {each}, with {with_cores} for this process; make a sample "
         f"cheaper: decode and resize beforehand, augment on the device (on_after_batch_transfer)"
     )
+
+
+def _only_tensors(loader: DataLoader[Any]) -> bool:
+    """Tells whether a loader does nothing but cut tensors, so that a `TensorLoader` can do it."""
+    plain = loader.collate_fn is default_collate and type(loader.batch_sampler) is BatchSampler
+    return plain and type(loader.sampler) in _ORDERS and in_memory(loader.dataset)
 
 
 def in_memory(dataset: Any) -> bool:
@@ -227,4 +250,7 @@ def _callbacks(run: FitRun) -> str:
     found = [part for part in run.flow.times.parts if part.kind == "callbacks"]
     slowest = max(found, key=lambda part: part.seconds)
     each = screen.brief(slowest.seconds / max(slowest.calls, 1))
-    return f"most in {slowest.name}, {slowest.calls} calls of {each}; do it less often"
+    waits = (
+        "" if run.device.type == "cpu" else ", and read no tensor there: it waits for the device"
+    )
+    return f"most in {slowest.name}, {slowest.calls} calls of {each}; do it less often{waits}"

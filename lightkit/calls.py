@@ -60,16 +60,16 @@ def open_fit(
             run.reload(run)  # those that were made before know nothing of the epoch
         run.plan.check_horizon(*announce.planned(trainer))
         announce.say_start(trainer, run, resumed)
-        # A full collection costs a tenth of a second with all that is imported; what is there
-        # now stays for the whole fit, so later ones need not look at it.
-        gc.collect()
-        gc.freeze()
-        if run.agree is not None:
-            run.agree.reach("the time at which the fit begins")  # a collective
-        run.flow.validated_at = run.flow.clock()
-        if trainer.limits.seconds is not None:
-            run.flow.deadline = run.flow.clock() + trainer.limits.seconds - run.state.seconds
         try:
+            # A full collection costs a tenth of a second with all that is imported; what is there
+            # now stays for the whole fit, so later ones need not look at it.
+            gc.collect()
+            gc.freeze()
+            if run.agree is not None:
+                run.agree.reach("the time at which the fit begins")  # a collective
+            run.flow.validated_at = run.flow.clock()
+            if trainer.limits.seconds is not None:
+                run.flow.deadline = run.flow.clock() + trainer.limits.seconds - run.state.seconds
             watch.enter_context(signals.watching(run.flow))
             yield run
         except BaseException:

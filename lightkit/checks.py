@@ -92,8 +92,9 @@ def check_parameters(task: nn.Module, plan: OptimizerPlan) -> list[str]:
     Raises:
         OptimizerError: In automatic optimization, when nothing in the task can be trained.
     """
-    names = {id(p): name for name, p in task.named_parameters()}
-    trainable = {id(p): name for name, p in task.named_parameters() if p.requires_grad}
+    named = [(id(p), name, p.requires_grad) for name, p in task.named_parameters()]
+    names = {key: name for key, name, _ in named}
+    trainable = {key: name for key, name, trained in named if trained}
     if plan.optimizers and plan.automatic and not trainable:
         raise OptimizerError(nothing_to_train(task))
     seen: dict[int, int] = {}

@@ -85,7 +85,8 @@ class Times:
         self.label: Callable[[str], AbstractContextManager[Any]] | None = None
         self.instrumented = False
         self._open: list[Part] = []  # the innermost last
-        self._labels: list[AbstractContextManager[Any] | None] = []  # one for each open part
+        # Those of open parts, each with how many parts were open.
+        self._labels: list[tuple[int, AbstractContextManager[Any]]] = []
         self._since = 0.0  # when the innermost was entered, or gone back to
         self._began: float | None = None  # the epoch; None outside of one
         self._last = dict.fromkeys(KINDS, 0.0)  # the epoch that was the last one
@@ -99,14 +100,24 @@ class Times:
 
     def timed(self, function: Callable[P, R], part: Part) -> Callable[P, R]:
         """Returns ``function`` with its time taken. What looks at it sees the user's own."""
+        inside = self._open
 
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            self.enter(part)
+            # `enter` and `leave`, written out: this runs for every hook of the user's in a step.
+            if self.label is not None or inside:
+                with part:
+                    return function(*args, **kwargs)
+            inside.append(part)
+            part.calls += 1
+            self._since = _clock()
             try:
                 return function(*args, **kwargs)
             finally:
-                self.leave()
+                now = _clock()
+                part.seconds += now - self._since
+                self._since = now
+                inside.pop()
 
         return call
 
@@ -128,20 +139,20 @@ class Times:
         again = bool(inside) and inside[-1] is part
         part.calls += not again
         inside.append(part)
-        label = None if self.label is None or again else self.label(part.name)
-        self._labels.append(label)
-        if label is not None:
+        if self.label is not None and not again:
+            label = self.label(part.name)
+            self._labels.append((len(inside), label))
             label.__enter__()
         self._since = now
 
     def leave(self) -> None:
         """Ends the part that was entered last."""
         now = _clock()
+        depth = len(self._open)
         self._open.pop().seconds += now - self._since
         self._since = now
-        label = self._labels.pop()
-        if label is not None:
-            label.__exit__(None, None, None)
+        if self._labels and self._labels[-1][0] == depth:
+            self._labels.pop()[1].__exit__(None, None, None)
 
     def begin_epoch(self, now: float, waited: float) -> None:
         """Begins an epoch at ``now``; ``waited`` is that of the epoch before, as for `epoch`."""

@@ -76,8 +76,8 @@ class Trainer(TrainerView):
             none.
         benchmark: Whether cuDNN tries algorithms for the fastest.
         detect_anomaly: Whether autograd looks for the origin of nan; slow.
-        fused: None runs Adam, AdamW and SGD fused where that was measured faster; False never (the
-            bits of a plain loop); True always.
+        fused: None runs Adam, AdamW and SGD fused where that was measured to be never slower (on
+            the CPU by threads and sizes); False never (the bits of a plain loop); True always.
         compile: True compiles ``training_step`` with ``torch.compile``, "regional" the repeated
             blocks of the model, a dict gives torch.compile's arguments (mode, backend, dynamic,
             fullgraph, options) and perhaps ``"regional": True``. Evaluations are not compiled.

@@ -5,10 +5,18 @@ from __future__ import annotations
 import logging
 import os
 import re
+from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    Subset,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 import lightkit as lk
 from lightkit import advice, saving
@@ -240,6 +248,16 @@ def _begin_slowly(worker):
             ),
         ),
         (
+            DataLoader(MEMORY, 2, collate_fn=lambda samples: samples),  # which may be what is slow
+            8,
+            "num_workers=0 and 6.0 ms per batch; try num_workers=3",
+        ),
+        (
+            DataLoader(MEMORY, 2, sampler=WeightedRandomSampler([1.0] * 8, 8)),
+            8,
+            "num_workers=0 and 6.0 ms per batch; try num_workers=3",
+        ),
+        (
             [1, 2],
             8,
             "list takes 6.0 ms per batch; a torch DataLoader with num_workers loads beside the step",
@@ -248,6 +266,28 @@ def _begin_slowly(worker):
 )
 def test_what_is_suggested_fits_the_loader(given, cores, text):
     assert advice.about_data(given, 0.6, 100, 0.4, 0.0, cores) == text
+
+
+def test_a_long_epoch_is_looked_at_where_it_is_saved(clock, told, quiet):
+    seen = []
+
+    class See(lk.Callback):
+        def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx):
+            seen.append(len(told()))
+
+    saver = lk.callbacks.ModelCheckpoint(every_n_train_steps=2)
+    trainer = quiet(callbacks=[saver, See()], enable_checkpointing=True)
+    trainer.fit(Task(clock, 1.0), DataLoader(Files(clock, 0.5), 2))
+    assert seen == [0, 0, 1, 1]
+
+
+def test_every_hint_stands_on_the_page():
+    root = Path(__file__).parents[1]
+    code = (root / "lightkit/advice.py").read_text() + (root / "lightkit/announce.py").read_text()
+    said = set(re.findall(r'(?:\bsay\(|yield )"([\w-]+)"', code))
+    assert {"slow-data", "workers-for-memory", "precision"} < said
+    page = (root / "docs/profiling.md").read_text()
+    assert set(re.findall(r"^\| `([\w-]+-[\w-]+|precision)` \|", page, re.MULTILINE)) == said
 
 
 def test_cores_are_shared_by_the_processes_of_a_machine(monkeypatch):

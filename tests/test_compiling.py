@@ -678,11 +678,17 @@ print("lightkit.compile_report" in sys.modules)
 # --- the real compiler ----------------------------------------------------------------------------
 
 
-def test_inductor_gives_the_same_within_rounding(quiet, monkeypatch):
-    """The default backend, which compiles C++ in the first step."""
+@pytest.fixture
+def inductor():
+    """The default backend in this process alone; else it starts processes that stay."""
     import torch._inductor.config as config
 
-    monkeypatch.setattr(config, "compile_threads", 1)  # else it starts processes that stay
+    with config.patch(compile_threads=1):
+        yield
+
+
+def test_inductor_gives_the_same_within_rounding(quiet, inductor):
+    """The default backend, which compiles C++ in the first step."""
     options = {"drop_last": True, "max_epochs": 1}
     one = fitted(quiet, Logging, **options)
     other = fitted(quiet, Logging, compile=INDUCTOR, **options)
@@ -690,3 +696,17 @@ def test_inductor_gives_the_same_within_rounding(quiet, monkeypatch):
         assert entry == pytest.approx(wanted, rel=1e-4)
     for name, value in one[0].state_dict().items():
         torch.testing.assert_close(other[0].state_dict()[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_inductor_goes_on_bit_for_bit(quiet, inductor):
+    """The random numbers that its dropout draws in its own way are those of the checkpoint too."""
+    options = {"drop_last": True, "compile": True}
+    whole = fitted(quiet, Plain, max_epochs=2, **options)
+    saver = lk.callbacks.ModelCheckpoint()
+    how = {"enable_checkpointing": True, "callbacks": saver}
+    fitted(quiet, Plain, max_epochs=1, **how, **options)
+    task, own = Plain(), quiet(max_epochs=2, compile=True)
+    history = own.fit(task, *loaders(drop_last=True), ckpt_path=saver.last_model_path)
+    assert [entry["train_loss"] for entry in history] == [e["train_loss"] for e in whole[1]]
+    for name, value in whole[0].state_dict().items():
+        assert torch.equal(task.state_dict()[name], value)

@@ -21,10 +21,6 @@ if TYPE_CHECKING:
     from lightkit.distributed.strategies import Compiled
 
 _UNUSED = re.compile(r"did not receive grad for rank \d+: ([\d ]+)")
-_SWITCHED = (
-    "training_step changed requires_grad of parameters, so their gradients were not averaged over "
-    "ranks. Change it in a hook: on_train_batch_start, or on_train_epoch_start."
-)
 
 
 class _StepModule(nn.Module):
@@ -91,7 +87,6 @@ class DDPStrategy(Strategy):
         self._ddp: DistributedDataParallel | None = None
         self._all: list[tuple[str, Tensor]] = []
         self._trained: list[tuple[str, Tensor]] = []
-        self._frozen: list[Tensor] = []
         self._switches: list[bool] = []
         self._learns = False
         self._hooked: dict[int, Tensor] = {}
@@ -134,7 +129,16 @@ class DDPStrategy(Strategy):
     def bind_training(
         self, task: nn.Module, *, automatic: bool, compiled: Compiled | None = None
     ) -> Callable[..., Any]:
-        """See `Strategy.bind_training`."""
+        """See `Strategy.bind_training`.
+
+        Raises:
+            ConfigError: For buckets that are too small for what is compiled.
+        """
+        if compiled is not None and (self.bucket_cap_mb or 1) < 1:
+            raise ConfigError(
+                f"DDPStrategy(bucket_cap_mb={self.bucket_cap_mb}): torch cuts a compiled step where "
+                f"buckets end, and the first one has 1 MB. Give at least 1, or leave out compile=."
+            )
         step = super().bind_training(task, automatic=automatic, compiled=compiled)
         if not automatic:
             self._follow(task)
@@ -163,7 +167,6 @@ class DDPStrategy(Strategy):
         self._all = list(self._adaptor.task.named_parameters())
         self._switches = [parameter.requires_grad for _, parameter in self._all]
         self._trained = [(name, p) for name, p in self._all if p.requires_grad]
-        self._frozen = [p for _, p in self._all if not p.requires_grad]
         self._learns = self.static_graph
         if not self._trained:
             raise OptimizerError("No parameter of the task is trainable, so there is no gradient.")
@@ -206,21 +209,21 @@ class DDPStrategy(Strategy):
 
         Torch itself would say so in the next forward, to which this rank may never come: the others
         wait within their backward, and it would in a collective of its own. Torch is asked whether
-        it has averaged all gradients, so the cost does not grow with the number of parameters; only
-        those that are frozen are looked at.
+        it has averaged all gradients, which costs less than to look for them.
         """
         if self._ddp is None:
             return
-        for parameter in self._frozen:
-            if parameter.requires_grad:
-                raise UsageError(_SWITCHED)
+        if self._switched():
+            raise UsageError(
+                "training_step changed requires_grad of parameters, so their gradients were not "
+                "averaged over ranks. Change it in a hook: on_train_batch_start, or "
+                "on_train_epoch_start."
+            )
         if self.find_unused_parameters or self.static_graph:
             return
         try:
             self._ddp._check_reducer_finalized()  # type: ignore[no-untyped-call]
         except RuntimeError as error:
-            if self._switched():
-                raise UsageError(_SWITCHED) from None
             self._explain(error)
             raise
 
@@ -242,7 +245,6 @@ class DDPStrategy(Strategy):
         """Takes the hooks off the task's parameters."""
         self._ddp = self._adaptor = None
         self.sync_gradients, self._all, self._trained, self._switches = None, [], [], []
-        self._frozen = []
         for handle in self._handles:
             handle.remove()
         self._handles, self._touched, self._hooked = [], [], {}

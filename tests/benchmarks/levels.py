@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from tests.benchmarks.contenders import CONTENDERS
 from tests.benchmarks.plan import Plan
 from tests.benchmarks.tables import Spread, Table, ratios
-from tests.benchmarks.turns import Results, rounds
+from tests.benchmarks.turns import Results, failed, rounds
 from tests.benchmarks.works import LEVELS, WORKS
 
 #: By level: the variant of the loop by hand that is that very loop.
@@ -35,7 +35,9 @@ def level_tables(work: str, plan: Plan) -> Iterator[Table]:
             level=level,
             **short,
         )
-        yield level_table(work, level, results)
+        table = level_table(work, level, results)
+        table.notes += failed(names, results)
+        yield table
 
 
 def level_table(work: str, level: str, results: Results) -> Table:

@@ -68,11 +68,12 @@ def compare(pair: Pair, rounds: int) -> dict[str, Any]:
 
 def _in_turn(pair: Pair, rounds: int) -> dict[str, list[float]]:
     clock = CLOCKS[pair.clock]
+    took = 0.0
     for way in (pair.base, pair.other):
         way(1)  # whatever is made once
-    began = clock()
-    pair.base(1)
-    took = clock() - began
+        began = clock()
+        way(1)
+        took = max(took, clock() - began)
     times = pair.times or max(1, int(CHUNK / max(took, 1e-6)))
     found: dict[str, list[float]] = {"base": [], "other": []}
     for number in range(rounds + 1):

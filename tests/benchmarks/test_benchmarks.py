@@ -151,12 +151,31 @@ def test_rounds_are_interleaved_and_turned_round(monkeypatch):
     assert called == ["a", "b", "c", "c", "b", "a"]
 
 
+def test_one_that_fails_is_left_out_and_said(monkeypatch):
+    def call(target, contender, **_):
+        if contender == failing:
+            raise fresh.FailedError("it broke")
+        return 1
+
+    said = []
+    monkeypatch.setattr(fresh, "call", call)
+    failing = "b"
+    results = turns.rounds("module:function", ["a", "b", "c"], 2, said.append)
+    assert results == {"a": [1, 1], "c": [1, 1]}
+    assert "it broke" in said
+    assert turns.failed(["a", "b", "c"], results) == ["Failed here, and so left out: b."]
+    failing = "a"
+    with pytest.raises(fresh.FailedError):
+        turns.rounds("module:function", ["a", "b"], 2)
+
+
 def test_a_pair_is_measured_in_turn():
     called = []
     pair = Pair("it", lambda n: called.append(("a", n)), lambda n: called.append(("b", n)), times=5)
     found = compare(pair, rounds=2)
     turn = [("a", 5), ("b", 5), ("b", 5), ("a", 5)]
-    assert called == [("a", 1), ("b", 1), ("a", 1), *turn, *turn, *turn]  # one to warm up
+    once = [("a", 1), ("a", 1), ("b", 1), ("b", 1)]
+    assert called == [*once, *turn, *turn, *turn]  # one turn to warm up
     assert len(found["base"]) == len(found["other"]) == 2
 
 

@@ -62,6 +62,9 @@ def rounds(
 ) -> Results:
     """Lets the contenders take turns: every second round in reverse, so that none always follows.
 
+    One whose turn fails is left out from then on, with all its turns; `failed` says so. The first
+    one is the reference: without it there is nothing to say.
+
     Args:
         target: ``module:function``; called with ``contender`` and ``arguments`` in fresh processes.
         contenders: Their names.
@@ -72,7 +75,20 @@ def rounds(
     order = list(contenders)
     results: Results = {name: [] for name in order}
     for number in range(count):
-        for name in order if number % 2 == 0 else reversed(order):
+        there = [name for name in order if name in results]
+        for name in there if number % 2 == 0 else reversed(there):
             say(f"round {number + 1} of {count}: {name}")
-            results[name].append(fresh.call(target, contender=name, **arguments))
+            try:
+                results[name].append(fresh.call(target, contender=name, **arguments))
+            except fresh.FailedError as error:
+                if name == order[0]:
+                    raise
+                say(str(error))
+                del results[name]
     return results
+
+
+def failed(contenders: Iterable[str], results: Results) -> list[str]:
+    """Returns a note that names the contenders without results; none where all have some."""
+    names = [name for name in contenders if name not in results]
+    return [f"Failed here, and so left out: {', '.join(names)}."] if names else []

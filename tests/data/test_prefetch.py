@@ -326,9 +326,12 @@ def test_the_next_epoch_begins_before_the_validation(tmp_path: Any, kind: str) -
 
 
 @pytest.mark.parametrize("kind", EARLY)
-def test_a_run_whose_epochs_begin_early_goes_on_anywhere(tmp_path: Any, kind: str) -> None:
+@pytest.mark.parametrize("options", [{}, {"limit_train_batches": 4}], ids=["whole", "limited"])
+def test_a_run_whose_epochs_begin_early_goes_on_anywhere(
+    tmp_path: Any, kind: str, options: Any
+) -> None:
     make = lambda: (EARLY[kind](), with_workers(shuffle=False))  # noqa: E731
-    check(tmp_path, make, 3, prefetch="epoch", max_epochs=3)
+    check(tmp_path, make, 3, prefetch="epoch", max_epochs=3, **options)
 
 
 class SaveInValidation(lk.Callback):

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, StackDataset, Subset, TensorDataset, ra
 import lightkit as lk
 from lightkit.data import BatchStream, Feed, sample_counts
 from lightkit.errors import ConfigError, DataError
+from lightkit.testing import assert_resumes_exactly
 from tests.data.members import Member, alone, feed_of, in_turn, numbers, together, train
 
 
@@ -371,6 +372,10 @@ def test_a_run_goes_on_with_the_other_loader(quiet: Any, tmp_path: Any, makes: A
         rest = end_of(trainer, net)
         assert rest[0] == whole[0][step:]
         assert rest[1:] == whole[1:]
+
+
+def test_a_run_can_be_proved_to_go_on_exactly() -> None:
+    assert_resumes_exactly(Net(), of_tensors(22, shuffle=True, generator=own()), of_tensors(9))
 
 
 def test_another_order_is_noticed(quiet: Any, tmp_path: Any) -> None:

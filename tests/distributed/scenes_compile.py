@@ -12,24 +12,25 @@ from tests.distributed.scenes_ddp import FEATURES, loader, trainer
 WAYS = {
     "ddp": ("ddp", {}),
     "accumulated": ("ddp", {"accumulate_grad_batches": 2}),
+    "ddp in buckets": ("ddp", {"width": 30_000}),  # more than a megabyte in each block
     "ddp regional": ("ddp", {"regional": True}),
     "fsdp regional": ("fsdp", {"regional": True}),
 }
 
 
 class Block(nn.Module):
-    def __init__(self):
+    def __init__(self, width):
         super().__init__()
-        self.linear = nn.Linear(FEATURES, FEATURES)
+        self.inner, self.outer = nn.Linear(FEATURES, width), nn.Linear(width, FEATURES)
 
     def forward(self, x):
-        return x + torch.tanh(self.linear(x))
+        return x + self.outer(torch.tanh(self.inner(x))) / self.outer.in_features**0.5
 
 
 class Net(lk.TaskModule):
-    def __init__(self):
+    def __init__(self, width: int = 8):
         super().__init__()
-        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.blocks = nn.ModuleList(Block(width) for _ in range(3))
         self.head = nn.Linear(FEATURES, 1)
 
     def loss(self, batch):
@@ -61,10 +62,12 @@ class Graphs:
         return graph.forward
 
 
-def fit(strategy, compile=False, **options):
+def fit(strategy, how=False, width=8, **options):
     torch.manual_seed(3)
-    task = Net()
-    own = trainer(strategy=strategy, compile=compile, **options)
+    task = Net(width)
+    if width > 8:
+        strategy = lk.DDPStrategy(bucket_cap_mb=1)
+    own = trainer(strategy=strategy, compile=how, **options)
     history = own.fit(task, loader(1), loader(1, shuffle=False))
     state = {
         k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in task.state_dict().items()

@@ -214,7 +214,7 @@ class ThawsInStep(Net):
 
 
 class FreezesAfterUse(Net):
-    """Takes gradients away from what the running step has used, as one process would."""
+    """Torch would give the others zeros for what has none now, which move it by its momentum."""
 
     def training_step(self, batch, batch_idx):
         loss = super().training_step(batch, batch_idx)
@@ -291,7 +291,6 @@ KINDS = {
     "static graph": (Net, {"accumulate_grad_batches": 3, "strategy": "static"}),
     "mapped": (Mapped, {"strategy": "static"}),
     "several validations": (Net, {"val_check_interval": 2}),
-    "frozen after use": (FreezesAfterUse, {}),
 }
 
 
@@ -319,6 +318,7 @@ def other():
         "forgets in a group": refused(Forgets, accumulate_grad_batches=2),
         "weights late": refused(WeightsLate),
         "thaws in step": refused(ThawsInStep),
+        "freezes after use": refused(FreezesAfterUse),
         "freezes in step": refused(FreezesInStep),
         "nests": refused(Net, strategy=lk.DDPStrategy(), callbacks=Nests()),
         "stopped": trained(Net, epochs=50, callbacks=StopsOne()),

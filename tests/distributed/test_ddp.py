@@ -108,6 +108,7 @@ def test_parameters_that_are_not_used_are_named(other):
         ("weights late", "returned a 'weight' on rank"),
         ("freezes in step", "changed requires_grad of parameters"),
         ("thaws in step", "changed requires_grad of parameters"),
+        ("freezes after use", "changed requires_grad of parameters"),
         ("nests", "in the middle of another trainer's fit"),
     ],
 )

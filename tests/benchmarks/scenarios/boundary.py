@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from tests.benchmarks.contenders import CONTENDERS
 from tests.benchmarks.plan import Plan
 from tests.benchmarks.tables import Spread, Table
-from tests.benchmarks.turns import rounds
+from tests.benchmarks.turns import failed, rounds
 
 #: With the MLP there is nothing but the boundary; digits has a DataLoader and a validation.
 PLACES = (("mlp", "bare"), ("mlp", "full"), ("digits", "bare"), ("digits", "full"))
@@ -54,6 +54,6 @@ def tables(plan: Plan) -> Iterator[Table]:
             for name, turns in results.items()
         ]
         header = ("", "ms of the process, beyond a step", "ms of the wall")
-        yield Table(
-            f"boundary/{work}/{level}", f"Between two epochs: {work}, {level}", header, rows
-        )
+        title = f"Between two epochs: {work}, {level}"
+        notes = failed(names, results)
+        yield Table(f"boundary/{work}/{level}", title, header, rows, notes)

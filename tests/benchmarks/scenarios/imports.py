@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from tests.benchmarks.contenders import CONTENDERS
 from tests.benchmarks.plan import Plan
 from tests.benchmarks.tables import Spread, Table
-from tests.benchmarks.turns import rounds
+from tests.benchmarks.turns import failed, rounds
 
 
 def measure(contender: str) -> dict[str, float]:
@@ -35,4 +35,5 @@ def tables(plan: Plan) -> Iterator[Table]:
         for name, turns in results.items()
     ]
     header = ("", "ms of process time", "modules beyond torch's")
-    yield Table("imports", "Importing, after torch", header, rows)
+    notes = failed(names, results)
+    yield Table("imports", "Importing, after torch", header, rows, notes)

@@ -11,7 +11,7 @@ from pathlib import Path
 from tests.benchmarks.contenders import CONTENDERS
 from tests.benchmarks.plan import Plan
 from tests.benchmarks.tables import Spread, Table, differences
-from tests.benchmarks.turns import Results, rounds
+from tests.benchmarks.turns import Results, failed, rounds
 
 LEVELS = ("bare", "full")
 #: What lightkit does on the way, one thing at a time: the options that switch it on.
@@ -112,7 +112,9 @@ def tables(plan: Plan) -> Iterator[Table]:
         results = rounds(
             "tests.benchmarks.scenarios.start:measure", names, plan.rounds, level=level
         )
-        yield start_table(level, results)
+        table = start_table(level, results)
+        table.notes += failed(names, results)
+        yield table
     plan.say("start, the parts")
     parts = rounds("tests.benchmarks.scenarios.start:measure_part", PARTS, plan.rounds)
     rows = [
