@@ -18,6 +18,7 @@ from lightkit.checkpoint.storable import storable
 from lightkit.errors import CheckpointError
 
 if TYPE_CHECKING:
+    from lightkit.checkpoint.sharded import Shards
     from lightkit.distributed import Strategy
 
 _log = logging.getLogger("lightkit")
@@ -72,15 +73,8 @@ class Writer:
             self.wait()
         else:  # what went wrong with the file of another one is not theirs
             settle()
-        shards = None
-        if strategy is not None and strategy.sharded:
-            from lightkit.checkpoint.sharded import Shards
-
-            shards = Shards(contents, path, strategy)
-            stored = shards.stored
-        else:
-            stored = storable(contents, "checkpoint")
-
+        shards = _shards(contents, path, strategy)
+        stored = storable(contents, "checkpoint") if shards is None else shards.stored
         if background == "disk":
             if shards is None:
                 finish = _twice(lambda _: begin_file(stored, path, files))
@@ -157,6 +151,15 @@ class Writer:
             _log.error("and in saving before the error: %s", error)
         finally:
             self._buffers, self._parts = Buffers(), {}
+
+
+def _shards(contents: dict[str, Any], path: Path, strategy: Strategy | None) -> Shards | None:
+    """Returns what writes this rank's part of a sharded run; None for a whole checkpoint."""
+    if strategy is None or not strategy.sharded:
+        return None
+    from lightkit.checkpoint.sharded import Shards
+
+    return Shards(contents, path, strategy)
 
 
 def _twice(write: Callable[[bool], _T]) -> _T:
