@@ -13,6 +13,7 @@ import functools
 import inspect
 import logging
 import sys
+import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -216,12 +217,8 @@ class Compilation:
         """Returns the step compiled, or as it is where blocks are compiled."""
         if self._regional:
             return step
-        how = dict(self._how)
-        if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
-            # Else all fits of a program together may compile a step so often as torch allows.
-            how["isolate_recompiles"] = True
         with _refused(self._how):
-            return torch.compile(step, **how)
+            return torch.compile(_of_its_own(step), **self._how)
 
     def around(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """Returns a step whose logging stays outside of the graph."""
@@ -276,7 +273,7 @@ class Compilation:
         return CompileError(
             f"{what} of {type(self._task).__name__} could not be compiled"
             f"{f' ({place})' if place else ''}: {type(error).__name__}: {summary(str(error))} "
-            f"Trainer(compile=False) runs it as it is, and then also shows an error of its own."
+            f"Trainer(compile=False) runs it as it is; where the code itself is wrong, that shows it."
         )
 
     def describe(self) -> str:
@@ -291,6 +288,23 @@ class Compilation:
     def end(self) -> None:
         """Leaves the task as it was."""
         self._undo.close()
+
+
+def _of_its_own(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a step with a code object of its own.
+
+    Graphs are kept with the code, and all fits of a program together would have no more of them than
+    torch allows for one. So they go with the fit.
+    """
+    function = getattr(step, "__func__", None)
+    if not isinstance(step, types.MethodType) or not isinstance(function, types.FunctionType):
+        return step
+    code, names = function.__code__.replace(), function.__globals__
+    copy = types.FunctionType(
+        code, names, function.__name__, function.__defaults__, function.__closure__
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return types.MethodType(copy, step.__self__)
 
 
 def _within(block: nn.Module) -> Callable[..., Any]:

@@ -142,7 +142,7 @@ class Trainer(TrainerView):
         benchmark: bool | None = None,
         detect_anomaly: bool = False,
         fused: bool | None = None,
-        compile: bool | str | dict[str, Any] = False,
+        compile: bool | str | dict[str, Any] = False,  # noqa: A002
         memory_format: str | None = None,
         prefetch: bool | Literal["epoch"] | None = None,
         terminate_on_nan: bool = True,

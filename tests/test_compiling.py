@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightkit as lk
 from lightkit.compiling import Compilation, Notes, settings
+from lightkit.config import load_config
 from lightkit.errors import CompileError, ConfigError
 from lightkit.flow import Flow
 from lightkit.loggers.base import Logger
@@ -196,6 +197,28 @@ def test_a_backend_that_does_not_exist(quiet):
         fitted(quiet, compile={"backend": "nonesuch"})
 
 
+@pytest.mark.parametrize(
+    ("text", "flags", "found"),
+    [
+        ("compile: true", {}, True),
+        ("compile: regional", {}, "regional"),
+        (
+            "compile: {backend: eager}",
+            {"trainer.compile.regional": "true"},
+            {**EAGER, "regional": True},
+        ),
+        ("", {"trainer.compile.mode": "reduce-overhead"}, {"mode": "reduce-overhead"}),
+        ("", {"trainer.compile": "false", "trainer.memory_format": "channels_last"}, False),
+    ],
+)
+def test_from_files_and_flags(tmp_path, text, flags, found):
+    path = tmp_path / "config.yaml"
+    path.write_text(f"task: tests.small.Net\ntrainer: {{max_epochs: 1, {text}}}\n")
+    config = load_config(path, overrides=flags)
+    assert config.trainer.arguments.get("compile") == found
+    lk.Trainer(**config.trainer.arguments)
+
+
 # --- the same numbers -----------------------------------------------------------------------------
 
 
@@ -313,13 +336,30 @@ def test_metrics_break_the_graph_and_nothing_more(quiet, caplog):
     assert lines(caplog, "graph break") == []
 
 
-def test_fits_do_not_share_the_limit_of_recompilations(quiet):
-    if "isolate_recompiles" not in torch.compile.__kwdefaults__:
-        pytest.skip("this version of torch counts them for the whole program")
-    for _ in range(10):
+def test_fits_do_not_share_the_limit_of_graphs(quiet):
+    """Torch keeps eight for a function; those of a fit go with it."""
+    from torch._dynamo.eval_frame import _debug_get_cache_entry_list as kept
+
+    for width in range(10):
         graphs = Graphs()
-        fitted(quiet, Plain, max_epochs=1, compile={"backend": graphs})
-        assert graphs.called > 0
+        task = Plain()
+        task.head = nn.Sequential(nn.Linear(4, 2 + width), nn.Linear(2 + width, 1))
+        fitted(quiet, task=task, max_epochs=1, drop_last=True, compile={"backend": graphs})
+        assert graphs.made == 1
+        assert graphs.called == 10
+    assert kept(Plain.training_step.__code__) == []
+
+
+def test_a_step_with_defaults_and_super(quiet):
+    class Scaled(Plain):
+        def training_step(self, batch, batch_idx, *, scale=2.0):
+            return super().training_step(batch, batch_idx) * scale
+
+    class Wrapped(Plain):
+        training_step = functools.partialmethod(Plain.training_step)
+
+    for kind in (Scaled, Wrapped):
+        same(fitted(quiet, kind), fitted(quiet, kind, compile=EAGER))
 
 
 # --- blocks ---------------------------------------------------------------------------------------

@@ -67,6 +67,7 @@ class Feed:
         own: Whether the loader divides its data by itself, between several processes.
         data: A hash of what the indices of its data set mean.
         reads: Whether each of several processes reads everything.
+        lane: Brings each batch to the device before its turn; None for nothing. May be set.
         wrap: Put around the fetching of each batch, for a profiler; None for nothing.
 
     Raises:
@@ -425,8 +426,8 @@ class Feed:
             most = None if limit is None else (self.share.length(limit) or 0) - skip + left
             drawing = None if self.steady else self.loader
             self._ahead = iterator = Ahead(iterator, self.lane, most, drawing)
-            if skip and not left:  # before random states are put back, which know of its draws
-                self._ahead.begin(before)
+            if skip and not left and (self.steady or before is not None):
+                self._ahead.begin(before)  # the random states that are put back know of its draws
         return iterator, left
 
     def mark(self, done: int) -> int | None:

@@ -65,17 +65,30 @@ class TensorLoader:
         _check_options(batch_size, generator, shuffle=shuffle, drop_last=drop_last, pin=pin_memory)
         self.batch_size, self.shuffle, self.drop_last = batch_size, shuffle, drop_last
         self.generator, self.device, self.pin_memory = generator, _device(device), pin_memory
-        if pin_memory and self.device is not None and self.device.type != "cpu":
-            raise ConfigError(
-                f"pin_memory=True, but the tensors live on {str(device)!r} and are not copied from "
-                f"the CPU. Leave one of the two out."
-            )
         named = tensors[0] if len(tensors) == 1 and isinstance(tensors[0], Mapping) else None
         self._keys = None if named is None else list(named)
         given = dict(enumerate(tensors)) if named is None else named
         self._tensors = [_as_tensor(key, value) for key, value in given.items()]
         samples = {key: len(t) for key, t in zip(given, self._tensors, strict=True)}
         _check_samples(samples, batch_size if drop_last else 1)
+        self._check_places()
+
+    def _check_places(self) -> None:
+        """Raises unless all tensors are in one place, and pinned memory makes sense there."""
+        found = {str(tensor.device) for tensor in self._tensors}
+        if self.device is not None:
+            found = {str(self.device)}
+        if len(found) > 1:
+            raise DataError(
+                f"The tensors are on different devices: {', '.join(sorted(found))}. Move them to "
+                f'one, or give device="..." to have them moved.'
+            )
+        (place,) = found
+        if self.pin_memory and place != "cpu":
+            raise ConfigError(
+                f"pin_memory=True, but the tensors live on {place!r} and are not copied from the "
+                f"CPU. Leave pin_memory out."
+            )
 
     @property
     def dataset(self) -> TensorDataset:

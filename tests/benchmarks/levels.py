@@ -28,7 +28,7 @@ def level_tables(work: str, plan: Plan) -> Iterator[Table]:
     short = {"steps": 8, "epochs": 3} if plan.quick else {}
     for level in WORKS[work].levels:
         plan.say(f"{work}, {level}")
-        names = ["hand", *(n for n in plan.contenders if n not in {"hand", TWINS.get(level)})]
+        names = ["hand", *(name for name in plan.contenders if fits(name, work, level))]
         results = rounds(
             *("tests.benchmarks.turns:train", names, plan.rounds, plan.say),
             work=work,
@@ -38,6 +38,11 @@ def level_tables(work: str, plan: Plan) -> Iterator[Table]:
         table = level_table(work, level, results)
         table.notes += failed(names, results)
         yield table
+
+
+def fits(name: str, work: str, level: str) -> bool:
+    """Tells whether a contender beside the loop by hand has something to say here."""
+    return name not in {"hand", TWINS.get(level)} and CONTENDERS[name].work in ("", work)
 
 
 def level_table(work: str, level: str, results: Results) -> Table:

@@ -39,9 +39,9 @@ class Plan:
         """Tells what is going on."""
         print(f"  {text}", file=self.out, flush=True)
 
-    def those(self, *names: str) -> list[str]:
-        """Returns those of the names that take part, in the order of the names."""
-        return [name for name in names if name in self.contenders]
+    def trainers(self) -> list[str]:
+        """Returns the loop by hand and the others that take part, without variants."""
+        return ["hand", *(n for n in self.contenders if n != "hand" and not CONTENDERS[n].variant)]
 
 
 def installed(names: list[str]) -> list[str]:
@@ -70,7 +70,7 @@ def known() -> dict[str, Any]:
 def run(name: str, plan: Plan) -> Iterator[Table]:
     """Yields the tables of a scenario, each as soon as it is measured.
 
-    A module of gains that has no ``tables`` has ``pairs``.
+    A module of gains that has no ``tables`` has ``pairs``, and nothing to say here if there are none.
     """
     module = known()[name]
     if hasattr(module, "tables"):

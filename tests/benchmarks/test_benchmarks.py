@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
-import types
 
 import pytest
 import torch
@@ -12,6 +10,7 @@ import torch
 from tests.benchmarks import __main__ as command
 from tests.benchmarks import contenders, fresh, levels, plan, tables, turns
 from tests.benchmarks.beside import WARMUP, Beside
+from tests.benchmarks.contenders import hand
 from tests.benchmarks.pairs import Pair, compare, gain_table
 from tests.benchmarks.works import LEVELS, WORKS, make_job
 
@@ -37,7 +36,7 @@ class Bar:
 @pytest.fixture
 def tqdm(monkeypatch):
     if not contenders.CONTENDERS["hand"].installed:
-        monkeypatch.setitem(sys.modules, "tqdm", types.SimpleNamespace(tqdm=Bar))
+        monkeypatch.setattr(hand, "tqdm", Bar)
 
 
 @pytest.mark.parametrize(("work", "level"), PLACES)
@@ -48,6 +47,21 @@ def test_all_train_to_the_weights_of_the_loop_by_hand(work, level, tqdm):
     same = OURS if work == "mlp" else OURS[:-1]
     assert {name: weights[name]["weights"] for name in same} == dict.fromkeys(same, by_hand)
     assert all(turn["cpu"] > 0 and turn["wall"] > 0 for turn in weights.values())
+
+
+def test_the_choices_of_lightkit_train_on_the_same_batches(tmp_path):
+    from tests.benchmarks.contenders.ours import tensor_loader
+
+    job = make_job("digits", "bare", tmp_path)
+    tensors = tensor_loader(job.train)
+    for loaders in (job.train, tensors), (job.train, tensors):
+        orders = []
+        for loader in loaders:
+            torch.manual_seed(5)
+            orders.append([x for x, _ in loader])
+        assert all(map(torch.equal, *orders))
+    assert turns.train("digits", "full", "choices", epochs=3)["cpu"] > 0
+    assert not levels.fits("choices", "mlp", "full")
 
 
 @pytest.mark.parametrize("name", PEERS)

@@ -203,6 +203,29 @@ def test_reading_that_draws_stays_in_its_turn_by_default(tmp_path: Any, lanes: A
     assert (found[0].seen, found[1]) == (wanted[0].seen, wanted[1])
 
 
+class Keeps(Net):
+    """Takes down what it sees as a whole."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.seen.append(batch[1].tolist())
+        return self.net(batch[1]).square().mean()
+
+
+@NO_PIN
+def test_a_run_that_had_no_batch_ahead_goes_on_with_one(tmp_path: Any, lanes: Any) -> None:
+    class Save(lk.Callback):
+        def on_save_point(self, trainer: Any, task: Any) -> None:
+            if trainer.global_step == 3:
+                trainer.save_checkpoint(tmp_path / "3.ckpt")
+
+    options: dict[str, Any] = {"max_epochs": 1, "logger": False, "default_root_dir": tmp_path}
+    net, rest = Keeps(), Keeps()
+    lk.Trainer(callbacks=Save(), **options).fit(net, noisy())
+    lk.Trainer(prefetch=True, **options).fit(rest, noisy(), ckpt_path=tmp_path / "3.ckpt")
+    assert rest.seen[0] == net.seen[3]  # read in the states of the save
+    assert len(rest.seen) == 3
+
+
 class Failing(Dataset[Any]):
     def __len__(self) -> int:
         return 22

@@ -22,6 +22,7 @@ class Contender:
         package: The distribution that it needs, or None.
         imports: What a user imports, to measure the import; None for nothing beyond torch.
         variant: Handed to ``train``.
+        work: The only work that it is for; empty for all.
     """
 
     title: str
@@ -29,6 +30,7 @@ class Contender:
     package: str | None = None
     imports: str | None = None
     variant: str = ""
+    work: str = ""
 
     @property
     def installed(self) -> bool:
@@ -56,6 +58,9 @@ CONTENDERS = {
     "usual": Contender("by hand, `loss.item()` in each step", "hand", "tqdm", variant="usual"),
     "lightkit": Contender("lightkit", "ours", imports="lightkit"),
     "plain": Contender("lightkit, `fused=False`", "ours", variant="plain"),
+    "choices": Contender(
+        "lightkit, `TensorLoader`, channels_last", "ours", variant="choices", work="digits"
+    ),
     "lightning": Contender("Lightning", "lightning", "lightning", "lightning"),
     "fabric": Contender("Fabric", "fabric", "lightning", "lightning.fabric"),
     "accelerate": Contender("accelerate", "accelerate", "accelerate", "accelerate"),

@@ -24,6 +24,13 @@ def train(job: Job, variant: str = "") -> None:
         {"full": full, "log": log, "bare": bare, "newcomer": newcomer}[job.level](job, optimizer)
 
 
+def tqdm(batches, **options):
+    """The bar that people take; imported by those who show one."""
+    from tqdm import tqdm as bar
+
+    return bar(batches, **options)
+
+
 def bare(job: Job, optimizer: Optimizer) -> None:
     net, schedule = job.net, job.schedule(optimizer)
     for _ in range(job.epochs):
@@ -60,8 +67,6 @@ def log(job: Job, optimizer: Optimizer) -> None:
 
 def newcomer(job: Job, optimizer: Optimizer) -> None:
     """The loop of tutorials: a bar, and the mean loss of each epoch printed."""
-    from tqdm import tqdm
-
     net, schedule = job.net, job.schedule(optimizer)
     for epoch in range(job.epochs):
         net.train()
@@ -82,7 +87,6 @@ def newcomer(job: Job, optimizer: Optimizer) -> None:
 def full(job: Job, optimizer: Optimizer) -> None:
     from torch.utils.tensorboard import SummaryWriter
     from torchmetrics.classification import MulticlassAccuracy
-    from tqdm import tqdm
 
     net, schedule, step, losses = job.net, job.schedule(optimizer), 0, []
     writer = SummaryWriter(str(job.folder))
@@ -137,7 +141,6 @@ def usual_bare(job: Job, optimizer: Optimizer) -> None:
 def usual_full(job: Job, optimizer: Optimizer) -> None:
     from torch.utils.tensorboard import SummaryWriter
     from torchmetrics.classification import MulticlassAccuracy
-    from tqdm import tqdm
 
     net, schedule, step = job.net, job.schedule(optimizer), 0
     writer = SummaryWriter(str(job.folder))

@@ -37,7 +37,7 @@ def measure(contender: str, work: str, level: str, epochs: int) -> dict[str, flo
 
 
 def tables(plan: Plan) -> Iterator[Table]:
-    names = ["hand", *(n for n in plan.contenders if n not in ("hand", "usual", "silent", "plain"))]
+    names = plan.trainers()
     for work, level in PLACES:
         plan.say(f"boundary, {work}, {level}")
         results = rounds(

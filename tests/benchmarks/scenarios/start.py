@@ -106,7 +106,7 @@ def measure_part(contender: str) -> float:
 
 
 def tables(plan: Plan) -> Iterator[Table]:
-    names = ["hand", *(n for n in plan.contenders if n not in ("hand", "usual", "silent", "plain"))]
+    names = plan.trainers()
     for level in LEVELS:
         plan.say(f"start, {level}")
         results = rounds(
