@@ -18,13 +18,14 @@ _DEVICES = ("cpu", "cuda")
 _DTYPES = (torch.float32, torch.float64)
 
 # When they are never slower, on the CPU; docs/performance.md has the measurements.
-#: Operations that plain updates make of each tensor, at least: SGD, with momentum, Adam and AdamW.
-_PLAIN_SGD, _MOMENTUM, _ADAM = 1, 3, 7
-#: Fewer tensors in a group of plain SGD gain nothing: the call itself costs 3 us more.
-_FEW_TENSORS = 6
-#: The fused kernels wake all threads for every tensor of more numbers than a cache line holds ...
+#: SGD without momentum makes one operation of each tensor either way. Of few ones it is slower
+#: fused, as the call itself costs 3 us more; and of large ones it is all a matter of memory.
+_FEW_TENSORS, _LARGE = 6, 100_000
+#: Operations that plain updates make of each tensor, at least: SGD with momentum; Adam and AdamW.
+_MOMENTUM, _ADAM = 3, 7
+#: The fused kernels wake all threads for every tensor of more bytes than a cache line has ...
 _CACHE_LINE = 64
-#: ... and torch's other operations one for each so many numbers, so none for those of small tensors.
+#: ... and most of torch's other operations one for each so many numbers, so none for small tensors.
 _NUMBERS_PER_THREAD = 32768
 
 
@@ -125,17 +126,18 @@ class FusedChoice:
 def _maybe_slower(optimizer: Optimizer, group: dict[str, Any]) -> bool:
     """Tells whether fused updates of a group on the CPU might take longer than plain ones.
 
-    With one thread, those of very few tensors by plain SGD. With several threads, where they would
-    wake them all more often than plain updates do: on a machine that has something else to do, be
-    it the workers of a loader, each such call may wait for a hundredth of a second or more.
+    With several threads that is where they would wake them all more often than plain ones do: on a
+    machine that has something else to do, be it the workers of a loader, each such call may wait for
+    a hundredth of a second or more.
     """
     params: list[nn.Parameter] = group["params"]
-    operations = _ADAM
-    if type(optimizer) is SGD:
-        operations = _MOMENTUM if group["momentum"] else _PLAIN_SGD
     threads = torch.get_num_threads()
+    if type(optimizer) is SGD and not group["momentum"]:
+        large = sum(p.numel() for p in params) > len(params) * _LARGE
+        return threads > 1 or len(params) < _FEW_TENSORS or large
     if threads == 1:
-        return operations == _PLAIN_SGD and len(params) < _FEW_TENSORS
+        return False
+    operations = _MOMENTUM if type(optimizer) is SGD else _ADAM
     parts: list[Tensor] = [p.to_local() if hasattr(p, "to_local") else p for p in params]
     fused = sum(p.numel() * p.element_size() > _CACHE_LINE for p in parts)
     plain = sum(p.numel() >= threads * _NUMBERS_PER_THREAD for p in parts)

@@ -90,10 +90,12 @@ CHOSEN: dict[tuple[int, int, int], str] = {
     (1, 1, 8): "momentum adamw",
     (1, 5, 1000): "momentum adamw",
     (1, 6, 1000): "sgd momentum adamw",
-    (4, 6, 16): "sgd momentum adamw",
+    (1, 6, 100_000): "sgd momentum adamw",
+    (1, 6, 100_001): "momentum adamw",
+    (4, 6, 16): "momentum adamw",
     (4, 6, 17): "",
     (4, 6, 4 * 32768 - 1): "",
-    (4, 6, 4 * 32768): "sgd momentum adamw",
+    (4, 6, 4 * 32768): "momentum adamw",
 }
 
 

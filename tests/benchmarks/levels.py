@@ -65,4 +65,20 @@ def level_table(work: str, level: str, results: Results) -> Table:
             )
         )
     title = f"{WORKS[work].title}. {level.capitalize()}: {LEVELS[level]}"
-    return Table(f"{work}/{level}", title[0].upper() + title[1:], HEADER, rows)
+    return Table(
+        f"{work}/{level}", title[0].upper() + title[1:], HEADER, rows, _against_lightning(results)
+    )
+
+
+def _against_lightning(results: Results) -> list[str]:
+    """Returns a note on how many times as long Lightning takes as lightkit, round by round."""
+    if "lightning" not in results:
+        return []
+    theirs = [turn["cpu"] for turn in results["lightning"]]
+    found = [
+        f"{ratios(theirs, [turn['cpu'] for turn in results[name]]).show()} times that of "
+        f"{CONTENDERS[name].title}"
+        for name in ("lightkit", "choices")
+        if name in results
+    ]
+    return [f"Lightning's time is {', '.join(found)}."] if found else []

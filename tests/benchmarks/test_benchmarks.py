@@ -111,6 +111,10 @@ def test_the_table_of_known_turns():
     assert ours[3:5] == ("1.80 (1.70 to 1.90)", "1.00 (1.00 to 1.00)")
     assert ours[5:] == ("300", "others")
     assert by_hand[6] == "the same"
+    assert table.notes == []
+    results["lightning"] = [turn(160.0, 1.0), turn(360.0, 1.0), turn(4000.0, 1.0)]
+    notes = levels.level_table("mlp", "full", results).notes
+    assert notes == ["Lightning's time is 2.00 (2.00 to 3.00) times that of lightkit."]
     lines = table.markdown().splitlines()
     assert lines[2].count("|") == lines[3].count("|") == lines[4].count("|") == 8
 
@@ -240,6 +244,8 @@ def test_every_scenario_says_what_it_measures():
 def test_every_scenario_runs(name, capsys):
     if not contenders.CONTENDERS["hand"].installed:
         pytest.skip("tqdm is not installed")
+    if name == "prefetch" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
     words = [name, "--quick", "--rounds", "1", "--contenders", "hand,lightkit"]
     assert command.main(words) == 0
-    assert "|---|---|" in capsys.readouterr().out
+    assert f"`python -m tests.benchmarks {name} --contenders" in capsys.readouterr().out

@@ -22,7 +22,7 @@ KINDS: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
 #: How many tensors of how many numbers: from one scalar to 24 large matrices and a table.
 SIZES = (
     *((1, 1), (4, 10), (4, 1000), (6, 1000), (16, 1000), (100, 1000), (1000, 10), (1000, 1000)),
-    *((24, 512 * 512), (1, 10_000_000)),
+    *((8, 1_000_000), (24, 512 * 512), (1, 10_000_000)),
 )
 #: With several threads; the last one on a machine that has other things to do.
 SEVERAL = ((20, 16), (20, 17), (20, 1000), (24, 512 * 512))
@@ -37,7 +37,7 @@ def pairs(quick: bool) -> Iterator[Pair]:
     for name in () if quick else ("SGD", "AdamW"):
         for count, numbers in SEVERAL:
             yield _pair(name, count, numbers, threads=THREADS, clock="wall")
-        yield _pair(name, 20, 1000, threads=THREADS, clock="wall", busy=BUSY, times=3)
+        yield _pair(name, 20, 100, threads=THREADS, clock="wall", busy=BUSY, times=3)
 
 
 def _pair(name: str, count: int, numbers: int, **how: Any) -> Pair:
