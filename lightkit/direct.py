@@ -20,6 +20,9 @@ _engine: Callable[..., Any] | None = getattr(torch.autograd.graph, "_engine_run_
 _profiling: Callable[[], bool] | None = getattr(torch.autograd, "_profiler_enabled", None)
 _BEFORE = getattr(torch_optimizer, "_global_optimizer_pre_hooks", None)
 _AFTER = getattr(torch_optimizer, "_global_optimizer_post_hooks", None)
+# Makes the wrapper around the step of every class of optimizers.
+_wrapper: Callable[..., Any] | None = getattr(Optimizer, "profile_hook_step", None)
+_CODE = None if _wrapper is None else getattr(_wrapper(len), "__code__", None)
 
 
 class Update:
@@ -40,7 +43,9 @@ class Update:
         # A schedule puts a wrapper of its own onto the object, to note that a step was taken.
         self._own: Any = vars(optimizer).get("step")
         plain = getattr(self._class_step, "__wrapped__", None)
-        if not getattr(self._class_step, "hooked", False) or None in (_profiling, _BEFORE, _AFTER):
+        # A decorator of the user's looks the same but for its code: `wraps` copies all marks.
+        code = getattr(self._class_step, "__code__", None)
+        if None in (code, _profiling, _BEFORE, _AFTER) or code is not _CODE:
             plain = None
         if self._own is not None and not (
             hasattr(self._own, "_wrapped_by_lr_sched")
@@ -76,29 +81,21 @@ class Backward:
     """Calls ``loss.backward()``, without looking again at what the loop knows.
 
     The loop gives one plain tensor with one element that needs a gradient; torch's own way checks
-    for all else that may be given, and makes the gradient of the loss, a one, anew each time.
+    for all else that may be given. The gradient of the loss, a one, is made anew each time as there:
+    autograd may give its memory to a parameter as the ``.grad``.
     """
 
-    __slots__ = ("_one", "_works")
+    __slots__ = ("_works",)
 
     def __init__(self) -> None:
-        self._one: Tensor | None = None
         self._works = _works()
 
     def __call__(self, loss: Tensor) -> None:
         """Adds the gradients of ``loss``, a 0-dim tensor, to those of the parameters."""
-        if not self._works or type(loss) is not Tensor:
+        if not self._works or type(loss) is not Tensor or loss.dtype.is_complex:
             loss.backward()  # type: ignore[no-untyped-call]
             return
-        one = self._one
-        if (
-            one is None
-            or one._version  # a hook or a function of the user's changed it in place
-            or one.dtype is not loss.dtype
-            or one.device != loss.device
-        ):
-            one = self._one = torch.ones_like(loss, requires_grad=False)
-        _run(loss, one)
+        _run(loss, torch.ones_like(loss, requires_grad=False))
 
 
 def _run(loss: Tensor, one: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 
 import pytest
@@ -119,6 +120,32 @@ def test_a_step_that_somebody_replaces_is_the_one_that_is_called(monkeypatch):
     assert calls == ["object", "object", "class", "class"]
 
 
+def noting(step, calls):
+    """A decorator as people write it: `wraps` copies torch's marks, too."""
+
+    @functools.wraps(step)
+    def wrapper(*arguments, **options):
+        calls.append(1)
+        return step(*arguments, **options)
+
+    return wrapper
+
+
+@pytest.mark.parametrize("schedule", [False, True])
+def test_a_decorator_around_the_step_is_called(monkeypatch, schedule):
+    calls: list[int] = []
+    torch.optim.SGD(model().parameters(), lr=0.1)  # torch puts its wrapper around the class's step
+    Decorated = type("Decorated", (torch.optim.SGD,), {"step": noting(torch.optim.SGD.step, calls)})
+    optimizer = Decorated(model().parameters(), lr=0.1)
+    if schedule:
+        lr_scheduler.StepLR(optimizer, 1)
+    Update(optimizer)()
+    assert calls == [1]
+    monkeypatch.setattr(torch.optim.SGD, "step", noting(torch.optim.SGD.step, calls))
+    Update(torch.optim.SGD(model().parameters(), lr=0.1))()
+    assert calls == [1, 1]
+
+
 def test_schedules_know_that_a_step_was_taken():
     optimizer = torch.optim.SGD(model().parameters(), lr=0.1)
     schedule = lr_scheduler.StepLR(optimizer, 1, 0.5)
@@ -180,6 +207,17 @@ def test_the_gradient_of_the_loss_is_one_even_if_somebody_changes_it():
     assert seen == [1, 1, 1]
 
 
+@pytest.mark.parametrize("view", [torch.squeeze, lambda x: x.reshape(()), lambda x: x.view(())])
+def test_a_gradient_is_not_shared_with_later_steps(view):
+    """Old code clips through `.data`, of which no version counter knows."""
+    backward = Backward()
+    for _ in range(3):
+        x = torch.ones(1, requires_grad=True)
+        backward(view(x))
+        assert x.grad == 1
+        x.grad.data.mul_(0.5)
+
+
 class Own(torch.Tensor):
     """A tensor of its own kind, which must be asked itself."""
 
@@ -203,6 +241,8 @@ def test_errors_are_those_of_torch():
     backward(loss)
     with pytest.raises(RuntimeError, match="backward through the graph a second time"):
         backward(loss)
+    with pytest.raises(RuntimeError, match="only for real scalar outputs"):
+        backward(torch.complex(x, x))
 
 
 def test_a_hook_registered_in_the_middle_of_a_fit(quiet):
