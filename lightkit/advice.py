@@ -105,6 +105,13 @@ class Advice(Callback):
     def on_train_end(self, trainer: Trainer, task: TaskModule) -> None:
         """Looks at all epochs."""
         self._look(trainer)
+        self._end(trainer)
+
+    def on_exception(self, trainer: Trainer, task: TaskModule, exception: BaseException) -> None:
+        """Ends the epoch, whose times are read afterwards."""
+        self._end(trainer)
+
+    def _end(self, trainer: Trainer) -> None:
         flow = trainer.session.flow
         flow.times.end(_clock(), flow.data_wait)
         self._run = None

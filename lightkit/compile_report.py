@@ -21,6 +21,8 @@ _PLAIN = {
     "generic_jump": "an if or while that depends on the value of a tensor",
     "step_unsupported": "something in a try or with block that cannot be traced",
 }
+#: What an operation that cannot work says of itself, behind all that it was given.
+_FAILED = re.compile(r"(?:with fake tensors: |Failed running )call_.+\):(?: got |\n)(.+)")
 _WIDTH = 240
 #: Lines about the recompilations of one function, after which no more are shown.
 _MOST_LINES = 3
@@ -167,6 +169,9 @@ def summary(text: str) -> str:
     for key, words in _PLAIN.items():
         if text.startswith(key):
             return words
+    failed = _FAILED.search(text)
+    if failed is not None:
+        return failed[1]
     kept = []
     for line in text.splitlines():
         line = line.split("  # ")[0].strip()

@@ -1,7 +1,7 @@
 """Shorter ways into torch: what its wrappers look at in every call is looked at once per fit.
 
 `Update` is ``optimizer.step()`` and `Backward` is ``loss.backward()``, with the same results, hooks
-and errors. On a small model the wrappers take a fifth of a step (``tests/cost/test_direct.py``).
+and errors. On a tiny model the wrappers take a quarter of a step (``tests/cost/test_step.py``).
 Wherever something is not as expected, the ordinary way is taken.
 """
 

@@ -215,7 +215,7 @@ def begins_early(options: Options, feed: Feed) -> bool:
     Raises:
         ConfigError: It is asked for, and there are no workers that could begin.
     """
-    if options.prefetch != "epoch":
+    if options.prefetch != "epoch" or options.overfit_batches:  # whose batches are there already
         return False
     if options.reload_dataloaders_every_n_epochs:
         raise ConfigError(

@@ -103,7 +103,7 @@ def _time_backward(undo: contextlib.ExitStack, hooks: Any, times: Times) -> None
     part = times.part("backward", "step")
     before, after = hooks.on_before_backward, hooks.on_after_backward
     hooks.on_before_backward = (*before, lambda loss: times.enter(part))
-    hooks.on_after_backward = (times.leave, *after)
+    hooks.on_after_backward = (lambda: times.leave(part), *after)
     undo.callback(setattr, hooks, "on_before_backward", before)
     undo.callback(setattr, hooks, "on_after_backward", after)
 
@@ -112,6 +112,6 @@ def _time_optimizer(undo: contextlib.ExitStack, optimizer: Optimizer, times: Tim
     """Takes the time of ``optimizer.step``, by torch's own hooks."""
     part = times.part(f"{type(optimizer).__name__}.step", "step")
     begun = optimizer.register_step_pre_hook(lambda *_: times.enter(part))
-    ended = optimizer.register_step_post_hook(lambda *_: times.leave())
+    ended = optimizer.register_step_post_hook(lambda *_: times.leave(part))
     undo.callback(begun.remove)
     undo.callback(ended.remove)

@@ -430,7 +430,7 @@ def validate(run: FitRun, *, batches_over: bool = False) -> None:
             run.validation, sanity=sanity, **listening(run, run.validation)
         )
     finally:
-        flow.times.leave()
+        flow.times.leave(flow.times.validation)
         flow.validating = False
     run.metrics.begin_epoch()
     if not complete:

@@ -40,7 +40,7 @@ class Part:
         self._times.enter(self)
 
     def __exit__(self, *error: object) -> None:
-        self._times.leave()
+        self._times.leave(self)
 
 
 class Times:
@@ -117,7 +117,7 @@ class Times:
                 now = _clock()
                 part.seconds += now - self._since
                 self._since = now
-                inside.pop()
+                inside.clear()  # also what an exception has left open
 
         return call
 
@@ -145,14 +145,18 @@ class Times:
             label.__enter__()
         self._since = now
 
-    def leave(self) -> None:
-        """Ends the part that was entered last."""
+    def leave(self, part: Part) -> None:
+        """Ends a part, and what an exception that somebody caught has left open within it."""
         now = _clock()
-        depth = len(self._open)
-        self._open.pop().seconds += now - self._since
-        self._since = now
-        if self._labels and self._labels[-1][0] == depth:
-            self._labels.pop()[1].__exit__(None, None, None)
+        while self._open:
+            depth = len(self._open)
+            ended = self._open.pop()
+            ended.seconds += now - self._since
+            self._since = now
+            if self._labels and self._labels[-1][0] == depth:
+                self._labels.pop()[1].__exit__(None, None, None)
+            if ended is part:
+                return
 
     def begin_epoch(self, now: float, waited: float) -> None:
         """Begins an epoch at ``now``; ``waited`` is that of the epoch before, as for `epoch`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import pytest
@@ -64,6 +65,31 @@ def test_an_exception_leaves_nothing_open(clock):
         times.timed(fails, times.part("it", "callbacks"))()
     clock.sleep(5)
     assert times.epoch(clock(), 0.0) == spent(callbacks=2, step=5)
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_what_a_caught_exception_leaves_open_ends_with_the_part_around_it(clock, labelled):
+    """An optimizer's step that fails never comes to the hook after it."""
+    times, ended = Times(), []
+
+    class Label(contextlib.nullcontext):
+        def __exit__(self, *error):
+            ended.append(self.enter_result)
+
+    times.label = Label if labelled else None
+    outer, inner = times.part("outer", "callbacks"), times.part("inner", "callbacks")
+
+    def caught():
+        clock.sleep(1)
+        times.enter(inner)
+        clock.sleep(2)
+
+    for _ in range(3):
+        times.timed(caught, outer)()
+        clock.sleep(4)
+    assert outer.calls == inner.calls == 3
+    assert outer.seconds + inner.seconds == 9
+    assert ended == ["inner", "outer"] * 3 * labelled
 
 
 def test_epochs_are_counted_apart_and_together(clock):
@@ -164,6 +190,19 @@ def test_every_second_of_an_epoch_is_counted_once(clock, monkeypatch, quiet):
     assert sum(trainer.epoch_times.values()) == pytest.approx((clock() - begun - sanity) / 2)
     clock.sleep(100)
     assert trainer.epoch_times == spent(**one)
+
+
+def test_an_epoch_ends_with_an_error(clock, quiet):
+    class Fails(Task):
+        def training_step(self, batch, batch_idx):
+            super().training_step(batch, batch_idx)
+            raise ValueError("here")
+
+    trainer = quiet()
+    with pytest.raises(ValueError, match="here"):
+        trainer.fit(Fails(clock), Slow(clock, 2, 4))
+    clock.sleep(100)
+    assert sum(trainer.epoch_times.values()) == 5  # to load a batch, and half of its step
 
 
 def test_a_validation_within_an_epoch_is_not_the_step_of_it(clock, quiet):

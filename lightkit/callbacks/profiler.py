@@ -81,7 +81,10 @@ class SimpleProfiler(Callback):
         _log.info("%s", text)
         if trainer.run_dir is not None and not trainer.fast_dev_run:
             name = "profile.txt" if stage == "fit" else f"profile_{stage}.txt"
-            trainer.run_dir.joinpath(name).write_text(text + "\n", encoding="utf-8")
+            try:
+                trainer.run_dir.joinpath(name).write_text(text + "\n", encoding="utf-8")
+            except OSError as error:  # no reason to end a fit that went well with an error
+                _log.warning("%s could not be written: %s", name, error)
 
     def _begin(self, trainer: Trainer) -> None:
         if self._undo is None and trainer._run is not None:

@@ -8,7 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lightkit.errors import ConfigError
+import torch
+
+from lightkit.errors import ConfigError, UsageError
 from lightkit.hooks import Callback
 from lightkit.instruments import instrument
 
@@ -42,6 +44,7 @@ class TraceProfiler(Callback):
 
     Raises:
         ConfigError: For steps that are no such pair.
+        UsageError: At the start of a fit while another profiler of torch records.
     """
 
     order: ClassVar[int] = 120  # a step ends when all others have listened
@@ -58,12 +61,12 @@ class TraceProfiler(Callback):
         profile_memory: bool = False,
         with_stack: bool = False,
     ) -> None:
-        if not (len(steps) == 2 and 0 <= steps[0] < steps[1]):
+        if not _is_range(steps):
             raise ConfigError(
                 f"TraceProfiler(steps={steps!r}): allowed is a pair (first, stop) of step numbers "
                 f"from 0 on, such as (10, 15), which records the steps 10 to 14."
             )
-        if warmup < 0:
+        if not isinstance(warmup, int) or warmup < 0:
             raise ConfigError(f"TraceProfiler(warmup={warmup!r}): allowed is a number from 0 on.")
         self.steps, self.warmup, self.all_ranks = tuple(steps), warmup, all_ranks
         self._how: dict[str, Any] = {
@@ -77,6 +80,11 @@ class TraceProfiler(Callback):
         self._profiler: Any = None  # while it waits or runs
         self._undo: Callable[[], None] | None = None  # while there are labels
 
+    def setup(self, trainer: Trainer, task: TaskModule, stage: str) -> None:
+        """Says that there will be no trace, where nothing but evaluations is asked for."""
+        if stage != "fit" and not self._seen and trainer.is_global_zero:
+            _log.warning("No trace is written: TraceProfiler records fits, and this is a %s.", stage)
+
     def on_train_start(self, trainer: Trainer, task: TaskModule) -> None:
         """Finds out where the trace goes; begins where the first steps are wanted."""
         self._file, self._begun, self._seen = None, trainer.global_step, 0
@@ -85,6 +93,12 @@ class TraceProfiler(Callback):
         if trainer.run_dir is None:
             _log.warning("No trace is written: this fit has no folder.")
             return
+        # torch would drop what that one has seen, without a word
+        if getattr(torch.autograd, "_profiler_enabled", bool)():
+            raise UsageError(
+                "A profiler of torch records around this fit, and there can be one only. Leave out "
+                "profiler='trace' or TraceProfiler, or that other one."
+            )
         first, stop = self.steps
         name = f"rank{trainer.global_rank}_steps_{first}-{stop - 1}.pt.trace.json.gz"
         self._file = trainer.run_dir / "profile" / name
@@ -159,6 +173,12 @@ class TraceProfiler(Callback):
         """Ends the recording and writes its files."""
         profiler, file = self._stop(trainer), self._file
         assert file is not None
+        try:
+            self._write_files(trainer, profiler, file)
+        except OSError as error:  # no reason to end a fit
+            _log.warning("The trace could not be written: %s", error)
+
+    def _write_files(self, trainer: Trainer, profiler: Any, file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(file))
         column = "cpu" if trainer.session.device.type != "cuda" else "cuda"
@@ -168,3 +188,9 @@ class TraceProfiler(Callback):
         here = file.absolute()
         shown = here.relative_to(Path.cwd()) if here.is_relative_to(Path.cwd()) else here
         _log.info("%-9s %s (open it at https://ui.perfetto.dev)", "trace:", shown)
+
+
+def _is_range(steps: Any) -> bool:
+    """Tells whether it is a pair of step numbers, the second one greater."""
+    pair = isinstance(steps, (tuple, list)) and len(steps) == 2
+    return pair and all(isinstance(step, int) for step in steps) and 0 <= steps[0] < steps[1]

@@ -100,12 +100,33 @@ def begin_file(obj: Any, path: Path, files: Iterable[Path] = ()) -> Callable[[bo
         with open(temporary, "wb") as recorder._file:
             torch.save(obj, recorder)  # type: ignore[arg-type]
 
+    failed = False
+
     def finish(again: bool) -> None:
+        nonlocal failed
         with _or_no_file(temporary, path, size, keep=again):
+            if failed:
+                _write_over(temporary, path)
+            failed = True
             sync_files((temporary, *files))
             give_name(temporary, path)
 
     return finish
+
+
+def _write_over(temporary: Path, path: Path) -> None:
+    """Writes a file over itself, if its bytes are those that were written.
+
+    After an fsync that failed, the next one succeeds without what could not be written: the system
+    takes it for written, and may or may not have it still.
+    """
+    if not is_valid(temporary):
+        raise CheckpointError(f"{path} could not be written: the disk lost a part of it.")
+    check_bytes(temporary)
+    with open(temporary, "r+b") as file:
+        while data := file.read(1 << 20):
+            file.seek(-len(data), os.SEEK_CUR)
+            file.write(data)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,6 +18,8 @@ from lightkit.errors import ConfigError, DataError
 
 _BLOCK = 256 * 1024  # bytes that are gathered together: stays in a core's cache until it is used
 _ALIGNED = 64  # bytes: where memory of its own would begin, on which bits of a product may depend
+#: Of these ``index_select`` knows no tensors with one dimension.
+_UNSIGNED = torch.uint16, torch.uint32, torch.uint64
 
 
 class TensorLoader:
@@ -219,6 +222,9 @@ def _cut(tensor: Tensor, index: Tensor, size: int, pin: bool) -> Any:
 
 
 def _gather(tensor: Tensor, index: Tensor, pin: bool) -> Tensor:
+    if tensor.ndim == 1 and tensor.dtype in _UNSIGNED:
+        chosen = tensor[index]
+        return chosen.pin_memory() if pin else chosen
     if not pin:
         return tensor.index_select(0, index)
     # From torch's store of pinned memory, which waits by itself for copies that are under way.
@@ -236,17 +242,29 @@ def _as_tensor(key: Any, value: Any) -> Tensor:
     what = f"{key!r} of the mapping" if isinstance(key, str) else f"Argument {key} of TensorLoader"
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(value, numpy.ndarray):
-        try:
-            value = torch.from_numpy(value if value.flags.writeable else value.copy())
-        except TypeError as error:
-            raise DataError(f"{what} is an array of {value.dtype}: {error}") from None
+        value = _from_array(what, value)
     if not isinstance(value, Tensor):
         raise DataError(
             f"{what} is no tensor but {value!r:.60} ({type(value).__name__}). {_advice(value)}"
         )
     if value.ndim == 0:
         raise DataError(f"{what} has no dimension; the first one must be that of the samples.")
+    if value.layout is not torch.strided or value.is_nested:
+        raise DataError(
+            f"{what} is sparse or nested ({value.layout}), and no batches can be cut out of it. "
+            f"Give a dense tensor, or use a DataLoader."
+        )
     return value
+
+
+def _from_array(what: str, array: Any) -> Tensor:
+    try:
+        with warnings.catch_warnings():
+            # Of one that cannot be written, such as a file that is mapped: it is only read.
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+            return torch.from_numpy(array)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{what} is an array of {array.dtype}: {error}") from None
 
 
 def _advice(value: Any) -> str:

@@ -180,6 +180,15 @@ def test_an_error_leaves_the_table_of_what_was_before_it(clock, quiet):
     assert rows((trainer.run_dir / "profile.txt").read_text())["SlowAdam.step"][0] == "2"
 
 
+def test_a_table_that_cannot_be_written_is_a_warning(quiet, caplog):
+    class Blocks(lk.Callback):
+        def on_fit_start(self, trainer, task):
+            (trainer.run_dir / "profile.txt").mkdir()
+
+    quiet(profiler="simple", callbacks=Blocks(), enable_checkpointing=True).fit(Net(), loader())
+    assert "profile.txt could not be written: " in caplog.text
+
+
 def test_fast_dev_run_writes_no_file_and_two_profilers_are_one_too_many(clock, quiet, tmp_path):
     quiet(fast_dev_run=2, profiler="simple").fit(Task(clock), Slow(clock, 2, 4))
     assert not list(tmp_path.rglob("profile*"))

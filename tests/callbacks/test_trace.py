@@ -8,10 +8,11 @@ import logging
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 import lightkit as lk
 from lightkit.callbacks import SimpleProfiler, TraceProfiler
-from lightkit.errors import ConfigError
+from lightkit.errors import ConfigError, UsageError
 from tests.small import Net, loader
 
 
@@ -140,6 +141,28 @@ def test_a_fit_that_is_too_short_says_so(quiet, caplog):
     assert "No trace is written: this fit has no folder." in caplog.text
 
 
+def test_an_evaluation_alone_is_told_that_it_leaves_no_trace(quiet, caplog):
+    trainer = quiet(profiler="trace")
+    trainer.validate(Net(), loader())
+    assert "TraceProfiler records fits, and this is a validate" in caplog.text
+    caplog.clear()
+    trainer = quiet(profiler=TraceProfiler(steps=(0, 2)))
+    trainer.fit(Net(), loader())
+    trainer.validate(Net(), loader())
+    assert "TraceProfiler" not in caplog.text
+
+
+def test_a_trace_that_cannot_be_written_ends_no_fit(quiet, caplog):
+    class Blocks(lk.Callback):
+        def on_fit_start(self, trainer, task):
+            (trainer.run_dir / "profile").write_text("")
+
+    trainer = quiet(profiler=TraceProfiler(steps=(0, 2)), callbacks=Blocks())
+    trainer.fit(Net(), loader())
+    assert trainer.global_step == 5
+    assert "The trace could not be written: " in caplog.text
+
+
 def test_an_error_ends_the_profiler(quiet):
     class Fails(Net):
         def training_step(self, batch, batch_idx):
@@ -155,9 +178,21 @@ def test_an_error_ends_the_profiler(quiet):
     assert files(trainer)[0] == "rank0_steps_2-9.pt.trace.json.gz"
 
 
-@pytest.mark.parametrize("steps", [(5, 5), (-1, 3), (3,)])
+def test_a_profiler_around_the_fit_keeps_what_it_has_seen(quiet):
+    with profile(activities=[ProfilerActivity.CPU]) as around:
+        with pytest.raises(UsageError, match="A profiler of torch records around this fit"):
+            quiet(profiler="trace").fit(Net(), loader(80))
+        torch.ones(2) + 1
+    assert "aten::add" in {event.key for event in around.key_averages()}
+
+
+@pytest.mark.parametrize("steps", [(5, 5), (-1, 3), (3,), 5, "10-15", ("1", "3"), (1.5, 3)])
 def test_steps_that_are_none_are_refused(steps):
     with pytest.raises(ConfigError, match=r"allowed is a pair \(first, stop\)"):
         TraceProfiler(steps=steps)
-    with pytest.raises(ConfigError, match="warmup=-1"):
-        TraceProfiler(warmup=-1)
+
+
+@pytest.mark.parametrize("warmup", [-1, "2"])
+def test_a_warmup_that_is_none_is_refused(warmup):
+    with pytest.raises(ConfigError, match="warmup="):
+        TraceProfiler(warmup=warmup)

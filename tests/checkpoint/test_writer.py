@@ -200,6 +200,35 @@ def test_a_disk_that_fails_is_tried_once_more(tmp_path, broken, times):
     assert [p.name for p in tmp_path.iterdir()] == ["a.ckpt"][: times == 1]
 
 
+@pytest.mark.parametrize("lost", [None, 200, -200])
+def test_what_the_disk_did_not_take_is_given_to_it_again(tmp_path, monkeypatch, lost):
+    """After an fsync that failed the next one succeeds, though nothing was written."""
+    monkeypatch.setattr(writer, "RETRY_SECONDS", 0.02)
+    written, real = [], os.fsync
+
+    def fsync(descriptor):
+        real(descriptor)
+        written.append(os.fstat(descriptor).st_mtime_ns)
+        if len(written) == 1:
+            if lost is not None:  # a page that the system does not have any more
+                with open(descriptor, "r+b", closefd=False) as file:
+                    file.seek(lost, os.SEEK_SET if lost > 0 else os.SEEK_END)
+                    file.write(bytes(100))
+            raise OSError(errno.EIO, "Input/output error")
+
+    w, errors = Writer(), []
+    monkeypatch.setattr(files.os, "fsync", fsync)
+    w.write(a_checkpoint(1), tmp_path / "a.ckpt", background="disk", failed=errors.append)
+    w.wait()
+    if lost is None:
+        assert written[1] > written[0]
+        assert step_of(tmp_path / "a.ckpt") == 1.0
+        assert not errors
+    else:
+        assert [type(error) for error in errors] == [CheckpointError]
+        assert list(tmp_path.iterdir()) == []
+
+
 def test_an_error_goes_to_who_wants_it(tmp_path, broken):
     broken(2)
     w, errors = Writer(), []

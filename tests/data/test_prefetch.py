@@ -357,6 +357,12 @@ def test_a_run_whose_epochs_begin_early_goes_on_anywhere(
     check(tmp_path, make, 3, prefetch="epoch", max_epochs=3, **options)
 
 
+def test_batches_that_are_kept_need_no_early_epoch(tmp_path: Any) -> None:
+    how: dict[str, Any] = {"overfit_batches": 2, "max_epochs": 2}
+    found = [fit(tmp_path, with_workers(), prefetch=early, **how) for early in ("epoch", None)]
+    assert (found[0][0].seen, found[0][1]) == (found[1][0].seen, found[1][1])
+
+
 class SaveInValidation(lk.Callback):
     """Saves at the end of the validation, where the epoch is not over and the next one has begun."""
 

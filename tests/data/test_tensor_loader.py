@@ -94,9 +94,11 @@ def test_a_mapping_gives_dicts() -> None:
 
 
 @pytest.mark.parametrize("shape", [(3, 40_000), (3, 2, 5), (3,), (3, 0)])
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.float64, torch.complex64])
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.uint16, torch.bool, torch.float64, torch.complex64]
+)
 def test_large_and_small_samples_of_any_type(shape: Any, dtype: Any) -> None:
-    x = torch.randint(0, 2, shape, generator=own()).to(dtype).repeat_interleave(7, 0)
+    x = torch.randint(0, 2, shape, generator=own()).repeat_interleave(7, 0).to(dtype)
     for size in (5, 32):
         wanted = DataLoader(TensorDataset(x), size)
         assert equal([*lk.TensorLoader(x, batch_size=size)], [*wanted])
@@ -111,10 +113,11 @@ def test_arrays_are_taken_without_a_copy() -> None:
     loader = lk.TensorLoader(x, torch.arange(6), batch_size=3)
     x[0] = 9.0
     assert next(iter(loader))[0][0].tolist() == [9.0, 9.0]
-    x.flags.writeable = False
-    assert equal(
-        [*lk.TensorLoader(x, batch_size=3)], [[torch.tensor(x[:3])], [torch.tensor(x[3:])]]
-    )
+    fixed = x[:]
+    fixed.flags.writeable = False  # as a file that is mapped for reading
+    loader = lk.TensorLoader(fixed, batch_size=3)
+    x[0] = 8.0
+    assert equal([*loader], [[torch.tensor(x[:3])], [torch.tensor(x[3:])]])
 
 
 def test_a_batch_is_as_good_as_tensors_of_its_own() -> None:
@@ -179,6 +182,9 @@ def test_where_the_tensors_live() -> None:
         (("data.pt",), r"'data.pt' \(str\). Give tensors, NumPy arrays"),
         (({"x": None},), "'x' of the mapping is no tensor but None"),
         ((np.array(["a", "b"]),), "Argument 0 of TensorLoader is an array of <U1"),
+        ((np.arange(3)[::-1],), "Argument 0 of TensorLoader is an array of int64.*array.copy"),
+        ((np.arange(3, dtype=">f4"),), "Argument 0 of TensorLoader is an array of >f4.*byte order"),
+        ((torch.eye(3).to_sparse(),), r"sparse or nested \(torch.sparse_coo\).*dense"),
     ],
     ids=lambda v: None if isinstance(v, tuple) else v[:24],
 )
