@@ -17,6 +17,7 @@ from torch.utils.data import (
     BatchSampler,
     ConcatDataset,
     DataLoader,
+    IterableDataset,
     RandomSampler,
     SequentialSampler,
     Subset,
@@ -191,7 +192,8 @@ def about_data(
     spare = cores - 1
     enough = max(2, math.ceil(waited / max(step, 1e-3 * waited)) + 1 + workers)
     if workers < spare:
-        return f"num_workers={workers} and {each}; try num_workers={min(enough, spare)}"
+        more = min(enough, spare)
+        return f"num_workers={workers} and {each}; try num_workers={more}{_parts(loader)}"
     with_cores = f"{cores} core{'s' if cores > 1 else ''}"
     return (
         f"num_workers={workers} and {each}, with {with_cores} for this process; make a sample "
@@ -203,6 +205,13 @@ def _only_tensors(loader: DataLoader[Any]) -> bool:
     """Tells whether a loader does nothing but cut tensors, so that a `TensorLoader` can do it."""
     plain = loader.collate_fn is default_collate and type(loader.batch_sampler) is BatchSampler
     return plain and type(loader.sampler) in _ORDERS and in_memory(loader.dataset)
+
+
+def _parts(loader: Any) -> str:
+    """Returns what more workers need of the data set, so that no sample comes several times."""
+    if isinstance(getattr(loader, "dataset", None), IterableDataset):
+        return ", where each reads a part of its own (torch.utils.data.get_worker_info)"
+    return ""
 
 
 def in_memory(dataset: Any) -> bool:
@@ -239,7 +248,8 @@ def _validation(run: FitRun, spent: float, count: int) -> str:
         loader = run.validation.loaders[0].loader
         workers = getattr(loader, "num_workers", None)
         loads = "its loader" if workers is None else f"its loader with num_workers={workers}"
-        return f"{text}, most of it waiting for {loads}; try more workers there, or {rarer}"
+        more = f"try more workers there{_parts(loader)}"
+        return f"{text}, most of it waiting for {loads}; {more}, or {rarer}"
     return f"{text}; try {rarer} or limit_val_batches"
 
 

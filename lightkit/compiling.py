@@ -125,11 +125,18 @@ class Notes:
             elif copy and isinstance(value, Tensor):
                 put(name, value.clone(), *arguments)
             else:
-                put(name, value, *arguments)
+                put(name, _number(value), *arguments)
 
 
 def _copy(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _number(value: Any) -> Any:
+    """Returns a number of NumPy's as one again: graphs give an array without dimensions."""
+    numpy = sys.modules.get("numpy")
+    array = numpy is not None and isinstance(value, numpy.ndarray) and value.ndim == 0
+    return value[()] if array else value
 
 
 class Compilation:

@@ -88,11 +88,16 @@ class Backward:
     __slots__ = ("_works",)
 
     def __init__(self) -> None:
-        self._works = _works()
+        # Not tried yet: on a machine with a GPU the first backward starts threads, after which the
+        # workers of a loader could not differentiate by themselves.
+        self._works: bool | None = None
 
     def __call__(self, loss: Tensor) -> None:
         """Adds the gradients of ``loss``, a 0-dim tensor, to those of the parameters."""
-        if not self._works or type(loss) is not Tensor or loss.dtype.is_complex:
+        works = self._works
+        if works is None:
+            works = self._works = _works()
+        if not works or type(loss) is not Tensor or loss.dtype.is_complex:
             loss.backward()  # type: ignore[no-untyped-call]
             return
         _run(loss, torch.ones_like(loss, requires_grad=False))

@@ -158,7 +158,10 @@ def _why_not_ahead(session: Session, feed: Feed) -> str:
             f"with indices."
         )
     if not getattr(feed.loader, "pin_memory", False):
-        return f"the batches are not in pinned memory. Give the {kind} pin_memory=True."
+        return (
+            f"the batches are not in pinned memory. Give the {kind} pin_memory=True. If its data "
+            f"are on the device already, leave prefetch out."
+        )
     return ""
 
 

@@ -92,6 +92,8 @@ class FusedChoice:
             return f"its parameters are not all on one device of {' or '.join(_DEVICES)}"
         if any(p.dtype not in _DTYPES for p in params):
             return "its parameters are not all float32 or float64"
+        if any(map(nn.parameter.is_lazy, params)):
+            return "a parameter of a lazy layer has no size yet"
         if not all(map(_dense, params)):
             return "a parameter is a view with gaps, which a fused update would write into"
         meshes = {getattr(p, "device_mesh", None) for p in params}

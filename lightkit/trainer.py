@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from lightkit import rng
 from lightkit.distributed import Ranks, Strategy, launched
@@ -20,9 +20,6 @@ from lightkit.precision import resolve_precision
 from lightkit.session import Session
 from lightkit.task import TaskModule
 from lightkit.view import TrainerView
-
-if TYPE_CHECKING:
-    pass
 
 _log = logging.getLogger("lightkit")
 

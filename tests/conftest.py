@@ -49,6 +49,7 @@ def _clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     logger = logging.getLogger("lightkit")
     logger.handlers.clear()
     logger.setLevel(logging.NOTSET)
+    logging.getLogger("lightkit.hints").setLevel(logging.NOTSET)
     logger.propagate = True
     yield
     torch.use_deterministic_algorithms(False)

@@ -13,6 +13,7 @@ from torch.utils.data import (
     ConcatDataset,
     DataLoader,
     Dataset,
+    IterableDataset,
     Subset,
     TensorDataset,
     WeightedRandomSampler,
@@ -24,6 +25,13 @@ from tests.clock import Clock
 from tests.small import Net, loader
 
 MEMORY = TensorDataset(torch.randn(8, 4), torch.randn(8, 1))
+
+
+class Stream(IterableDataset):
+    """Every worker reads all of it."""
+
+    def __iter__(self):
+        return iter(Files())
 
 
 class Files(Dataset):
@@ -256,6 +264,14 @@ def _begin_slowly(worker):
             DataLoader(MEMORY, 2, sampler=WeightedRandomSampler([1.0] * 8, 8)),
             8,
             "num_workers=0 and 6.0 ms per batch; try num_workers=3",
+        ),
+        (
+            DataLoader(Stream(), 2),
+            8,
+            (
+                "num_workers=0 and 6.0 ms per batch; try num_workers=3, where each reads a part "
+                "of its own (torch.utils.data.get_worker_info)"
+            ),
         ),
         (
             [1, 2],

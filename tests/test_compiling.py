@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch._dynamo
@@ -255,6 +256,18 @@ def test_gradient_hooks_are_called_as_ever(quiet):
         fitted(quiet, task=task, compile=how)
         seen[bool(how)] = torch.stack(found)
     assert torch.equal(seen[True], seen[False])
+
+
+def test_numbers_of_numpy_are_logged(quiet):
+    class Numbers(Plain):
+        def training_step(self, batch, batch_idx):
+            self.log("half", np.float32(0.5))
+            self.log_dict({"mean": np.mean([1.0, 2.0])})
+            return super().training_step(batch, batch_idx)
+
+    found = [fitted(quiet, Numbers, compile=how)[1] for how in (False, EAGER)]
+    for entries in found:
+        assert [(entry["half"], entry["mean"]) for entry in entries] == [(0.5, 1.5)] * len(entries)
 
 
 def test_what_changes_in_place_after_it_was_logged_is_logged_as_it_was(quiet):

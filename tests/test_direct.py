@@ -179,6 +179,16 @@ def test_an_engine_that_takes_other_arguments(monkeypatch):
     assert all(parameter.grad is not None for parameter in net.parameters())
 
 
+def test_nothing_is_differentiated_before_the_first_loss(monkeypatch):
+    """It starts autograd's threads, where there is a GPU, and workers are forked after that."""
+    calls: list[int] = []
+    monkeypatch.setattr(direct, "_engine", lambda *_, **__: calls.append(1))
+    backward = Backward()
+    assert not calls
+    backward(model()(torch.ones(2, 4)).sum())
+    assert calls
+
+
 def test_an_engine_that_gives_something_else(monkeypatch):
     monkeypatch.setattr(direct, "_engine", lambda *_, **__: None)
     net = model()

@@ -306,6 +306,25 @@ def test_loading_an_unfused_state_stays_fused_and_the_other_way_round() -> None:
     learn(plain, 1)
 
 
+def test_a_layer_that_is_lazy_is_not_fused(quiet: Any) -> None:
+    class Lazy(lk.TaskModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.LazyLinear(1)
+
+        def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+            return self.net(batch[0]).mean()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return SGD(self.parameters(), lr=0.1)
+
+    task = Lazy()
+    quiet(max_epochs=1, fused=None).fit(task, [(torch.ones(2, 3),)])
+    assert task.net.weight.shape == (1, 3)
+    with pytest.raises(OptimizerError, match="a lazy layer has no size yet"):
+        quiet(max_epochs=1, fused=True).fit(Lazy(), [(torch.ones(2, 3),)])
+
+
 def test_groups_added_later_run_fused_too() -> None:
     plan = build(adam, fused=None)
     plan.optimizers[0].add_param_group({"params": [nn.Parameter(torch.zeros(2))]})

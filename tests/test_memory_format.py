@@ -158,6 +158,11 @@ def test_a_strategy_lays_out_in_place():
     assert torch.equal(weight, before)
 
 
+def test_a_lazy_layer_cannot_be_laid_out():
+    with pytest.raises(ConfigError, match=r"conv\.weight belongs to a lazy layer.*configure_model"):
+        SingleDevice().to_channels_last(nn.ModuleDict({"conv": nn.LazyConv2d(2, 3)}))
+
+
 def test_a_sharded_model_cannot_be_laid_out(monkeypatch):
     monkeypatch.setattr(FSDPStrategy, "sharded", True)
     with pytest.raises(ConfigError, match="parts of parameters are contiguous"):

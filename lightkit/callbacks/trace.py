@@ -83,7 +83,9 @@ class TraceProfiler(Callback):
     def setup(self, trainer: Trainer, task: TaskModule, stage: str) -> None:
         """Says that there will be no trace, where nothing but evaluations is asked for."""
         if stage != "fit" and not self._seen and trainer.is_global_zero:
-            _log.warning("No trace is written: TraceProfiler records fits, and this is a %s.", stage)
+            _log.warning(
+                "No trace is written: TraceProfiler records fits, and this is a %s.", stage
+            )
 
     def on_train_start(self, trainer: Trainer, task: TaskModule) -> None:
         """Finds out where the trace goes; begins where the first steps are wanted."""

@@ -120,10 +120,10 @@ def _write_over(temporary: Path, path: Path) -> None:
     After an fsync that failed, the next one succeeds without what could not be written: the system
     takes it for written, and may or may not have it still.
     """
-    if not is_valid(temporary):
-        raise CheckpointError(f"{path} could not be written: the disk lost a part of it.")
-    check_bytes(temporary)
     with open(temporary, "r+b") as file:
+        if not is_valid(temporary):
+            raise CheckpointError(f"{path} could not be written: the disk lost a part of it.")
+        check_bytes(temporary)
         while data := file.read(1 << 20):
             file.seek(-len(data), os.SEEK_CUR)
             file.write(data)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from lightkit.distributed.ranks import Ranks
 from lightkit.errors import ConfigError, UsageError
@@ -86,8 +87,17 @@ class Strategy:
         """Lays the task's floating 4-D parameters and buffers out with the channels last.
 
         They keep their names, shapes and values, and stay so after the call, as on their device.
+
+        Raises:
+            ConfigError: The size of one is not known yet.
         """
-        for tensor in itertools.chain(task.parameters(), task.buffers()):
+        for name, tensor in itertools.chain(task.named_parameters(), task.named_buffers()):
+            if is_lazy(tensor):
+                raise ConfigError(
+                    f"memory_format='channels_last': {name} belongs to a lazy layer and has no size "
+                    f"yet. Give it one, by a call with an example in configure_model, or leave out "
+                    f"memory_format."
+                )
             if tensor.dim() == 4 and tensor.is_floating_point():
                 tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
 

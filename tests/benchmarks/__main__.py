@@ -12,7 +12,11 @@ from pathlib import Path
 from tests.benchmarks.contenders import CONTENDERS, versions
 from tests.benchmarks.fresh import ROOT
 from tests.benchmarks.plan import GROUPS, Plan, installed, known, left_out, run
+from tests.benchmarks.summary import summary
 from tests.benchmarks.tables import Table, write
+
+#: Where most tables stand.
+PAGE = ROOT / "docs" / "performance.md"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -40,6 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
             table.notes.append(made_by(command_of(name, asked), plan, before))
             show(table, write_it=asked.write)
             before = os.getloadavg()[0]
+    if asked.write:
+        show(summary(PAGE.read_text(encoding="utf-8")), write_it=True)
     return 0
 
 

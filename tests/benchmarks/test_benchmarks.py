@@ -12,6 +12,7 @@ from tests.benchmarks import contenders, fresh, levels, plan, tables, turns
 from tests.benchmarks.beside import WARMUP, Beside
 from tests.benchmarks.contenders import hand
 from tests.benchmarks.pairs import Pair, compare, gain_table
+from tests.benchmarks.summary import summary
 from tests.benchmarks.works import LEVELS, WORKS, make_job
 
 SHORT = {"steps": 3, "epochs": 3}
@@ -138,6 +139,25 @@ def test_a_table_goes_between_its_marks(tmp_path):
     assert "kept" in other.read_text(encoding="utf-8")
 
 
+def test_the_summary_is_put_together_from_the_tables_of_a_page():
+    page = """
+<!-- table: mlp/full -->
+| | us | ratio |
+|---|---|---|
+| loop by hand | 1,100 | 1.00 (1.00 to 1.00) | 2.00 (1.00 to 3.00) |
+| lightkit | 900 | 0.82 (0.80 to 0.90) | 1.00 (1.00 to 1.00) |
+<!-- /table -->
+<!-- table: mlp/log -->
+<!-- /table -->
+<!-- table: digits/full -->
+| lightkit | 2,900 | 0.95 (0.80 to 0.99) |
+<!-- /table -->
+"""
+    table = summary(page)
+    assert table.header == ("", "MLP: everything on", "digits: everything on")
+    assert table.rows == [("loop by hand", "1.00", ""), ("lightkit", "0.82", "0.95")]
+
+
 def test_what_is_not_installed_is_said(monkeypatch, capsys):
     here = contenders.CONTENDERS
     monkeypatch.setitem(here, "hand", contenders.Contender("loop by hand", "hand"))
@@ -226,7 +246,7 @@ def test_pages_have_places_for_known_tables():
     for page in (fresh.ROOT / "docs").glob("*.md"):
         names |= set(re.findall(r"<!-- table: (\S+) -->", page.read_text(encoding="utf-8")))
     assert names
-    for name in names - {"machine"}:
+    for name in names - {"machine", "summary"}:
         group, _, rest = name.partition("/")
         assert (rest if group == "gains" else group) in plan.known(), name
         if group in WORKS:

@@ -4,6 +4,7 @@ import errno
 import gc
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -227,6 +228,16 @@ def test_what_the_disk_did_not_take_is_given_to_it_again(tmp_path, monkeypatch, 
     else:
         assert [type(error) for error in errors] == [CheckpointError]
         assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_gone_meanwhile_is_named(tmp_path, monkeypatch, disk):
+    monkeypatch.setattr(writer, "RETRY_SECONDS", 0.001)
+    w, path = Writer(), tmp_path / "folder" / "a.ckpt"
+    w.write(a_checkpoint(1), path, background="disk")
+    shutil.rmtree(path.parent)
+    disk.set()
+    with pytest.raises(CheckpointError, match=r"a\.ckpt could not be written: .*No such file"):
+        w.wait()
 
 
 def test_an_error_goes_to_who_wants_it(tmp_path, broken):

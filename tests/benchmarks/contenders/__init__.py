@@ -54,7 +54,7 @@ class Contender:
 #: The reference is the first one.
 CONTENDERS = {
     "hand": Contender("loop by hand", "hand", "tqdm"),
-    "silent": Contender("the same, nothing logged or written", "hand", "tqdm", variant="silent"),
+    "silent": Contender("by hand, nothing logged or written", "hand", "tqdm", variant="silent"),
     "usual": Contender("by hand, `loss.item()` in each step", "hand", "tqdm", variant="usual"),
     "lightkit": Contender("lightkit", "ours", imports="lightkit"),
     "plain": Contender("lightkit, `fused=False`", "ours", variant="plain"),
