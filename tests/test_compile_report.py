@@ -34,11 +34,11 @@ TORCH = f"{torch.__path__[0]}/nn/modules/module.py"
         ),
         ("a" * 500, "a" * 240 + " ..."),
         (
-            f"Fails\n  Explanation: It failed with fake tensors: call_{'a' * 240}(*(), **{{}}): got E('3 and 4')\n  Hint:",
+            f"Fails\n  Explanation: with fake tensors: call_{'a' * 240}(*()): got E('3 and 4')\n  Hint:",
             "E('3 and 4')",
         ),
         (
-            f"Failed running call_module {'a' * 240}(*(), **{{}}):\nsizes 3 and 4\n\nfrom user code:",
+            f"Failed running call_module {'a' * 240}(*()):\nsizes 3 and 4\n\nfrom user code:",
             "sizes 3 and 4",
         ),
     ],
