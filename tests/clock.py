@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 
+import torch
+
 PLACES = ("lightkit.timing._clock", "lightkit.data.stream._clock", "lightkit.advice._clock")
 
 
@@ -21,3 +23,18 @@ class Clock:
 
     def sleep(self, seconds: float) -> None:
         self.now += seconds
+
+
+class Slow:
+    """Batches that each take a while."""
+
+    def __init__(self, clock, seconds, batches):
+        self.clock, self.seconds, self.batches = clock, seconds, batches
+
+    def __len__(self):
+        return self.batches
+
+    def __iter__(self):
+        for _ in range(self.batches):
+            self.clock.sleep(self.seconds)
+            yield torch.ones(2, 4), torch.ones(2, 1)

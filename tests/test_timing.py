@@ -6,13 +6,12 @@ import contextlib
 import functools
 
 import pytest
-import torch
 
 import lightkit as lk
 from lightkit import saving
 from lightkit.evaluation import may_break_off
 from lightkit.timing import KINDS, Times
-from tests.clock import Clock
+from tests.clock import Clock, Slow
 from tests.small import Net, loader
 
 
@@ -119,21 +118,6 @@ def test_a_device_that_still_had_work_was_not_kept_waiting(clock):
     with times.part("a profiler's", "step"):
         times.waiting(clock.sleep, 0.5)
     assert times.epoch(clock(), 3.0) == spent(data=0.5, step=5, validation=2)
-
-
-class Slow:
-    """Batches that each take a while."""
-
-    def __init__(self, clock, seconds, batches):
-        self.clock, self.seconds, self.batches = clock, seconds, batches
-
-    def __len__(self):
-        return self.batches
-
-    def __iter__(self):
-        for _ in range(self.batches):
-            self.clock.sleep(self.seconds)
-            yield torch.ones(2, 4), torch.ones(2, 1)
 
 
 class Task(Net):

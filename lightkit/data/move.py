@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeAlias
 
@@ -85,13 +85,18 @@ def _move_other(batch: Any, how: _How) -> Any:
         return packed.to(device, cast, non_blocking)
     if callable(getattr(batch, "to", None)) and not isinstance(batch, type):
         return batch.to(device)
+    return with_members(batch, lambda item: _move(item, how))
+
+
+def with_members(batch: Any, change: Callable[[Any], Any]) -> Any:
+    """Returns a container with its members changed; itself where none is, or it has none."""
     items = members_of(batch)
     if items is None:
         return batch
-    moved = {key: _move(item, how) for key, item in items}
-    if all(moved[key] is item for key, item in items):
+    changed = {key: change(item) for key, item in items}
+    if all(changed[key] is item for key, item in items):
         return batch
-    return rebuilt(batch, moved)
+    return rebuilt(batch, changed)
 
 
 def members_of(batch: Any) -> list[tuple[Any, Any]] | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightkit import rng
 from lightkit.data.loaders import generators
-from lightkit.data.move import members_of, rebuilt
+from lightkit.data.move import with_members
 
 
 class Lane(Protocol):
@@ -74,13 +74,7 @@ def with_tensors(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
         return change(batch)
     if isinstance(batch, Tensor) or callable(getattr(batch, "to", None)):
         return batch
-    members = members_of(batch)
-    if members is None:
-        return batch
-    found = {key: with_tensors(member, change) for key, member in members}
-    if all(found[key] is member for key, member in members):
-        return batch
-    return rebuilt(batch, found)
+    return with_members(batch, lambda member: with_tensors(member, change))
 
 
 class Ahead:

@@ -13,23 +13,8 @@ from lightkit.callbacks import SimpleProfiler
 from lightkit.callbacks.profiler import table
 from lightkit.errors import ConfigError
 from lightkit.evaluation import may_break_off
-from tests.clock import Clock
+from tests.clock import Clock, Slow
 from tests.small import Net, loader
-
-
-class Slow:
-    """Batches that each take a while."""
-
-    def __init__(self, clock, seconds, batches):
-        self.clock, self.seconds, self.batches = clock, seconds, batches
-
-    def __len__(self):
-        return self.batches
-
-    def __iter__(self):
-        for _ in range(self.batches):
-            self.clock.sleep(self.seconds)
-            yield torch.ones(2, 4), torch.ones(2, 1)
 
 
 class SlowAdam(torch.optim.Adam):
