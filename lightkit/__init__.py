@@ -14,7 +14,8 @@ from lightkit.data import DataModule
 from lightkit.distributed import rank_zero_only
 from lightkit.errors import LightkitError
 from lightkit.history import History
-from lightkit.hooks import Callback, not_a_hook
+from lightkit.hook_names import not_a_hook
+from lightkit.hooks import Callback
 from lightkit.rng import seed_everything
 from lightkit.task import TaskModule
 

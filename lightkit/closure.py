@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightkit.errors import OptimizerError
-from lightkit.losses import Weighing, unpack
+from lightkit.losses import Weighing, added, unpack
 
 if TYPE_CHECKING:
     from lightkit.run import FitRun
@@ -93,6 +93,8 @@ class Closure:
                 "training_step returned None when the loss of a batch was computed again, although "
                 "it returned a loss before. An optimizer that asks twice needs it twice."
             )
+        for hook in run.hooks.on_loss:
+            loss = added(loss, hook(loss))
         scaled = loss if weighing is None else weighing.scale(loss, weight, self._weights[i])
         run.precision.backward(scaled)
         self._losses[i] = loss.detach()

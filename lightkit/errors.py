@@ -10,6 +10,7 @@
     ├── CheckpointError (RuntimeError)   a checkpoint that cannot be written, read or applied
     ├── NonFiniteError (RuntimeError)    a loss or metric that became nan or inf
     ├── CompileError (RuntimeError)      torch.compile failed on the step or on a block
+    ├── ExportError (RuntimeError)       a program that cannot be made, or computes something else
     ├── PeerError (RuntimeError)         another process of the run ended or did not come
     └── NotRunningError (RuntimeError)   something that exists only while fit, validate, ... run
 
@@ -60,6 +61,10 @@ class NonFiniteError(LightkitError, RuntimeError):
 
 class CompileError(LightkitError, RuntimeError):
     """What ``Trainer(compile=)`` asks for cannot be compiled."""
+
+
+class ExportError(LightkitError, RuntimeError):
+    """A task cannot be exported, or what was exported computes something else."""
 
 
 class PeerError(LightkitError, RuntimeError):

@@ -15,7 +15,7 @@ compares both with a recorded run)::
                 on_before_batch_transfer, transfer_batch_to_device, on_after_batch_transfer
                 on_train_batch_start
                 training_step
-                on_before_backward, (backward), on_after_backward
+                on_loss, on_before_backward, (backward), on_after_backward
                 the last batch of the group: on_before_optimizer_step, (clip, step, schedulers)
                 on_train_batch_end
             validation, if due at this step
@@ -34,25 +34,26 @@ compares both with a recorded run)::
         on_validation_epoch_end, on_validation_end
 
 For one hook the listeners are called in one order: the task, the callbacks in the order given,
-the metric log, the progress display, the checkpoints (`Callback.order`). Every hook runs on every
-rank unless its text says otherwise, and never inside a context manager of the loop, with two
-exceptions: the hooks of the sanity check run on random states that are put back after it, and in
-manual optimization on_before_optimizer_step runs within autocast, where the user's own
-``optimizer.step()`` calls it.
+functions of `Trainer.on`, the metric log, the progress display, the checkpoints (`Callback.order`).
+Every hook runs on every rank unless its text says otherwise, and never inside a context manager of
+the loop, with two exceptions: the hooks of the sanity check run on random states that are put back
+after it, and in manual optimization on_loss and on_before_optimizer_step run within autocast, where
+the user's own ``manual_backward`` and ``optimizer.step()`` call them.
 
 In manual optimization every batch is a step of its own, without on_before_zero_grad and the hooks
-of backward; on_before_optimizer_step comes with each ``optimizer.step()``.
+of backward; on_loss comes with each ``manual_backward``, on_before_optimizer_step with each
+``optimizer.step()``.
 """
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from lightkit.errors import HookNameError, did_you_mean
+from lightkit.errors import did_you_mean
+from lightkit.hook_names import CALLBACK_NAMES, LOOP_HOOKS, check_hook_names
 from lightkit.task_hooks import TaskHooks
 
 if TYPE_CHECKING:
@@ -63,8 +64,6 @@ if TYPE_CHECKING:
     from lightkit.timing import Times
     from lightkit.trainer import Trainer
 
-Function = TypeVar("Function", bound=Callable[..., Any])
-
 
 class Callback:
     """Code that runs at named places of the loop. Override what you need.
@@ -74,9 +73,10 @@ class Callback:
     class is made.
 
     Attributes:
-        order: Place among the listeners of one hook: 0 user callbacks, 40 the metric log (which
-            takes in what those before it logged), 50 the progress display, 100 checkpoints, 120
-            profilers. Equal numbers keep the order given; the task always comes first.
+        order: Place among the listeners of one hook: 0 user callbacks, 30 the functions of
+            `Trainer.on`, 40 the metric log (which takes in what those before it logged), 50 the
+            progress display, 100 checkpoints, 120 profilers. Equal numbers keep the order given;
+            the task always comes first.
     """
 
     order: ClassVar[int] = 0
@@ -142,6 +142,16 @@ class Callback:
 
     def on_before_zero_grad(self, trainer: Trainer, task: TaskModule, optimizer: Optimizer) -> None:
         """Called before the gradients of the last step are cleared, at the start of a step."""
+
+    def on_loss(self, trainer: Trainer, task: TaskModule, loss: Tensor) -> Tensor | None:
+        """Called with the loss of a training batch; a tensor that is returned is added to it.
+
+        The sum is what is differentiated, logged as ``train_loss`` and given to later hooks. The
+        next listener gets it with what was added before. Accumulation, weights, the scale of
+        16-mixed and the mean over ranks come after it. Optimizers that evaluate the loss several
+        times call it each time. In manual optimization it is called by ``manual_backward``.
+        """
+        return None
 
     def on_before_backward(self, trainer: Trainer, task: TaskModule, loss: Tensor) -> None:
         """Called with the loss as it is differentiated (divided by the group's length)."""
@@ -276,146 +286,6 @@ class Callback:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes back what `state_dict` returned."""
-
-
-#: The hooks that the loop calls on listeners, in the order of the class above.
-LOOP_HOOKS: tuple[str, ...] = (
-    *(n for n in vars(Callback) if n.startswith("on_")),
-    "setup",
-    "teardown",
-)
-CALLBACK_NAMES: frozenset[str] = frozenset((*LOOP_HOOKS, "state_dict", "load_state_dict"))
-#: What a task may define beside the hooks of a callback.
-TASK_NAMES: frozenset[str] = CALLBACK_NAMES | {
-    "training_step",
-    "validation_step",
-    "test_step",
-    "predict_step",
-    "configure_optimizers",
-    "configure_model",
-    "configure_parallelism",
-    "configure_sharding",
-    "init_weights",
-    "configure_callbacks",
-    "configure_gradient_clipping",
-    "prepare_data",
-    "train_dataloader",
-    "val_dataloader",
-    "test_dataloader",
-    "predict_dataloader",
-    "optimizer_step",
-    "optimizer_zero_grad",
-    "lr_scheduler_step",
-    "on_before_batch_transfer",
-    "on_after_batch_transfer",
-    "transfer_batch_to_device",
-}
-#: Names of earlier generations of the field, and what to write instead.
-OLD_NAMES: dict[str, str] = {
-    "training_epoch_end": "on_train_epoch_end (collect outputs in training_step)",
-    "validation_epoch_end": "on_validation_epoch_end (collect outputs in validation_step)",
-    "test_epoch_end": "on_test_epoch_end (collect outputs in test_step)",
-    "training_step_end": "training_step, or on_train_batch_end",
-    "validation_step_end": "validation_step, or on_validation_batch_end",
-    "test_step_end": "test_step, or on_test_batch_end",
-    "on_epoch_start": "on_train_epoch_start",
-    "on_epoch_end": "on_train_epoch_end",
-    "on_batch_start": "on_train_batch_start",
-    "on_batch_end": "on_train_batch_end",
-    "on_init_start": "__init__ or setup",
-    "on_init_end": "__init__ or setup",
-    "on_pretrain_routine_start": "on_fit_start",
-    "on_pretrain_routine_end": "on_fit_start",
-    "on_keyboard_interrupt": "on_exception",
-    "get_progress_bar_dict": "self.log(..., prog_bar=True)",
-    "tbptt_split_batch": "manual optimization in training_step",
-}
-
-#: A method on_... with one of these words is meant as a hook.
-_HOOK_WORDS: frozenset[str] = frozenset(
-    (word for name in LOOP_HOOKS for word in name.split("_")[1:] if name.startswith("on_")),
-) | {"begin", "begins", "ends", "epochs", "finish", "starts", "training", "val", "valid"}
-
-
-def not_a_hook(function: Function) -> Function:
-    """Marks a method whose name resembles a hook's as the user's own.
-
-    Args:
-        function: The method; it is returned unchanged.
-    """
-    function._not_a_hook = True  # type: ignore[attr-defined]
-    return function
-
-
-def check_hook_names(cls: type, valid: frozenset[str]) -> None:
-    """Raises `HookNameError` for a method of ``cls`` that looks like a hook and is none.
-
-    Looks like a hook: begins with ``on_`` and has a word of a hook's name in it, is a name of an
-    earlier generation of the field, or has the words of a hook but for a few letters. Private
-    names are left alone.
-
-    Args:
-        cls: The class that was just made. What it defines itself is looked at, and what the
-            classes of its own package do that it mixes in.
-        valid: The names that exist for this kind of class.
-    """
-    for part in (cls, *_mixins(cls)):
-        for name, member in vars(part).items():
-            own = name.startswith("_") or not inspect.isfunction(member)
-            if not own and name not in valid and not hasattr(member, "_not_a_hook"):
-                _check_name(f"{part.__qualname__}.{name}", name, valid)
-
-
-def _mixins(cls: type) -> list[type]:
-    """Returns the bases of ``cls`` that no hook check has seen: those that are no hook classes."""
-    ours = [base for base in cls.__mro__ if base.__module__.startswith("lightkit.")]
-    package = cls.__module__.partition(".")[0]
-    return [
-        base
-        for base in cls.__mro__[1:]
-        if base.__module__.partition(".")[0] == package and not issubclass(base, tuple(ours))
-    ]
-
-
-def _check_name(place: str, name: str, valid: frozenset[str]) -> None:
-    if name in OLD_NAMES:
-        raise HookNameError(
-            f"{place} is a hook of an earlier generation and would never be called. Write "
-            f"{OLD_NAMES[name]}."
-        )
-    if name in TASK_NAMES - CALLBACK_NAMES:
-        data = name == "prepare_data" or name.endswith(("_dataloader", "_transfer", "_to_device"))
-        raise HookNameError(
-            f"{place} would never be called: {name} belongs to the TaskModule"
-            f"{' or the DataModule' if data else ''}. Move it there. If it is a method of your own, "
-            f"rename it or decorate it with @lightkit.not_a_hook."
-        )
-    if name.startswith("on_"):
-        suspect = not _HOOK_WORDS.isdisjoint(name.split("_")[1:]) or bool(
-            difflib.get_close_matches(name, valid, n=1, cutoff=0.75)
-        )
-    else:
-        suspect = any(_alike(name, other) for other in valid)
-    if suspect:
-        raise HookNameError(
-            f"{place} looks like a hook but is none, so it would never be called."
-            f"{did_you_mean(name, valid)} If it is a method of your own, rename it or decorate it "
-            f"with @lightkit.not_a_hook."
-        )
-
-
-def _alike(name: str, other: str) -> bool:
-    """Tells whether a name is the other one but for letters that are easily mistaken.
-
-    Word by word, since get_dataloader is nearer to test_dataloader than many a misspelling is.
-    """
-    if name.replace("_", "").lower() == other.replace("_", ""):
-        return True
-    words, others = name.split("_"), other.split("_")
-    return len(words) == len(others) and all(
-        a == b or sorted(a) == sorted(b) or difflib.SequenceMatcher(None, a, b).ratio() > 0.77
-        for a, b in zip(words, others, strict=True)
-    )
 
 
 def positional_arguments(function: Callable[..., Any], offered: int) -> int:

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from lightkit.hooks import LOOP_HOOKS, of_user
+from lightkit.hook_names import LOOP_HOOKS
+from lightkit.hooks import of_user
 from lightkit.run import EvalRun, FitRun
 
 if TYPE_CHECKING:

@@ -23,6 +23,7 @@ from lightkit.errors import UsageError
 from lightkit.evaluation import evaluate, listening, restore_modes, train_mode
 from lightkit.losses import (
     Weighing,
+    added,
     after_manual,
     check_over_ranks,
     check_skip,
@@ -330,6 +331,8 @@ def backward(run: FitRun, outputs: Any, weighing: Weighing | None) -> Any:
             return None
         if weighing is None and is_zero(weight):  # nothing in the batch counts
             return None
+    for hook in hooks.on_loss:
+        loss = added(loss, hook(loss))
     if loss.ndim or not loss.requires_grad:
         loss = checked(loss)
     scaled = loss

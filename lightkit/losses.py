@@ -72,6 +72,25 @@ def checked(loss: Tensor) -> Tensor:
     return loss.reshape(())
 
 
+def added(loss: Tensor, more: Any) -> Tensor:
+    """Returns a loss with what a listener of ``on_loss`` returned; None adds nothing.
+
+    Raises:
+        UsageError: For what is no tensor with one element.
+    """
+    if more is None:
+        return loss
+    if hasattr(more, "full_tensor"):  # over sharded parameters: a collective
+        more = more.full_tensor()
+    if not isinstance(more, Tensor) or more.numel() != 1:
+        given = f"a tensor of shape {tuple(more.shape)}" if isinstance(more, Tensor) else repr(more)
+        raise UsageError(
+            f"on_loss returned {given}, which cannot be added to the loss. Return a tensor with "
+            f"one element, such as 0.01 * weight.square().sum(), or None to add nothing."
+        )
+    return loss + more.reshape(())
+
+
 class Weighing:
     """Makes the gradient of a group that of the one big batch.
 

@@ -15,8 +15,10 @@ from typing_extensions import Self
 
 from lightkit.data import move_to_device
 from lightkit.errors import NotRunningError, UsageError
-from lightkit.hooks import TASK_NAMES, check_hook_names
+from lightkit.export import export_onnx, export_task, refuse_torchscript
+from lightkit.hook_names import TASK_NAMES, check_hook_names
 from lightkit.hparams import HParams, capture, save_hyperparameters
+from lightkit.losses import added
 from lightkit.task_hooks import ShardingHooks, TaskHooks
 
 if TYPE_CHECKING:
@@ -265,6 +267,8 @@ class TaskModule(TaskHooks, ShardingHooks, nn.Module):
     def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Differentiates a loss in manual optimization, scaled where the precision asks for it."""
         precision = self._link.precision
+        for hook in () if precision is None else self.trainer.session.hooks.on_loss:
+            loss = added(loss, hook(loss))
         if precision is None:
             loss.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
         else:
@@ -401,6 +405,8 @@ class TaskModule(TaskHooks, ShardingHooks, nn.Module):
         """Lets all parameters learn and goes to train mode."""
         self.requires_grad_(True)
         self.train()
+
+    export, to_onnx, to_torchscript = export_task, export_onnx, refuse_torchscript
 
     # --- where it is -----------------------------------------------------------------------------
 

@@ -84,6 +84,10 @@ class TaskHooks:
     def on_before_zero_grad(self, optimizer: Optimizer) -> None:
         """Called before the gradients of the last step are cleared, at the start of a step."""
 
+    def on_loss(self, loss: Tensor) -> Tensor | None:
+        """Called with the loss of a training batch; a tensor that is returned is added to it."""
+        return None
+
     def on_before_backward(self, loss: Tensor) -> None:
         """Called with the loss as it is differentiated (divided by the group's length)."""
 

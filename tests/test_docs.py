@@ -179,7 +179,7 @@ def drawn_order() -> list[str]:
 def test_the_order_on_the_page_is_that_of_a_run(tmp_path):
     import torch
 
-    from lightkit.hooks import TASK_NAMES
+    from lightkit.hook_names import TASK_NAMES
 
     called: list[str] = []
 
@@ -217,7 +217,7 @@ def test_the_order_on_the_page_is_that_of_a_run(tmp_path):
 
 
 def test_every_hook_is_in_the_order_or_named_beside_it():
-    from lightkit.hooks import LOOP_HOOKS
+    from lightkit.hook_names import LOOP_HOOKS
 
     page = (DOCS / "loop.md").read_text(encoding="utf-8")
     # Test and prediction repeat the validation's; the others come when they come.

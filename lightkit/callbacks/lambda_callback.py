@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from lightkit.errors import HookNameError, did_you_mean
-from lightkit.hooks import CALLBACK_NAMES, Callback
+from lightkit.hook_names import CALLBACK_NAMES
+from lightkit.hooks import Callback
 
 
 class LambdaCallback(Callback):

@@ -14,11 +14,12 @@ import pickle
 import re
 import threading
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from torch import Tensor
 
 from lightkit.checkpoint.disk import (
     REST,
@@ -199,7 +200,7 @@ def read_checkpoint(path: str | Path, *, lazy: bool = False, mmap: bool = False)
 
 
 def read_any(path: str | Path) -> Any:
-    """Reads any file of ``torch.save`` onto the CPU, a bare state dict for example.
+    """Reads any file of ``torch.save`` or safetensors onto the CPU, a state dict for example.
 
     The tensors of the folder of a sharded run stay where they are, as `sharded.Piece`.
 
@@ -211,7 +212,45 @@ def read_any(path: str | Path) -> Any:
     if is_sharded(path):
         return _read_folder(path, lazy=True)
     _check_exists(path)
-    return _load(path)
+    return read_safetensors(path) if path.suffix == ".safetensors" else _load(path)
+
+
+def save_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Writes named tensors of the CPU as safetensors, in one go; each name has bytes of its own.
+
+    Raises:
+        ImportError: safetensors is not installed.
+    """
+    held: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.contiguous()
+        place = tensor.untyped_storage().data_ptr()
+        held[name] = tensor.clone() if place in seen else tensor  # it refuses shared memory
+        seen.add(place)
+    _safetensors().save_file(held, path, metadata={"format": "pt"})
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Reads a file of safetensors onto the CPU.
+
+    Raises:
+        CheckpointError: It is damaged, or no such file.
+        ImportError: safetensors is not installed.
+    """
+    library = _safetensors()
+    try:
+        return library.load_file(path)  # type: ignore[no-any-return]
+    except Exception as error:  # an error of its own, that of Rust
+        raise CheckpointError(_damaged(path, error)) from error
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError("this needs safetensors: pip install 'lightkit[export]'") from error
+    return safetensors.torch
 
 
 def peek(path: Path) -> dict[str, Any]:

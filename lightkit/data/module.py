@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lightkit.data.move import move_to_device
-from lightkit.hooks import check_hook_names
+from lightkit.hook_names import check_hook_names
 from lightkit.hparams import HParams, capture, save_hyperparameters
 
 if TYPE_CHECKING:

@@ -1,0 +1,220 @@
+"""Functions as listeners: what `Trainer.on` registers, and when it is called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lightkit.errors import ConfigError, HookNameError, UsageError, did_you_mean
+from lightkit.hook_names import LOOP_HOOKS, OLD_NAMES
+from lightkit.hooks import Callback, positional_arguments
+
+if TYPE_CHECKING:
+    from lightkit.trainer import Trainer
+
+_NAMES = tuple(name.removeprefix("on_") for name in LOOP_HOOKS)
+#: The events of ignite and torchbearer, and those of ours that come at the same place.
+PEERS = {
+    "ignite": {
+        "started": "train_start",
+        "epoch_started": "train_epoch_start",
+        "get_batch_started": "train_batch_start",
+        "get_batch_completed": "train_batch_start",
+        "iteration_started": "train_batch_start",
+        "iteration_completed": "train_batch_end",
+        "dataloader_stop_iteration": "train_epoch_end",
+        "epoch_completed": "train_epoch_end",
+        "terminate_single_epoch": "train_epoch_end",
+        "terminate": "train_end",
+        "completed": "train_end",
+        "interrupt": "save_point",
+        "exception_raised": "exception",
+    },
+    "torchbearer": {
+        "init": "setup",
+        "start": "fit_start",
+        "start_epoch": "train_epoch_start",
+        "start_training": "train_epoch_start",
+        "sample": "train_batch_start",
+        "forward": "loss",
+        "criterion": "loss",
+        "backward": "after_backward",
+        "step_training": "train_batch_end",
+        "end_training": "validation_start",
+        "end_epoch": "train_epoch_end",
+        "checkpoint": "save_point",
+        "end": "fit_end",
+        "start_validation": "validation_start",
+        "sample_validation": "validation_batch_start",
+        "forward_validation": "validation_batch_end",
+        "criterion_validation": "validation_batch_end",
+        "step_validation": "validation_batch_end",
+        "end_validation": "validation_end",
+    },
+}
+
+
+@dataclass(frozen=True)
+class When:
+    """At which of its events a function is called. They are counted from 1; see `counted`.
+
+    Attributes:
+        every: At each event whose number this divides; None for all.
+        once: At the event of this number alone.
+        before: At events of a smaller number.
+        after: At events of a greater number.
+        filter: Called with the trainer and the number; says whether the function is called.
+        rank_zero: Whether it is called on the first process alone.
+
+    Raises:
+        ConfigError: For values that never let an event pass.
+    """
+
+    every: int | None = None
+    once: int | None = None
+    before: int | None = None
+    after: int | None = None
+    filter: Callable[..., Any] | None = None
+    rank_zero: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in {"every": 1, "once": 1, "before": 2, "after": 0}.items():
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < least):
+                raise ConfigError(
+                    f"trainer.on(..., {name}={value!r}): events are counted from 1, so a number "
+                    f"from {least} on is needed{', or True for the first' if name == 'once' else ''}."
+                )
+        if self.filter is not None and not callable(self.filter):
+            raise ConfigError(
+                f"trainer.on(..., filter={self.filter!r}): a function is needed, which gets the "
+                f"trainer and the number of the event."
+            )
+
+    def passes(self, trainer: Trainer, number: int) -> bool:
+        """Tells whether the function is called at the event of this number."""
+        return (
+            (not self.rank_zero or trainer.is_global_zero)
+            and (self.every is None or number % self.every == 0)
+            and (self.once is None or number == self.once)
+            and (self.before is None or number < self.before)
+            and (self.after is None or number > self.after)
+            and (self.filter is None or self._filtered(trainer, number))
+        )
+
+    def _filtered(self, trainer: Trainer, number: int) -> bool:
+        assert self.filter is not None
+        return bool(self.filter(*(trainer, number)[: positional_arguments(self.filter, 2)]))
+
+
+class Handler(Callback):
+    """One function as a listener of one hook, after the callbacks and before the metric log.
+
+    Args:
+        event: The name of a hook, with or without its "on_".
+        function: Gets what the hook gets, or its first arguments.
+        when: At which events it is called.
+
+    Raises:
+        HookNameError: For an event that does not exist.
+        UsageError: For something that cannot be called.
+    """
+
+    order = 30
+
+    def __init__(self, event: Any, function: Callable[..., Any], when: When) -> None:
+        name = hook_of(event)
+        if not callable(function):
+            raise UsageError(
+                f"trainer.on({event!r}, {function!r}): a function is needed, not "
+                f"{type(function).__name__}."
+            )
+        if when.rank_zero and name == "on_loss":
+            raise ConfigError(
+                "trainer.on('loss', rank_zero=True) would give rank 0 another loss than the other "
+                "ranks. Leave out rank_zero."
+            )
+        setattr(self, name, function if when == When() else _conditional(name, function, when))
+
+
+def _conditional(name: str, function: Callable[..., Any], when: When) -> Callable[..., Any]:
+    """Returns a function that is called with all that a hook gives, and calls at its time."""
+    taken = positional_arguments(function, 7)
+    calls = 0
+
+    def call(trainer: Trainer, task: Any, *arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if trainer.sanity_checking:  # a trial, which counts for nothing
+            return None
+        if when.passes(trainer, counted(name, trainer, arguments) or calls):
+            return function(*(trainer, task, *arguments)[:taken])
+        return None
+
+    call.__module__ = getattr(function, "__module__", call.__module__)  # whose code it is
+    return call
+
+
+def counted(name: str, trainer: Trainer, arguments: tuple[Any, ...]) -> int:
+    """Returns the number of an event, from 1 on, also in a run that is continued.
+
+    What happens per batch counts the training batches of all epochs, per step the optimizer steps,
+    per epoch the epochs, per validation the validations; a batch of an evaluation has its place in
+    its loader. All else has no such number: 0.
+    """
+    state = trainer.state
+    if name in ("on_before_zero_grad", "on_before_optimizer_step"):
+        return state.global_step + 1
+    if name == "on_save_point":
+        return state.global_step
+    if name == "on_train_batch_end":
+        return state.batches_before + state.batch_idx
+    if name in ("on_train_batch_start", "on_loss", "on_before_backward", "on_after_backward"):
+        return state.batches_before + state.batch_idx + 1
+    if name.startswith("on_train_epoch_"):
+        return state.epoch + 1
+    if name.endswith(("_batch_start", "_batch_end")):
+        return int(arguments[-2]) + 1
+    return state.validations + 1 if name.startswith("on_validation_") else 0
+
+
+def hook_of(event: Any) -> str:
+    """Returns the hook that an event means.
+
+    Raises:
+        HookNameError: For one that does not exist; it names the nearest, or ours for a peer's.
+    """
+    text = event if isinstance(event, str) else getattr(event, "name", repr(event))
+    short = text.lower().removeprefix("events.").removeprefix("on_")
+    for name in (f"on_{short}", short):
+        if name in LOOP_HOOKS:
+            return name
+    for peer, names in PEERS.items():
+        if short in names:
+            raise HookNameError(
+                f"trainer.on({text!r}): that is an event of {peer}. Here it is {names[short]!r}."
+            )
+    if f"on_{short}" in OLD_NAMES:
+        raise HookNameError(f"trainer.on({text!r}): write {OLD_NAMES[f'on_{short}']}.")
+    raise HookNameError(
+        f"trainer.on({text!r}): there is no such event.{did_you_mean(short, _NAMES)} The events are "
+        f"the hooks without 'on_': {', '.join(_NAMES)}."
+    )
+
+
+def returning(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a function for ``on_loss`` that must return something to add."""
+    taken = positional_arguments(function, 3)
+
+    def add(*arguments: Any) -> Any:
+        more = function(*arguments[:taken])
+        if more is None:
+            raise UsageError(
+                f"{getattr(function, '__name__', 'A function')}, given to trainer.add_to_loss, "
+                f"returned None. Return the tensor to add; trainer.on('loss') may return nothing."
+            )
+        return more
+
+    add.__module__ = getattr(function, "__module__", add.__module__)
+    return add

@@ -1,0 +1,173 @@
+"""Losses, optimizers and metrics by the names that torch and torchmetrics have for them."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightkit.errors import ConfigError, did_you_mean
+
+Loss = Callable[..., Tensor]
+MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
+
+#: Short names of the field.
+_LOSSES = {
+    "mae": "l1",
+    "binary_cross_entropy": "bce",
+    "binary_cross_entropy_with_logits": "bce_with_logits",
+    "sparse_categorical_crossentropy": "cross_entropy",
+    "categorical_crossentropy": "cross_entropy",
+    "binary_crossentropy": "bce",
+    "mean_squared_error": "mse",
+    "mean_absolute_error": "l1",
+}
+_METRICS = {
+    "acc": "Accuracy",
+    "f1": "F1Score",
+    "auc": "AUROC",
+    "mae": "MeanAbsoluteError",
+    "mse": "MeanSquaredError",
+    "mape": "MeanAbsolutePercentageError",
+    "r2": "R2Score",
+    "iou": "JaccardIndex",
+    "binary_accuracy": "Accuracy",
+    "categorical_accuracy": "Accuracy",
+    "sparse_categorical_accuracy": "Accuracy",
+}
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", "").replace("-", "").replace(" ", "")
+
+
+@functools.cache
+def _losses() -> dict[str, tuple[str, type[nn.Module]]]:
+    """Returns torch's losses of an output and a target, by plain names, with those to show."""
+    found: dict[str, tuple[str, type[nn.Module]]] = {}
+    for name in dir(nn):
+        kind = getattr(nn, name)
+        if not name.endswith("Loss") or len(inspect.signature(kind.forward).parameters) != 3:
+            continue
+        try:
+            kind()
+        except TypeError:  # more than a loss: it has layers of its own
+            continue
+        short = _snake(name.removesuffix("Loss"))
+        found[_plain(name)] = found[_plain(short)] = short, kind
+    for alias, short in _LOSSES.items():
+        found[_plain(alias)] = alias, found[_plain(short)][1]
+    return found
+
+
+def loss_of(given: Any) -> Loss:
+    """Returns the function of output and target that ``loss=`` means.
+
+    Args:
+        given: A name ("cross_entropy", "mse", "bce_with_logits", "CrossEntropyLoss", "mse_loss"),
+            a class of a loss, or a function or module that is called with output and target.
+
+    Raises:
+        ConfigError: Nothing of this; it names the nearest.
+    """
+    if isinstance(given, str):
+        known = _losses()
+        if _plain(given) not in known:
+            names = sorted({name for name, _ in known.values()})
+            raise ConfigError(
+                f"loss={given!r} is no loss of torch.{did_you_mean(given, names)} There are "
+                f"{', '.join(names)}; or give a function loss(output, target)."
+            )
+        return known[_plain(given)][1]()
+    if isinstance(given, type) and issubclass(given, nn.Module):
+        return given()
+    if not callable(given) or isinstance(given, type):
+        raise ConfigError(
+            f"loss={given!r:.80} cannot be called. Give a name such as 'cross_entropy', or a "
+            f"function or module that takes output and target."
+        )
+    return given  # type: ignore[no-any-return]
+
+
+def optimizer_of(given: Any, lr: float | None) -> MakeOptimizer:
+    """Returns a function of the parameters that makes the optimizer that ``optimizer=`` means.
+
+    Args:
+        given: A name ("adamw", "SGD"), a class of torch.optim, a function of the parameters such as
+            ``functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)``, or an optimizer.
+        lr: Its learning rate; None: the default of its own.
+
+    Raises:
+        ConfigError: Nothing of this (it names the nearest), or a rate that is no positive number or
+            has no meaning.
+    """
+    if lr is not None and (
+        isinstance(lr, bool) or not isinstance(lr, (int, float, Tensor)) or not lr > 0
+    ):
+        raise ConfigError(f"lr={lr!r}: allowed is a positive number; None: the optimizer's default.")
+    if isinstance(given, Optimizer):
+        if lr is not None:
+            raise ConfigError(
+                f"lr={lr}, but the {type(given).__name__} that was given has its own. Give it "
+                f"there, or its name or class here."
+            )
+        return lambda parameters: given
+    make = _optimizer_class(given) if isinstance(given, str) else given
+    if not callable(make):
+        raise ConfigError(
+            f"optimizer={given!r:.80}: allowed are a name such as 'adamw', a class of torch.optim, "
+            f"a function of the parameters, and an optimizer."
+        )
+    return make if lr is None else functools.partial(make, lr=lr)
+
+
+def _optimizer_class(name: str) -> type[Optimizer]:
+    known = {
+        _plain(key): (key.lower(), kind)
+        for key, kind in vars(torch.optim).items()
+        if isinstance(kind, type) and issubclass(kind, Optimizer) and kind is not Optimizer
+    }
+    if _plain(name) not in known:
+        names = sorted(key for key, _ in known.values())
+        raise ConfigError(
+            f"optimizer={name!r} is none of torch.optim.{did_you_mean(name.lower(), names)} There "
+            f"are {', '.join(names)}; or give a function that makes one of the parameters."
+        )
+    return known[_plain(name)][1]
+
+
+def metric_class(name: str) -> type:
+    """Returns the class of torchmetrics that a name means: "accuracy", "f1_score", "AUROC".
+
+    Raises:
+        ConfigError: There is none; it names the nearest.
+    """
+    import torchmetrics
+
+    known = {_plain(key): key for key in torchmetrics.__all__ if key[0].isupper()}
+    known |= {_plain(key): _METRICS[key] for key in _METRICS}
+    if _plain(name) not in known:
+        names = sorted({*_METRICS, *(_snake(key) for key in known.values())})
+        raise ConfigError(
+            f"metrics: {name!r} is no metric of torchmetrics.{did_you_mean(name.lower(), names)} "
+            f"Give the name of one, such as 'accuracy', 'f1_score', 'auroc', 'mean_absolute_error' "
+            f"or 'r2_score', an object of one, or a function metric(output, target)."
+        )
+    return getattr(torchmetrics, known[_plain(name)])  # type: ignore[no-any-return]
+
+
+def _snake(name: str) -> str:
+    """Returns ``cross_entropy`` for ``CrossEntropy``, and ``bce_with_logits`` for ``BCEWithLogits``."""
+    letters = ""
+    for i, letter in enumerate(name):
+        follows = name[i + 1 : i + 2]
+        inner = i > 0 and letter.isupper()
+        if inner and (not name[i - 1].isupper() or follows.islower()):
+            letters += "_"
+        letters += letter.lower()
+    return letters
