@@ -11,7 +11,7 @@ import typing
 
 from lightkit import errors, loggers
 from lightkit.data import DataModule
-from lightkit.distributed import rank_zero_only
+from lightkit.distributed import rank_zero_info, rank_zero_only, rank_zero_warn
 from lightkit.errors import LightkitError
 from lightkit.history import History
 from lightkit.hook_names import not_a_hook
@@ -24,21 +24,39 @@ if typing.TYPE_CHECKING:
     from lightkit.data.tensor_loader import TensorLoader
     from lightkit.distributed.ddp import DDPStrategy
     from lightkit.distributed.fsdp import FSDPStrategy
+    from lightkit.finetuning import param_groups
+    from lightkit.freezing import freeze, is_frozen, unfreeze
+    from lightkit.rates import one_cycle, warmup, warmup_cosine
+    from lightkit.functional import evaluate, fit, predict
+    from lightkit.supervised import SupervisedTask
     from lightkit.trainer import Trainer
 else:
     #: What a module that defines tasks does not need, and so no worker process that imports it.
     _ROOMS = {
         "DDPStrategy": "distributed.ddp",
         "FSDPStrategy": "distributed.fsdp",
+        "SupervisedTask": "supervised",
         "TensorLoader": "data.tensor_loader",
         "Trainer": "trainer",
         "callbacks": "callbacks",
+        "evaluate": "functional",
+        "fit": "functional",
+        "predict": "functional",
+        "freeze": "freezing",
+        "is_frozen": "freezing",
+        "one_cycle": "rates",
+        "param_groups": "finetuning",
+        "unfreeze": "freezing",
+        "warmup": "rates",
+        "warmup_cosine": "rates",
     }
 
     def __getattr__(name: str) -> object:
         """Imports the trainer, callbacks and strategies when they are first asked for."""
         if name not in _ROOMS:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+            from lightkit.elsewhere import missing
+
+            raise missing(__name__, name, __all__)
         from importlib import import_module
 
         room = import_module(f"lightkit.{_ROOMS[name]}")
@@ -58,13 +76,26 @@ __all__ = [
     "FSDPStrategy",
     "History",
     "LightkitError",
+    "SupervisedTask",
     "TaskModule",
     "TensorLoader",
     "Trainer",
     "callbacks",
     "errors",
+    "evaluate",
+    "fit",
+    "freeze",
+    "is_frozen",
     "loggers",
     "not_a_hook",
+    "one_cycle",
+    "param_groups",
+    "predict",
+    "rank_zero_info",
     "rank_zero_only",
+    "rank_zero_warn",
     "seed_everything",
+    "unfreeze",
+    "warmup",
+    "warmup_cosine",
 ]

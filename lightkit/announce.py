@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightkit import advice, screen
+from lightkit.feeds import NoData
 from lightkit.places import newest_checkpoint
 from lightkit.precision import hints
 
@@ -124,12 +125,14 @@ def planned(trainer: Trainer) -> tuple[int | None, int | None]:
 def _length(trainer: Trainer, run: FitRun) -> str:
     limits, length = trainer.limits, []
     if limits.max_epochs >= 0:
-        default = " (default; set max_epochs=)" if trainer.default_epochs else ""
+        default = " (default; set max_epochs=)" if limits.default_epochs else ""
         length.append(f"{_count(limits.max_epochs, 'epoch')}{default}")
     if limits.max_steps >= 0:
         length.append(f"at most {_count(limits.max_steps, 'step')}")
     if limits.seconds is not None:
         length.append(f"at most {limits.seconds:g} s")
+    if isinstance(run.train_loader, NoData):
+        return f"{', '.join(length) or 'without end'}, without data"
     batches = "an unknown number of batches"
     if run.train_length is not None:
         batches = _count(run.train_length, "batch", "batches")

@@ -14,6 +14,8 @@ from lightkit.data import DataModule
 from lightkit.distributed import launched
 from lightkit.errors import UsageError
 from lightkit.flow import Flow
+from lightkit.hooks import listens
+from lightkit.limits import make_limits
 from lightkit.session import Session
 from lightkit.state import Stage
 from lightkit.task import TaskModule
@@ -23,21 +25,27 @@ if TYPE_CHECKING:
     from lightkit.trainer import Trainer
 
 _log = logging.getLogger("lightkit")
-_FIT_NEEDS = {
-    "training_step": "returns the loss of a batch",
-    "configure_optimizers": "returns the optimizer",
-}
 
 
 @contextlib.contextmanager
 def open_fit(
-    trainer: Trainer, task: TaskModule, train: Any, val: Any, datamodule: Any, ckpt_path: Any
+    trainer: Trainer,
+    task: TaskModule,
+    train: Any,
+    val: Any,
+    datamodule: Any,
+    ckpt_path: Any,
+    *,
+    max_epochs: int | None,
+    max_steps: int | None,
 ) -> Iterator[FitRun]:
     """Opens a fit; see `Trainer.fit`."""
     console.install(launched().rank)
     train, datamodule = opening.as_datamodule(train, datamodule)
-    opening.check_task(task, _FIT_NEEDS)
+    opening.check_task(task, _needs_of_fit(trainer, task))
     session = Session(task=task, datamodule=datamodule, stage=Stage.FIT, given_train=train)
+    session.limits = make_limits(trainer.options, max_epochs=max_epochs, max_steps=max_steps)
+    session.bare = max_steps is not None
     session.flow.accumulate = trainer.options.accumulate_grad_batches
     session.loggers = [] if trainer.options.fast_dev_run else [*trainer._loggers]
     opening.meet(trainer, session)
@@ -77,8 +85,17 @@ def open_fit(
             raise
         else:
             saving.finish(run)
+            session.ended = run
         finally:
             gc.unfreeze()
+
+
+def _needs_of_fit(trainer: Trainer, task: Any) -> dict[str, str]:
+    """Returns the methods that a fit needs, and why; all of a loss may be what is added to it."""
+    needs = {"configure_optimizers": "returns the optimizer"}
+    if any(listens(one, "on_loss") for one in (task, *trainer._callbacks, *trainer._handlers)):
+        return needs
+    return {"training_step": "returns the loss of a batch", **needs}
 
 
 @contextlib.contextmanager

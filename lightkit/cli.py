@@ -32,13 +32,13 @@ COMMANDS = {
     "test": "run the test loop once",
     "predict": "predict and save the predictions",
     "new": "start a project from a template",
-    "export": "join the checkpoint of a sharded run into one file",
+    "export": "a checkpoint as a program, as weights, or (sharded) as one file",
 }
 _USAGE = """\
 usage: lightkit fit|validate|test|predict --config FILE [--config FILE ...] [--KEY VALUE ...]
        lightkit new TEMPLATE FOLDER
        lightkit new --list
-       lightkit export FOLDER FILE
+       lightkit export CHECKPOINT FILE [--task module.Class]
 """
 _OPTIONS = {
     "--config FILE": "YAML with the keys trainer, data, task, ckpt_path; may be given several "
@@ -174,13 +174,33 @@ def _new(words: _Words, others: list[str]) -> int:
 
 
 def _export(words: _Words, others: list[str]) -> int:
-    from lightkit.checkpoint.sharded import consolidate
+    """Writes what the file's name says; any other name is that of a joined checkpoint."""
+    from lightkit.checkpoint import read_checkpoint, sharded, weights
+    from lightkit.export import SUFFIXES, WEIGHTS, export_weights
 
-    if len(others) != 2 or words.values or words.files:
+    if len(others) != 2 or set(words.values) - {"task"} or words.files:
         given = " ".join(["lightkit export", *others])
-        allowed = "lightkit export FOLDER FILE, where FOLDER is the checkpoint of a sharded run"
+        allowed = (
+            f"lightkit export CHECKPOINT FILE, where FILE ends in {', '.join(SUFFIXES)}; or in .ckpt "
+            f"to join the checkpoint of a sharded run"
+        )
         raise ConfigError(f"command line: wrong use\n  given:   {given}\n  allowed: {allowed}")
-    return _say(f"written: {consolidate(*others)}")
+    checkpoint, file = others
+    kind = SUFFIXES.get(Path(file).suffix)
+    if kind is None:
+        return _say(f"written: {sharded.consolidate(checkpoint, file)}")
+    if kind in WEIGHTS:
+        held = weights.weights_of(read_checkpoint(checkpoint), checkpoint)
+        return _say(f"written: {export_weights(held, file)}")
+    from lightkit.config import read_sources
+
+    task_class = read_sources([], words.values, "command line").find_class("task")
+    if task_class is None:  # a class that a file names is not imported: that could run any code
+        raise ConfigError(
+            f"command line: {kind} needs the class of the task, and its example_input_array\n"
+            f"  allowed: lightkit export {checkpoint} {file} --task module.Class"
+        )
+    return _say(f"written: {task_class.load_from_checkpoint(checkpoint).export(file)}")
 
 
 def _entry_point(command: str, words: _Words, wants_help: bool) -> int:

@@ -96,5 +96,5 @@ class Closure:
         for hook in run.hooks.on_loss:
             loss = added(loss, hook(loss))
         scaled = loss if weighing is None else weighing.scale(loss, weight, self._weights[i])
-        run.precision.backward(scaled)
+        run.differentiate(scaled)
         self._losses[i] = loss.detach()

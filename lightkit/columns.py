@@ -10,29 +10,34 @@ from torch import Tensor
 
 from lightkit.errors import LoggingError, did_you_mean
 
-_REDUCTIONS = ("mean", "sum", "min", "max")
+_REDUCTIONS = ("mean", "sum", "min", "max", "std", "last", "running:50")
 _OPTIONS = ("name", "prog_bar", "logger", "on_step", "on_epoch", "reduce")
-_SUMS = ("returned", "aliases", "window", "total", "_sum", "_weight")
+_SUMS = ("returned", "aliases", "window", "total", "tail", "_sum", "_weight", "_count")
 #: What one process has of a column: an amount (a sum, or the least or greatest value), the weight
-#: of it, and of how many values.
+#: of it (of a "std" the sum of squared distances from the mean), and of how many values.
 Part = tuple[float, float, float]
 NOTHING: Part = (0.0, 0.0, 0.0)
 
 
 def reduction(name: str, given: Any) -> str:
-    """Returns "mean", "sum", "min" or "max" for a ``reduce_fx``; torch's functions are known too.
+    """Returns the reduction that a ``reduce_fx`` means; torch's functions are known too.
 
     Raises:
         LoggingError: For anything else.
     """
-    text = getattr(given, "__name__", given)
+    text = str(getattr(given, "__name__", given))
     text = {"amin": "min", "amax": "max"}.get(text, text)
-    if text not in _REDUCTIONS:
-        raise LoggingError(
-            f"self.log({name!r}, reduce_fx={given!r}): allowed are 'mean', 'sum', 'min' and 'max'."
-            f"{did_you_mean(str(text), _REDUCTIONS)}"
+    kind, _, number = text.partition(":")
+    running = kind == "running" and number.isdecimal() and int(number) > 0
+    if not running and text not in _REDUCTIONS:
+        near = (
+            " Did you mean 'running:50'?" if kind == "running" else did_you_mean(kind, _REDUCTIONS)
         )
-    return str(text)
+        raise LoggingError(
+            f"self.log({name!r}, reduce_fx={given!r}): allowed are 'mean', 'sum', 'min', 'max', "
+            f"'std', 'last', and 'running:50' for the mean of the last 50 values.{near}"
+        )
+    return text
 
 
 def scalar(name: str, value: Tensor) -> Tensor:
@@ -62,6 +67,10 @@ class Column:
         metric: The torchmetrics object logged under this name.
         by_metric: Whether one is, also where this rank has none of it.
         stash: States of the metric object that wait until all loaders are done; None for none.
+        length: How many of the last values count: 1 for "last", n for "running:n", 0 for all.
+        tail: These values of all ranks in the order of batches, with their weights.
+        fresh: Those of this rank that are not in it yet: number since the last time, value, weight.
+        weighed: Whether values count by the samples that they are the mean of.
         part: What was read and is not yet in window and total, which are those of all ranks.
         last_weight: The weight of the last value that was read.
         alone: Whether rank zero alone has it.
@@ -71,13 +80,16 @@ class Column:
     """
 
     __slots__ = (
+        "_count",
         "_sum",
         "_weight",
         "aliases",
         "alone",
         "by_metric",
         "folded",
+        "fresh",
         "last_weight",
+        "length",
         "live",
         "loader",
         "logger",
@@ -90,8 +102,10 @@ class Column:
         "reduce",
         "returned",
         "stash",
+        "tail",
         "total",
         "values",
+        "weighed",
         "weights",
         "window",
     )
@@ -115,6 +129,11 @@ class Column:
         self.by_metric = metric is not None
         self.stash: dict[str, Any] | None = None
         self.part, self.last_weight = NOTHING, 1.0
+        running = reduce.startswith("running:")
+        self.length = int(reduce[8:]) if running else int(reduce == "last")
+        self.weighed = running or reduce == "mean"
+        self.tail: list[tuple[float, float]] = []
+        self.fresh: list[tuple[int, float, float]] = []
         self.values: list[Tensor | float] = []
         self.weights: list[Tensor | float] = []
         self.live: Tensor | float | None = None
@@ -123,6 +142,7 @@ class Column:
         self.total: float | None = None
         self._sum = 0.0
         self._weight = 0.0
+        self._count = 0.0
 
     @property
     def step_name(self) -> str:
@@ -146,9 +166,7 @@ class Column:
     def fold(self, values: list[float], weights: list[float]) -> None:
         """Takes the values of a window, read by now, into the sums, and empties the window."""
         self.keep(values, weights)
-        amount, weight, _ = self.part
-        self.part = NOTHING
-        self._take(amount, weight)
+        self.settle([self.part], [self.fresh])
 
     def keep(self, values: list[float], weights: list[float]) -> None:
         """Takes them into this rank's part and empties the window; `settle` is to follow."""
@@ -162,25 +180,46 @@ class Column:
             self.last_weight = weights[-1]
         elif self.reduce == "sum":
             amount += _sum(values)
+        elif self.reduce == "std":
+            amount, weight, _ = _pooled([self.part, _spread(values)])
+        elif self.length:
+            pairs = enumerate(zip(values, weights, strict=True), int(count))
+            new = [(number, value, weight) for number, (value, weight) in pairs if weight]
+            self.fresh = [*self.fresh, *new][-self.length :]
         else:
             amount = self._extreme([*([amount] if count else []), *values])
         self.part = (amount, weight, count + len(values))
 
-    def settle(self, parts: Sequence[Part]) -> bool:
+    def settle(
+        self, parts: Sequence[Part], fresh: Sequence[Sequence[tuple[int, float, float]]] = ()
+    ) -> bool:
         """Takes the parts of all ranks into window and total; own parts count from 0 again.
 
         The order of the parts is that of the ranks, and sums are exact, so that all ranks have the
         same bits.
 
+        Args:
+            parts: Those of all ranks.
+            fresh: Where `length` is not 0: what is new on all ranks.
+
         Returns:
             Whether there was a value on any rank.
         """
-        self.part = NOTHING
+        self.part, self.fresh = NOTHING, []
         parts = [part for part in parts if part[2]]
         if not parts:
             return False
         amounts = [amount for amount, _, _ in parts]
-        if self.reduce in ("mean", "sum"):
+        if self.length:
+            self._take_last(fresh)
+        elif self.reduce == "std":
+            spread = _pooled(parts)
+            self._sum, self._weight, self._count = _pooled(
+                [(self._sum, self._weight, self._count), spread]
+            )
+            self.window = _deviation(spread)
+            self.total = _deviation((self._sum, self._weight, self._count))
+        elif self.reduce in ("mean", "sum"):
             self._take(_sum(amounts), _sum(weight for _, weight, _ in parts))
         else:
             self._take(self._extreme(amounts), 0.0)
@@ -200,11 +239,28 @@ class Column:
             self.window = amount
             self.total = amount if self.total is None else self._extreme([self.total, amount])
 
+    def _take_last(self, fresh: Sequence[Sequence[tuple[int, float, float]]]) -> None:
+        """Makes window and total of the last values: batches came to the ranks in turn."""
+        turns = sorted(
+            (number, rank, value, weight)
+            for rank, new in enumerate(fresh)
+            for number, value, weight in new
+        )
+        self.tail = [*self.tail, *((value, weight) for _, _, value, weight in turns)]
+        self.tail = self.tail[-self.length :]
+        if len(self.tail) == 1:
+            self.total = self.tail[0][0]
+        else:
+            weight = _sum(weight for _, weight in self.tail)
+            amount = _sum(value * weight for value, weight in self.tail)
+            self.total = amount / weight if weight else math.nan
+        self.window = self.total
+
     def last_part(self, value: float, weight: float) -> Part:
         """Returns the part that its last value alone would be."""
         if self.reduce == "mean":
             value = value * weight if weight else 0.0
-        return (value, weight, 1.0)
+        return (value, weight if self.weighed else 0.0, 1.0)
 
     def _extreme(self, values: list[float]) -> float:
         """Returns the least or greatest value; nan where one is nan, whatever the order."""
@@ -233,7 +289,7 @@ class Column:
         """Returns the column that `state_dict` was taken from."""
         column = cls(**{name: state[name] for name in _OPTIONS})
         for name in _SUMS:
-            setattr(column, name, state[name])
+            setattr(column, name, state.get(name, getattr(column, name)))
         column.alone = state.get("alone", False)
         return column
 
@@ -245,3 +301,28 @@ def _sum(values: Iterable[float]) -> float:
         return math.fsum(values)
     except (OverflowError, ValueError):
         return sum(values)
+
+
+def _spread(values: list[float]) -> Part:
+    """Returns sum, squared distances from the mean and number of values."""
+    if not values:
+        return NOTHING
+    total = _sum(values)
+    mean = total / len(values)
+    return total, _sum((value - mean) ** 2 for value in values), float(len(values))
+
+
+def _pooled(parts: Iterable[Part]) -> Part:
+    """Returns the spread of all parts together (Chan, Golub and LeVeque, 1983)."""
+    total, squares, count = NOTHING
+    for own, distances, number in parts:
+        if count and number:
+            squares += (own / number - total / count) ** 2 * (number * count / (number + count))
+        total, squares, count = total + own, squares + distances, count + number
+    return total, squares, count
+
+
+def _deviation(spread: Part) -> float:
+    """Returns the standard deviation as ``torch.std`` does; nan for a single value."""
+    _, squares, count = spread
+    return math.sqrt(squares / (count - 1)) if count > 1 else math.nan

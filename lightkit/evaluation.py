@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lightkit.data import BatchStream
+from lightkit.freezing import kept_in_eval
 from lightkit.hooks import Callback, of_user
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def evaluate(
         Whether it was completed; otherwise no hook of its end was called.
     """
     metrics = run.metrics
-    modes = [(module, module.training) for module in run.task.modules()]
+    modes = modes_of(run.task)
     run.task.eval()
     try:
         if run.prefix is None:
@@ -176,7 +177,7 @@ def train_mode(task: TaskModule) -> list[tuple[torch.nn.Module, bool]]:
     Returns:
         All modules with the modes that they had, for `restore_modes`.
     """
-    modes = [(module, module.training) for module in task.modules()]
+    modes = modes_of(task)
     kept = [
         name
         for name, module in task.named_modules()
@@ -189,8 +190,17 @@ def train_mode(task: TaskModule) -> list[tuple[torch.nn.Module, bool]]:
     return modes
 
 
+def modes_of(task: TaskModule) -> list[tuple[torch.nn.Module, bool]]:
+    """Returns pairs of (module, training) for `restore_modes`.
+
+    What `lightkit.freeze` keeps in eval mode has the task's: it holds where that ends meanwhile.
+    """
+    own = task.training
+    return [(module, own if kept_in_eval(module) else module.training) for module in task.modules()]
+
+
 def restore_modes(modes: list[tuple[torch.nn.Module, bool]]) -> None:
     """Puts modules back into the modes that they had, as pairs of (module, training)."""
     for module, training in modes:
-        if module.training is not training:
+        if module.training is not training and not kept_in_eval(module):
             module.training = training

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ from lightkit.hook_names import LOOP_HOOKS, OLD_NAMES
 from lightkit.hooks import Callback, positional_arguments
 
 if TYPE_CHECKING:
+    from lightkit.state import TrainState
     from lightkit.trainer import Trainer
 
 _NAMES = tuple(name.removeprefix("on_") for name in LOOP_HOOKS)
@@ -57,7 +58,7 @@ PEERS = {
 
 @dataclass(frozen=True)
 class When:
-    """At which of its events a function is called. They are counted from 1; see `counted`.
+    """At which of its events a function is called. They are counted from 1; see `counter`.
 
     Attributes:
         every: At each event whose number this divides; None for all.
@@ -91,6 +92,11 @@ class When:
                 f"trainer.on(..., filter={self.filter!r}): a function is needed, which gets the "
                 f"trainer and the number of the event."
             )
+
+    @property
+    def counts(self) -> bool:
+        """Whether the number of an event decides."""
+        return (self.every, self.once, self.before, self.after) != (None,) * 4
 
     def passes(self, trainer: Trainer, number: int) -> bool:
         """Tells whether the function is called at the event of this number."""
@@ -135,20 +141,22 @@ class Handler(Callback):
                 "trainer.on('loss', rank_zero=True) would give rank 0 another loss than the other "
                 "ranks. Leave out rank_zero."
             )
+        if when.counts and counter(name) is None:
+            raise ConfigError(
+                f"trainer.on({event!r}): that comes once in a call, so every=, once=, before= and "
+                f"after= mean nothing there. Leave them out."
+            )
         setattr(self, name, function if when == When() else _conditional(name, function, when))
 
 
 def _conditional(name: str, function: Callable[..., Any], when: When) -> Callable[..., Any]:
     """Returns a function that is called with all that a hook gives, and calls at its time."""
-    taken = positional_arguments(function, 7)
-    calls = 0
+    taken, number = positional_arguments(function, 7), counter(name)
 
     def call(trainer: Trainer, task: Any, *arguments: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if trainer.sanity_checking:  # a trial, which counts for nothing
+        if when.counts and trainer.sanity_checking:  # a trial, which counts for nothing
             return None
-        if when.passes(trainer, counted(name, trainer, arguments) or calls):
+        if when.passes(trainer, 1 if number is None else number(trainer.state, arguments)):
             return function(*(trainer, task, *arguments)[:taken])
         return None
 
@@ -156,27 +164,26 @@ def _conditional(name: str, function: Callable[..., Any], when: When) -> Callabl
     return call
 
 
-def counted(name: str, trainer: Trainer, arguments: tuple[Any, ...]) -> int:
-    """Returns the number of an event, from 1 on, also in a run that is continued.
+def counter(name: str) -> Callable[[TrainState, Sequence[Any]], int] | None:
+    """Returns what tells the number of an event, from 1 on, also in a run that is continued.
 
     What happens per batch counts the training batches of all epochs, per step the optimizer steps,
     per epoch the epochs, per validation the validations; a batch of an evaluation has its place in
-    its loader. All else has no such number: 0.
+    its loader. None for what comes once.
     """
-    state = trainer.state
-    if name in ("on_before_zero_grad", "on_before_optimizer_step"):
-        return state.global_step + 1
-    if name == "on_save_point":
-        return state.global_step
-    if name == "on_train_batch_end":
-        return state.batches_before + state.batch_idx
     if name in ("on_train_batch_start", "on_loss", "on_before_backward", "on_after_backward"):
-        return state.batches_before + state.batch_idx + 1
+        return lambda state, _: state.batches_before + state.batch_idx + 1
+    if name == "on_train_batch_end":
+        return lambda state, _: state.batches_before + state.batch_idx
+    if name in ("on_before_zero_grad", "on_before_optimizer_step"):
+        return lambda state, _: state.global_step + 1
+    if name in ("on_save_point", "on_save_checkpoint"):
+        return lambda state, _: state.global_step
     if name.startswith("on_train_epoch_"):
-        return state.epoch + 1
+        return lambda state, _: state.epoch + 1
     if name.endswith(("_batch_start", "_batch_end")):
-        return int(arguments[-2]) + 1
-    return state.validations + 1 if name.startswith("on_validation_") else 0
+        return lambda _, arguments: int(arguments[-2]) + 1
+    return (lambda state, _: state.validations + 1) if name.startswith("on_validation_") else None
 
 
 def hook_of(event: Any) -> str:

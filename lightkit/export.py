@@ -37,9 +37,18 @@ WEIGHTS = ("safetensors", "state_dict")
 #: Warnings of torch about its own code, and about what forward keeps on itself, as an LSTM does:
 #: torch puts that back, and whether the program computes the same without it is looked at here.
 _NEEDLESS = (r"`isinstance\(treespec, LeafSpec\)` is deprecated", r"The tensor attributes? ")
+_FIXED = (
+    "If forward fixes the size of the batch, take it from the input there, as x.flatten(1) does, "
+    "or export with dynamic_batch=False."
+)
+#: What forward is tried on, and what to say if it fails there.
+_TRIED = (
+    ("the sample", "A tuple holds its positional arguments, a mapping those by name."),
+    ("a batch of twice the sample", _FIXED),
+)
+#: Words in errors of torch.export, and what to do.
 _HINTS = {
-    "Constraints violated": "forward fixes the size of the batch: take it from the input there, as "
-    "in x.flatten(1) or x.view(x.size(0), -1); or export with dynamic_batch=False.",
+    "Constraints violated": _FIXED,
     "data-dependent": "forward branches on the values of a tensor: write torch.where there.",
 }
 
@@ -91,30 +100,15 @@ def export_task(
     _require_whole(task)
     if kind in WEIGHTS:
         return export_weights(task.state_dict(), path, format=kind)
-    if type(task).forward is nn.Module.forward:
-        raise UsageError(f"{type(task).__name__} defines no forward, which is what is exported.")
-    sample = getattr(task, "example_input_array", None) if sample is None else sample
-    if sample is None:
-        raise UsageError(
-            f"The format {kind} needs an input of forward: task.export(path, sample), or set "
-            f"example_input_array of the task."
-        )
-    samples, shapes = _samples(sample, dynamic_batch, options.pop("dynamic_shapes", None))
+    samples, shapes = _samples(task, sample, dynamic_batch, options.pop("dynamic_shapes", None))
     with _in_use(task), _own_file(path) as file:
-        expected = [_outputs(task, one) for one in samples]
+        expected = [_outputs(task, one, *how) for one, how in zip(samples, _TRIED, strict=False)]
         with _told(f"{type(task).__name__} cannot be exported ({kind})"):
             run = _WRITERS[kind](task, samples[-1], shapes, file, options)
             apart = [_apart(a, run(one)) for a, one in zip(expected, samples, strict=True)]
         if not max(apart) <= tolerance:
-            random = any(_apart(a, _outputs(task, b)) for a, b in zip(expected, samples))  # noqa: B905
-            raise ExportError(
-                f"{path} is not written: its outputs differ from those of the task by "
-                f"{' and '.join(f'{a:.3g}' for a in apart)} on batches of "
-                f"{' and '.join(str(batch_size_of(one)) for one in samples)}, more than "
-                f"tolerance={tolerance:g} allows."
-                + " forward draws random numbers in eval mode."
-                * random
-            )
+            again = _apart(expected[0], _outputs(task, samples[0], *_TRIED[0]))
+            raise ExportError(_too_far(path, apart, tolerance, again > 0))
     _log.info("exported: %s (%s), largest difference %.3g", path, kind, max(apart))
     return path
 
@@ -179,15 +173,15 @@ def export_weights(
 
     path = Path(path)
     state = move_to_device(dict(weights), "cpu")
+    write: Any = files.save_file
+    read: Any = files.read_any
     if (kind := _format(path, format)) == "safetensors":
+        write, read = files.save_safetensors, files.read_safetensors
         if others := [name for name, value in state.items() if not isinstance(value, Tensor)]:
             raise UsageError(
                 f"safetensors holds tensors only, and {', '.join(others)} is none. "
                 f"Use the format state_dict."
             )
-        write, read = files.save_safetensors, files.read_safetensors
-    else:
-        write, read = files.save_file, files.read_any
     with _own_file(path) as file:
         with _told(f"{path} cannot be written ({kind})"):
             write(state, file)
@@ -226,8 +220,18 @@ def _require_whole(task: nn.Module) -> None:
             raise UsageError(f"{name} has no values yet, so there is nothing to export.")
 
 
-def _samples(sample: Any, dynamic_batch: bool, shapes: Any) -> tuple[list[Any], Any]:
+def _samples(
+    task: nn.Module, sample: Any, dynamic_batch: bool, shapes: Any
+) -> tuple[list[Any], Any]:
     """Returns the inputs to try, the last of them to be traced, and torch's dynamic shapes."""
+    if type(task).forward is nn.Module.forward:
+        raise UsageError(f"{type(task).__name__} defines no forward, which is what is exported.")
+    sample = getattr(task, "example_input_array", None) if sample is None else sample
+    if sample is None:
+        raise UsageError(
+            "A program needs an input of forward: task.export(path, sample), or set "
+            "example_input_array of the task."
+        )
     sample = move_to_device(sample, "cpu")
     if shapes is not None or not dynamic_batch:
         return [sample], shapes
@@ -240,8 +244,9 @@ def _samples(sample: Any, dynamic_batch: bool, shapes: Any) -> tuple[list[Any], 
     batch = torch.export.Dim("batch")
     # Torch takes a size of 1 for a fixed one, so it follows the larger batch.
     twice = _mapped(sample, lambda item: torch.cat([item, item]) if item.dim() else item)
-    shapes = _mapped(sample, lambda item: {0: batch} if item.dim() else None, None)
-    return [sample, twice], _arguments(shapes)[bool(_arguments(sample)[1])]
+    args, kwargs = _arguments(sample)
+    shapes = _mapped(kwargs or args, lambda item: {0: batch} if item.dim() else None, None)
+    return [sample, twice], shapes
 
 
 def _mapped(sample: Any, change: Callable[[Tensor], Any], *other: Any) -> Any:
@@ -266,17 +271,18 @@ def _tensors(item: Any) -> list[Tensor]:
     return [tensor for _, member in members_of(item) or () for tensor in _tensors(member)]
 
 
-def _outputs(task: nn.Module, sample: Any) -> list[Tensor]:
+def _outputs(task: nn.Module, sample: Any, what: str, hint: str) -> list[Tensor]:
+    """Returns what forward gives, or says what is wrong with the sample."""
     args, kwargs = _arguments(sample)
     try:
         found = _tensors(task(*args, **kwargs))
     except Exception as error:  # whatever the user's code raises
         raise UsageError(
-            f"forward of {type(task).__name__} fails on the sample: {type(error).__name__}: "
-            f"{error}\n  A tuple holds its positional arguments, a mapping those by name."
+            f"forward of {type(task).__name__} fails on {what}: {type(error).__name__}: {error}\n  "
+            f"{hint}"
         ) from error
     if not found:
-        raise UsageError(f"forward of {type(task).__name__} returns no tensor on the sample.")
+        raise UsageError(f"forward of {type(task).__name__} returns no tensor on {what}.")
     return found
 
 
@@ -368,6 +374,16 @@ def _apart(expected: list[Tensor], found: list[Tensor]) -> float:
         if apart.numel():
             worst = max(worst, float(apart.nan_to_num(nan=float("inf")).max()))
     return worst
+
+
+def _too_far(path: Path, apart: list[float], tolerance: float, again: bool) -> str:
+    """Returns what to say; ``again``: whether the task differs from itself, called again."""
+    where = (f"{a:.3g} on {what}" for a, (what, _) in zip(apart, _TRIED, strict=False))
+    hint = " forward gives something else each time, in eval mode too." if again else ""
+    return (
+        f"{path} is not written: its outputs differ from those of the task, by "
+        f"{' and by '.join(where)}; tolerance={tolerance:g}.{hint}"
+    )
 
 
 _Run = Callable[[Any], "list[Tensor]"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +21,7 @@ from lightkit.data import (
 )
 from lightkit.data.prefetch import lane_of
 from lightkit.errors import ConfigError, DataError
+from lightkit.hooks import positional_arguments
 from lightkit.limits import Cadence, make_cadence
 from lightkit.run import LoaderPlan
 from lightkit.task import overrides
@@ -34,6 +35,46 @@ if TYPE_CHECKING:
 _log = logging.getLogger("lightkit")
 _SHORT = {"validation": "val", "test": "test", "predict": "predict"}
 _TRANSFER = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+
+
+class NoData:
+    """What is trained on where there is no data: None, in each step.
+
+    Args:
+        steps: Steps of an epoch; None for an epoch without end.
+    """
+
+    def __init__(self, steps: int | None) -> None:
+        self._steps = steps
+
+    def __len__(self) -> int:
+        if self._steps is None:
+            raise TypeError("an epoch without data has no length but that of the fit")
+        return self._steps
+
+    def __iter__(self) -> Iterator[None]:
+        return itertools.repeat(None) if self._steps is None else iter([None] * self._steps)
+
+
+def no_data(trainer: Trainer) -> NoData:
+    """Returns what stands for the training loader of a fit without data.
+
+    Raises:
+        ConfigError: Nothing says how long an epoch, or the fit, is.
+    """
+    steps, limits = trainer.limit("train"), trainer.limits
+    if isinstance(steps, float):
+        raise ConfigError(
+            f"limit_train_batches={steps} is a part of the training data, but there are none. Give "
+            f"a number of steps."
+        )
+    if steps is None and limits.max_steps < 0 and limits.seconds is None:
+        raise ConfigError(
+            "Without data an epoch has no end of its own. Say how long to train: "
+            "trainer.fit(task, max_steps=1000); or how many steps an epoch has: "
+            "Trainer(limit_train_batches=100, max_epochs=10)."
+        )
+    return NoData(steps)
 
 
 def source(session: Session, given: Any, name: str) -> tuple[Any, Callable[[], Any] | None]:
@@ -52,12 +93,20 @@ def train_loader(
     trainer: Trainer, session: Session, given: Any
 ) -> tuple[Any, Callable[[], Any] | None]:
     """Returns the training loader, and what makes it anew between epochs (None keeps it)."""
-    options = trainer.options
+    options, alone = trainer.options, not positional_arguments(session.task.training_step, 1)
     given, make = source(session, given, "train")
+    if given is None and (session.bare or alone):
+        return no_data(trainer), None
     if given is None:
         raise DataError(
             "There is no training loader. Pass it: trainer.fit(task, train_loader), or pass "
-            "datamodule= (or define train_dataloader in the task)."
+            "datamodule= (or define train_dataloader in the task). To train without data say how "
+            "long: trainer.fit(task, max_steps=1000)."
+        )
+    if alone:
+        raise DataError(
+            "training_step takes no batch, but there is a training loader. Write "
+            "training_step(self, batch), or leave the loader out."
         )
     session.given_train = given
     every = options.reload_dataloaders_every_n_epochs
@@ -189,8 +238,8 @@ def open_training(
         DataError: The ranks have different data, or there are more ranks than batches.
     """
     given = trainer.limit("train")
-    overfit = bool(trainer.options.overfit_batches)
-    how = {"divided": True} if overfit else {}
+    whole = bool(trainer.options.overfit_batches) or isinstance(loader, NoData)
+    how = {"divided": True} if whole else {}  # each process has all that it needs
     feed = _feed(trainer, session, loader, resumable=True, **how)
     shortest = compared(session.strategy.ranks, [("training loader", feed)])[0]
     limit = _limit(feed, given, "limit_train_batches")
@@ -207,7 +256,7 @@ def open_training(
             f"{world} processes, and each needs one. Use a smaller batch size, more data, or "
             f"fewer processes."
         )
-    if world > 1 and not overfit:
+    if world > 1 and not whole:
         _log.info("%s", how_divided(feed, limit))
     return feed, limit, length
 
@@ -247,6 +296,7 @@ def loader_plans(trainer: Trainer, session: Session, stage: str, given: Any) -> 
     if trainer.limit(short) == 0:
         return []
     given, _ = source(session, given, short)
+    session.given[stage] = given
     session.named_by_user = isinstance(given, Mapping)
     found: list[LoaderPlan] = []
     for name, loader in named_loaders(given, stage):

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightkit.errors import ConfigError
 
-#: What a schedule keeps in a group of its optimizer, as multiples of the group's rate ...
+#: What a schedule keeps in a group of its optimizer: rates, and what moves against them.
 _RATES = ("initial_lr", "max_lr", "min_lr")
-#: ... and what else it keeps there.
-_OTHERS = ("base_momentum", "max_momentum")
+_MOMENTA = ("base_momentum", "max_momentum", "momentum", "betas")
 #: Lists that schedules of torch have, with one element for each group: rates, and all others.
 _LISTS_OF_RATES = ("base_lrs", "max_lrs", "_last_lr")
 _LISTS = ("lr_lambdas", "min_lrs", "base_momentums", "max_momentums")
@@ -51,20 +50,123 @@ def param_groups(
     """
     if not decay > 0:
         raise ConfigError(f"param_groups: decay={decay!r} is not possible. Allowed is more than 0.")
-    layers = [layer for layer in _layers(module) if layer[1]]
-    seen: set[int] = set()
+    layers, seen = _layers(module), set[int]()
     groups: list[dict[str, Any]] = []
-    for depth, (name, members) in enumerate(reversed(layers)):
-        layers[-1 - depth] = (name, members)
-    for depth, (name, members) in enumerate(layers):
-        rate = lr / decay ** (len(layers) - 1 - depth)
+    for number, (name, members) in enumerate(layers, start=1):
+        rate = lr / decay ** (len(layers) - number)
         own = [p for p in members if p.requires_grad and id(p) not in seen]
         seen.update(map(id, own))
-        parts = [(name, own, {})]
-        if no_decay:
-            parts = [
-                (name, [p for p in own if p.ndim > 1], {}),
-                (f"{name}_no_decay", [p for p in own if p.ndim < 2], {"weight_decay": 0.0}),
-            ]
-        groups += [{"params": ps, "lr": rate, "name": n, **more} for n, ps, more in parts if ps]
+        flat = [p for p in own if p.ndim < 2] if no_decay else []
+        rest = [p for p in own if p.ndim > 1] if no_decay else own
+        if rest:
+            groups.append({"params": rest, "lr": rate, "name": name})
+        if flat:
+            more = {"weight_decay": 0.0, "name": f"{name}_no_decay"}
+            groups.append({"params": flat, "lr": rate, **more})
     return groups
+
+
+def _layers(module: nn.Module | Sequence[nn.Module]) -> list[tuple[str, list[nn.Parameter]]]:
+    """Returns the layers that have parameters, by name."""
+    own: list[nn.Parameter] = []
+    if isinstance(module, nn.Module):
+        named, own = list(module.named_children()), list(module.parameters(recurse=False))
+    else:
+        named = [(str(number), layer) for number, layer in enumerate(module)]
+    found = [(name, list(layer.parameters())) for name, layer in named]
+    found = [(name, members) for name, members in found if members]
+    if not own:
+        return found
+    name, members = found[0] if found else (type(module).__name__, [])
+    return [(name, [*own, *members]), *found[1:]]
+
+
+def add_group(
+    optimizer: Optimizer,
+    parameters: Sequence[Tensor],
+    *,
+    times: float,
+    lr: float | None = None,
+    name: str | None = None,
+) -> None:
+    """Adds parameters to an optimizer as a group of their own; call `follow` afterwards.
+
+    Args:
+        optimizer: Who gets the group.
+        parameters: What it holds.
+        times: Its rate, as a multiple of the first group's.
+        lr: The same as a number; it takes the place of ``times``.
+        name: The "name" of the group.
+    """
+    first = optimizer.param_groups[0]
+    group: dict[str, Any] = {"params": list(parameters)}
+    if "param_names" in first:  # made from named_parameters(), so each group must have names
+        count = len(optimizer.param_groups)
+        group["params"] = [(f"group{count}.{i}", p) for i, p in enumerate(parameters)]
+    if lr is None:
+        group |= {key: first[key] * times for key in ("lr", "initial_lr") if key in first}
+    else:
+        group["lr"] = lr
+    if name is not None:
+        group["name"] = name
+    optimizer.add_param_group(group)
+
+
+def rates(optimizer: Optimizer) -> list[float]:
+    """Returns the rates of an optimizer's groups, for `follow`."""
+    return [float(group["lr"]) for group in optimizer.param_groups]
+
+
+def follow(optimizer: Optimizer, before: Sequence[float], schedulers: Iterable[Any]) -> None:
+    """Lets the schedules of an optimizer go on from groups that were added and rates that were set.
+
+    A group that is new goes on as if it had been there from the start: at every moment its rate is
+    the same multiple of the first group's as it is now. Without this torch's schedules raise at
+    their next move, as they keep lists with one element for each group. Likewise a group whose rate
+    was set goes on from that.
+
+    Args:
+        optimizer: The optimizer.
+        before: What `rates` returned before the change.
+        schedulers: Schedules, those of other optimizers too.
+    """
+    groups = optimizer.param_groups
+    own = [vars(scheduler) for scheduler in _own(optimizer, schedulers)]
+    for number, group in enumerate(groups):
+        if number >= len(before):
+            _join(number, groups, own)
+        elif before[number] and float(group["lr"]) != before[number]:
+            times = float(group["lr"]) / before[number]
+            group.update({key: group[key] * times for key in _RATES if key in group})
+            for values in _lists(own, _LISTS_OF_RATES):
+                values[number] *= times
+
+
+def _join(number: int, groups: list[dict[str, Any]], schedulers: list[dict[str, Any]]) -> None:
+    """Lets schedules take in a new group, in proportion to the first one."""
+    first, group = groups[0], groups[number]
+    key = "initial_lr" if "initial_lr" in group else "lr"
+    # Where a schedule stands at zero, the rate that is given is the one that it begins with.
+    of_first = float(first[key]) or float(first.get("initial_lr", 0.0))
+    times = float(group[key]) / of_first if of_first else 1.0
+    group.update({key: first[key] * times for key in _RATES if key in first})
+    if "max_momentum" in first:  # the schedule moves the momentum as well
+        group.update({key: first[key] for key in _MOMENTA if key in first})
+    for names, factor in ((_LISTS_OF_RATES, times), (_LISTS, None)):
+        for values in _lists(schedulers, names):
+            if len(values) == number:
+                values.append(values[0] if factor is None else values[0] * factor)
+
+
+def _lists(schedulers: list[dict[str, Any]], names: tuple[str, ...]) -> Iterator[list[Any]]:
+    """Yields the lists of schedules that have one of these names, each once."""
+    found = [own[name] for own in schedulers for name in names if isinstance(own.get(name), list)]
+    yield from {id(values): values for values in found}.values()
+
+
+def _own(optimizer: Optimizer, schedulers: Iterable[Any]) -> Iterator[Any]:
+    """Yields the schedules of an optimizer, those within others too."""
+    for scheduler in schedulers:
+        yield from _own(optimizer, getattr(scheduler, "_schedulers", ()))
+        if getattr(scheduler, "optimizer", None) is optimizer:
+            yield scheduler

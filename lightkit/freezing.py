@@ -64,6 +64,11 @@ def norms(module: nn.Module) -> Iterator[nn.Module]:
     return (part for part in module.modules() if isinstance(part, _NormBase))
 
 
+def kept_in_eval(module: nn.Module) -> bool:
+    """Tells whether `freeze` keeps a module itself in eval mode."""
+    return "train" in vars(module)
+
+
 def _keep_in_eval(module: nn.Module) -> None:
     # On the object itself, where train() of the modules above finds it too. Copies and pickles of
     # the module have it as well.
@@ -85,7 +90,7 @@ def switches(task: nn.Module) -> dict[str, list[str]]:
     return {
         "frozen": [name for name, p in task.named_parameters() if not p.requires_grad],
         "eval": [name for name, module in task.named_modules() if not module.training],
-        "kept": [name for name, module in task.named_modules() if "train" in vars(module)],
+        "kept": [name for name, module in task.named_modules() if kept_in_eval(module)],
     }
 
 

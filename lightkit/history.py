@@ -26,8 +26,13 @@ class History(list[dict[str, float]]):
         history[-1]["val_loss"]     # the last epoch
         history["val_loss"]         # one number per epoch, nan where an epoch has none
         history.best("val_loss")    # the dict of the best epoch
-        history.plot("curves.png")
+        history.plot()              # curves.png in the folder of the run; shown in a notebook
+
+    Attributes:
+        folder: The folder of the run; None on other ranks than zero and where nothing is written.
     """
+
+    folder: Path | None = None
 
     @overload
     def __getitem__(self, key: SupportsIndex) -> dict[str, float]: ...
@@ -108,12 +113,22 @@ class History(list[dict[str, float]]):
         frame = pandas.DataFrame(list(self))
         return frame.set_index("epoch") if "epoch" in frame else frame
 
-    def plot(self, path: str | Path | None = None, names: Sequence[str] | None = None) -> Figure:
+    def plot(
+        self,
+        path: str | Path | None = None,
+        names: Sequence[str] | None = None,
+        *,
+        close: bool = False,
+    ) -> Figure:
         """Draws the metrics over the epochs; train_x and val_x share one picture.
 
+        A notebook shows what is returned at the end of a cell.
+
         Args:
-            path: Save the picture there (PNG, or what the name's end says).
+            path: Save the picture there (PNG, or what the name's end says); None: as ``curves.png``
+                in the folder of the run, where there is one.
             names: Only these metrics, in this order; None for all.
+            close: Whether ``pyplot.show()`` shall not show it later, where the file is enough.
 
         Returns:
             The ``matplotlib.figure.Figure``.
@@ -146,9 +161,11 @@ class History(list[dict[str, float]]):
             axis.legend()
         for axis in axes.flat[len(groups) :]:
             axis.remove()
+        if path is None and self.folder is not None:
+            path = self.folder / "curves.png"
         if path is not None:
             figure.savefig(path, dpi=150)
-        if "inline" in pyplot.get_backend():
+        if close or "inline" in pyplot.get_backend():
             pyplot.close(figure)  # a notebook shows what is returned; open it would be shown twice
         return figure
 

@@ -7,9 +7,11 @@ import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from lightkit.elsewhere import HOOK_ARGUMENTS
 from lightkit.errors import HookNameError, did_you_mean
 from lightkit.task_hooks import TaskHooks
 
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 #: The hooks that the loop calls on listeners.
@@ -37,6 +39,7 @@ TASK_NAMES: frozenset[str] = CALLBACK_NAMES | {
     "val_dataloader",
     "test_dataloader",
     "predict_dataloader",
+    "backward",
     "optimizer_step",
     "optimizer_zero_grad",
     "lr_scheduler_step",
@@ -63,12 +66,31 @@ OLD_NAMES: dict[str, str] = {
     "on_keyboard_interrupt": "on_exception",
     "get_progress_bar_dict": "self.log(..., prog_bar=True)",
     "tbptt_split_batch": "manual optimization in training_step",
+    "training_end": "training_step",
+    "validation_end": "on_validation_epoch_end (collect outputs in validation_step)",
+    "test_end": "on_test_epoch_end (collect outputs in test_step)",
+    "tng_dataloader": "train_dataloader",
+    "configure_sharded_model": "configure_model",
+    "configure_apex": "Trainer(precision='16-mixed')",
+    "on_validation_model_eval": "on_validation_start",
+    "on_validation_model_train": "on_validation_end",
+    "on_validation_model_zero_grad": "on_validation_start",
+    "on_test_model_eval": "on_test_start",
+    "on_test_model_train": "on_test_end",
+    "on_predict_model_eval": "on_predict_start",
+    "on_predict_model_train": "on_predict_end",
+    "on_train_dataloader": "train_dataloader",
+    "on_val_dataloader": "val_dataloader",
+    "on_test_dataloader": "test_dataloader",
+    "on_predict_dataloader": "predict_dataloader",
+    "on_hpc_save": "on_save_checkpoint",
+    "on_hpc_load": "on_load_checkpoint",
 }
 
-#: A method on_... with one of these words is meant as a hook.
+#: A method on_... with one of these words is meant as a hook ("loss" is in names of others' own).
 _HOOK_WORDS: frozenset[str] = frozenset(
     (word for name in LOOP_HOOKS for word in name.split("_")[1:] if name.startswith("on_")),
-) | {"begin", "begins", "ends", "epochs", "finish", "starts", "training", "val", "valid"}
+) - {"loss"} | {"begin", "begins", "ends", "epochs", "finish", "starts", "training", "val", "valid"}
 
 
 def not_a_hook(function: Function) -> Function:
@@ -96,8 +118,42 @@ def check_hook_names(cls: type, valid: frozenset[str]) -> None:
     for part in (cls, *_mixins(cls)):
         for name, member in vars(part).items():
             own = name.startswith("_") or not inspect.isfunction(member)
-            if not own and name not in valid and not hasattr(member, "_not_a_hook"):
+            if own or hasattr(member, "_not_a_hook"):
+                continue
+            if name in valid:
+                _check_arguments(f"{part.__qualname__}.{name}", member, _declared(cls, name))
+            else:
                 _check_name(f"{part.__qualname__}.{name}", name, valid)
+
+
+def _declared(cls: type, name: str) -> Any:
+    """Returns a hook as the class of lightkit declares it that ``cls`` is made of; None for none."""
+    name = "test_step" if name == "validation_step" else name  # which may take one more than it says
+    ours = (base for base in cls.__mro__ if base.__module__.startswith("lightkit."))
+    return next((vars(base)[name] for base in ours if name in vars(base)), None)
+
+
+def _check_arguments(place: str, member: Callable[..., Any], declared: Any) -> None:
+    """Raises for a hook with an argument that nobody gives it."""
+    if declared is None:
+        return
+    # As it is called: a decorator may give more than it gets.
+    wanted = list(inspect.signature(member, follow_wrapped=False).parameters.values())
+    given = list(inspect.signature(declared).parameters)
+    needed = [p for p in wanted if p.kind in _POSITIONAL and p.default is p.empty]
+    for p in wanted:
+        optional = p.name == "dataloader_idx" and p.default is not p.empty
+        if p.name in HOOK_ARGUMENTS and p.name not in given and not optional:
+            raise HookNameError(
+                f"{place} is called without {p.name!r}: {HOOK_ARGUMENTS[p.name]}. It gets "
+                f"({', '.join(given[1:])})."
+            )
+    if len(needed) > len(given):
+        extra = ", ".join(p.name for p in needed[len(given) :])
+        raise HookNameError(
+            f"{place} gets ({', '.join(given[1:])}), and nothing for its arguments {extra}. Give "
+            f"them defaults, or leave them out."
+        )
 
 
 def _mixins(cls: type) -> list[type]:

@@ -130,8 +130,8 @@ class Callback:
     ) -> None:
         """Called after the step that the batch belongs to (if it is the last of its group).
 
-        ``outputs`` is what ``training_step`` returned, with the loss detached. The gradients of
-        the step are still there.
+        ``outputs["loss"]`` is the detached loss, beside what else ``training_step`` returned;
+        ``outputs`` is None for a batch that was skipped. The gradients of the step are still there.
         """
 
     def on_save_point(self, trainer: Trainer, task: TaskModule) -> None:
@@ -321,13 +321,11 @@ class HookTable:
         offered = {name: _arguments_after_self(getattr(Callback, name)) - 2 for name in LOOP_HOOKS}
         for name in LOOP_HOOKS:
             found: list[Callable[..., Any]] = []
-            mine = getattr(task, name, None)
-            if mine is not None and _own(task, name):
+            if listens(task, name):
+                mine = getattr(task, name)
                 found.append(_timed(_trimmed(mine, offered[name]), task, name, times))
             for callback in listeners:
-                if getattr(type(callback), name) is not getattr(Callback, name) or (
-                    name in vars(callback)
-                ):
+                if listens(callback, name):
                     method = _trimmed(getattr(callback, name), offered[name] + 2)
                     method = _timed(method, callback, name, times)
                     found.append(functools.partial(method, trainer, task))
@@ -339,7 +337,8 @@ class HookTable:
 
 def of_user(hook: Any) -> bool:
     """Tells whether a function of the table of hooks is none of ours."""
-    return not getattr(getattr(hook, "func", hook), "__module__", "").startswith("lightkit.")
+    module = getattr(getattr(hook, "func", hook), "__module__", None) or ""
+    return not module.startswith("lightkit.")
 
 
 def _timed(
@@ -351,10 +350,12 @@ def _timed(
     return times.timed(method, times.part(f"{type(owner).__name__}.{name}", "callbacks"))
 
 
-def _own(task: Any, name: str) -> bool:
-    """Tells whether a task defines a hook itself, in its class or on the object."""
-    nothing = getattr(TaskHooks, name)
-    return getattr(type(task), name, None) is not nothing or name in vars(task)
+def listens(owner: Any, name: str) -> bool:
+    """Tells whether a task or callback defines a hook itself, in its class or on the object."""
+    nothing = getattr(Callback if isinstance(owner, Callback) else TaskHooks, name)
+    return getattr(type(owner), name, nothing) is not nothing or name in (
+        getattr(owner, "__dict__", ())
+    )
 
 
 def _arguments_after_self(function: Callable[..., Any]) -> int:

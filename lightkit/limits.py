@@ -25,6 +25,7 @@ class Limits:
         min_epochs: A request to stop (early stopping) waits for so many epochs.
         min_steps: A request to stop waits for so many steps.
         seconds: Time after which it ends, at the next step; None for no limit.
+        default_epochs: Whether nobody chose, so that ``max_epochs`` is the default.
     """
 
     max_epochs: int
@@ -32,6 +33,7 @@ class Limits:
     min_epochs: int
     min_steps: int
     seconds: float | None
+    default_epochs: bool = False
 
     def reached(self, state: TrainState) -> bool:
         """Tells whether enough epochs or steps are done."""
@@ -103,15 +105,28 @@ def parse_duration(value: str | timedelta | dict[str, int] | None, argument: str
     return seconds
 
 
-def make_limits(options: Any) -> tuple[Limits, bool]:
+def make_limits(
+    options: Any, *, max_epochs: int | None = None, max_steps: int | None = None
+) -> Limits:
     """Reads the limits from the Trainer's options.
 
-    Returns:
-        The limits, and whether the number of epochs is the default of 10.
+    Args:
+        options: The options.
+        max_epochs: What one call of fit says instead; None for nothing.
+        max_steps: Likewise.
+
+    Raises:
+        ConfigError: For limits that contradict each other.
     """
+    for name, value in {"max_epochs": max_epochs, "max_steps": max_steps}.items():
+        if value is not None and (type(value) is not int or value < -1):
+            raise ConfigError(
+                f"fit({name}={value!r}): a number from 0 on is needed, or -1 for no limit."
+            )
     if options.fast_dev_run:  # one epoch of a few batches, whatever else was asked for
-        return Limits(1, -1, 0, 0, None), False
-    epochs, steps = options.max_epochs, options.max_steps
+        return Limits(1, -1, 0, 0, None)
+    epochs = options.max_epochs if max_epochs is None else max_epochs
+    steps = options.max_steps if max_steps is None else max_steps
     steps = -1 if steps is None else steps
     seconds = parse_duration(options.max_time, "max_time")
     default = epochs is None and steps == -1 and seconds is None
@@ -119,7 +134,8 @@ def make_limits(options: Any) -> tuple[Limits, bool]:
         epochs = DEFAULT_EPOCHS if default else -1
     if default and options.min_epochs and options.min_epochs > epochs:
         epochs = options.min_epochs
-    limits = Limits(epochs, steps, options.min_epochs or 0, options.min_steps or 0, seconds)
+    least = (options.min_epochs or 0, options.min_steps or 0)
+    limits = Limits(epochs, steps, *least, seconds, default)
     for low, high, what in (
         (limits.min_epochs, epochs, "epochs"),
         (limits.min_steps, steps, "steps"),
@@ -129,7 +145,7 @@ def make_limits(options: Any) -> tuple[Limits, bool]:
                 f"min_{what}={low} is more than max_{what}={high}. Raise max_{what} or lower "
                 f"min_{what}."
             )
-    return limits, default
+    return limits
 
 
 def make_cadence(

@@ -319,7 +319,8 @@ def backward(run: FitRun, outputs: Any, weighing: Weighing | None) -> Any:
     """Differentiates what ``training_step`` returned.
 
     Returns:
-        The outputs with the loss detached, as the hooks get them; None for a batch that is skipped.
+        What the hooks get: a mapping with the detached loss and what else was returned; None for a
+        batch that is skipped.
     """
     hooks, weight, extra = run.hooks, None, None
     loss = outputs
@@ -346,7 +347,7 @@ def backward(run: FitRun, outputs: Any, weighing: Weighing | None) -> Any:
     detached = loss.detach()
     run.metrics.add_loss(detached, weight)
     if extra is None:
-        return detached
+        return {"loss": detached}
     for name, value in extra.items():
         if name not in ("loss", "weight"):
             run.metrics.add_returned("train", name, value)

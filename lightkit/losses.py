@@ -231,7 +231,7 @@ def after_manual(run: FitRun, outputs: Any) -> Any:
         loss = loss.detach()
         run.metrics.add_loss(loss.reshape(()), None)
     if extra is None:
-        return loss
+        return {"loss": loss}
     for name, value in extra.items():
         if name != "loss":
             run.metrics.add_returned("train", name, value)

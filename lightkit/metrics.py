@@ -27,6 +27,7 @@ from lightkit.hooks import Callback
 from lightkit.readings import CallbackMetrics, read
 from lightkit.recording import Recorder
 from lightkit.totals import Totals, in_turn
+from lightkit.windows import EMPTY, merged, of_one_process
 
 if TYPE_CHECKING:
     from lightkit.history import History
@@ -341,6 +342,7 @@ class MetricLog(Recorder, Callback):
             self.history[-1] = entry  # an epoch that an earlier fit left in the middle
         else:
             self.history.append(entry)
+        self.tails |= {n: c.tail for n, c in self.train.items() if c.reduce.startswith("running")}
         self.train.clear()
         self.loss = Column("train_loss", prog_bar=True)
         self.loss_steps, self._epoch_row = [], {}
@@ -410,6 +412,7 @@ class MetricLog(Recorder, Callback):
             "bar": dict(self.bar),
             "epoch_row": dict(self._epoch_row),
             "eval_steps": dict(self._eval_steps),
+            "tails": dict(self.tails),
             "columns": [{**c.state_dict(), "metric": names.get(id(c.metric))} for c in known],
             "loss": self.loss.state_dict(),
             "next_flush": self._next_flush,
@@ -437,64 +440,23 @@ class MetricLog(Recorder, Callback):
         ranks k, k + m and so on, so that nothing is lost or counted twice.
         """
         metrics = metric_objects.objects(self._task)
-        states = state_dict["ranks"] if "ranks" in state_dict else [_of_one_process(state_dict)]
+        states = state_dict["ranks"] if "ranks" in state_dict else [of_one_process(state_dict)]
         first, step = self._share
-        own = _merged([state for state in states if state][first::step], metrics)
+        own = merged([state for state in states if state][first::step], metrics)
         metric_objects.load_states(metrics, own["objects"])
         self.callback_metrics.results.update(state_dict["results"])
         self.bar.update(state_dict["bar"])
         self._epoch_row = dict(state_dict["epoch_row"])
         self._eval_steps = dict(state_dict["eval_steps"])
+        self.tails = dict(state_dict.get("tails", {}))
         self.train.clear()
         for saved in state_dict["columns"]:
             column, metric = Column.from_state(saved), saved["metric"]
             if (metric is None or metric in metrics) and (self.ranks.is_zero or not column.alone):
                 self.train[column.name] = column
                 column.metric, column.by_metric = metrics.get(metric), metric is not None
-                column.set_window(own["windows"].get(column.name, _EMPTY))
+                column.set_window(own["windows"].get(column.name, EMPTY))
         self.loss = Column.from_state(state_dict["loss"])
         self.loss.set_window(own["loss"])
         self.loss_steps = list(own["loss_steps"])
         self._next_flush = state_dict["next_flush"]
-
-
-_EMPTY: dict[str, Any] = {"values": [], "weights": []}
-
-
-def _of_one_process(state: dict[str, Any]) -> dict[str, Any]:
-    """Returns the own part of the only process, as the oldest files have it among the rest."""
-    return {
-        "windows": {saved["name"]: saved for saved in state["columns"]},
-        "loss": state["loss"],
-        "loss_steps": state["loss_steps"],
-        "objects": state["objects"],
-    }
-
-
-def _merged(states: Sequence[dict[str, Any]], metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the own parts of several ranks of before as that of one rank."""
-    if len(states) == 1:
-        return states[0]
-    windows: dict[str, dict[str, Any]] = {}
-    for name in dict.fromkeys(name for state in states for name in state["windows"]):
-        windows[name] = _joined([state["windows"].get(name, _EMPTY) for state in states])
-    objects, failed = metric_merging.merged_states(
-        [state["objects"] for state in states], metrics, going_on=True
-    )
-    if failed:
-        _log.warning(
-            "The checkpoint was written by more processes than there are now, and the states of "
-            "%s cannot be merged and updated further: for this epoch they count only a part of "
-            "the batches before the checkpoint.",
-            ", ".join(failed),
-        )
-    return {
-        "windows": windows,
-        "loss": _joined([state["loss"] for state in states]),
-        "loss_steps": [step for state in states for step in state["loss_steps"]],
-        "objects": objects,
-    }
-
-
-def _joined(windows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    return {key: [item for window in windows for item in window[key]] for key in _EMPTY}

@@ -21,11 +21,14 @@ _LOSSES = {
     "mae": "l1",
     "binary_cross_entropy": "bce",
     "binary_cross_entropy_with_logits": "bce_with_logits",
-    "sparse_categorical_crossentropy": "cross_entropy",
-    "categorical_crossentropy": "cross_entropy",
-    "binary_crossentropy": "bce",
     "mean_squared_error": "mse",
     "mean_absolute_error": "l1",
+}
+#: Names of Keras that mean something else in torch, and what to write.
+_KERAS = {
+    "sparse_categorical_crossentropy": "'cross_entropy', of a network without softmax at its end",
+    "categorical_crossentropy": "'cross_entropy', of a network without softmax at its end",
+    "binary_crossentropy": "'bce_with_logits', or 'bce' of a network with a sigmoid at its end",
 }
 _METRICS = {
     "acc": "Accuracy",
@@ -58,7 +61,7 @@ def _losses() -> dict[str, tuple[str, type[nn.Module]]]:
             kind()
         except TypeError:  # more than a loss: it has layers of its own
             continue
-        short = _snake(name.removesuffix("Loss"))
+        short = snake(name.removesuffix("Loss"))
         found[_plain(name)] = found[_plain(short)] = short, kind
     for alias, short in _LOSSES.items():
         found[_plain(alias)] = alias, found[_plain(short)][1]
@@ -79,8 +82,9 @@ def loss_of(given: Any) -> Loss:
         known = _losses()
         if _plain(given) not in known:
             names = sorted({name for name, _ in known.values()})
+            hint = f" Write {_KERAS[given]}." if given in _KERAS else did_you_mean(given, names)
             raise ConfigError(
-                f"loss={given!r} is no loss of torch.{did_you_mean(given, names)} There are "
+                f"loss={given!r} is no loss of torch.{hint} There are "
                 f"{', '.join(names)}; or give a function loss(output, target)."
             )
         return known[_plain(given)][1]()
@@ -92,6 +96,16 @@ def loss_of(given: Any) -> Loss:
             f"function or module that takes output and target."
         )
     return given  # type: ignore[no-any-return]
+
+
+def kind_of_loss(loss: Any) -> type[nn.Module] | None:
+    """Returns torch's class of a loss, also for its function in torch.nn.functional, or None."""
+    kinds = [kind for _, kind in _losses().values()]
+    if isinstance(loss, nn.Module):
+        return next((kind for kind in kinds if isinstance(loss, kind)), None)
+    if getattr(loss, "__module__", "") != "torch.nn.functional":
+        return None
+    return _losses().get(_plain(loss.__name__), ("", None))[1]
 
 
 def optimizer_of(given: Any, lr: float | None) -> MakeOptimizer:
@@ -109,7 +123,9 @@ def optimizer_of(given: Any, lr: float | None) -> MakeOptimizer:
     if lr is not None and (
         isinstance(lr, bool) or not isinstance(lr, (int, float, Tensor)) or not lr > 0
     ):
-        raise ConfigError(f"lr={lr!r}: allowed is a positive number; None: the optimizer's default.")
+        raise ConfigError(
+            f"lr={lr!r}: allowed is a positive number; None: the optimizer's default."
+        )
     if isinstance(given, Optimizer):
         if lr is not None:
             raise ConfigError(
@@ -117,13 +133,13 @@ def optimizer_of(given: Any, lr: float | None) -> MakeOptimizer:
                 f"there, or its name or class here."
             )
         return lambda parameters: given
-    make = _optimizer_class(given) if isinstance(given, str) else given
+    make: Any = _optimizer_class(given) if isinstance(given, str) else given
     if not callable(make):
         raise ConfigError(
             f"optimizer={given!r:.80}: allowed are a name such as 'adamw', a class of torch.optim, "
             f"a function of the parameters, and an optimizer."
         )
-    return make if lr is None else functools.partial(make, lr=lr)
+    return make if lr is None else functools.partial(make, lr=lr)  # type: ignore[no-any-return]
 
 
 def _optimizer_class(name: str) -> type[Optimizer]:
@@ -152,7 +168,7 @@ def metric_class(name: str) -> type:
     known = {_plain(key): key for key in torchmetrics.__all__ if key[0].isupper()}
     known |= {_plain(key): _METRICS[key] for key in _METRICS}
     if _plain(name) not in known:
-        names = sorted({*_METRICS, *(_snake(key) for key in known.values())})
+        names = sorted({*_METRICS, *(snake(key) for key in known.values())})
         raise ConfigError(
             f"metrics: {name!r} is no metric of torchmetrics.{did_you_mean(name.lower(), names)} "
             f"Give the name of one, such as 'accuracy', 'f1_score', 'auroc', 'mean_absolute_error' "
@@ -161,7 +177,7 @@ def metric_class(name: str) -> type:
     return getattr(torchmetrics, known[_plain(name)])  # type: ignore[no-any-return]
 
 
-def _snake(name: str) -> str:
+def snake(name: str) -> str:
     """Returns ``cross_entropy`` for ``CrossEntropy``, and ``bce_with_logits`` for ``BCEWithLogits``."""
     letters = ""
     for i, letter in enumerate(name):

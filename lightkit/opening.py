@@ -52,6 +52,7 @@ from lightkit.task import overrides, require_steps
 
 if TYPE_CHECKING:
     from lightkit.session import Session
+    from lightkit.task import TaskModule
     from lightkit.trainer import Trainer
 
 _log = logging.getLogger("lightkit")
@@ -136,7 +137,7 @@ def equip(trainer: Trainer, session: Session) -> None:
         if how is not None:
             session.compilation = compiling.Compilation(how, task, session.flow, session.device)
     session.callbacks = _all_callbacks(trainer, session)
-    listeners = [*session.callbacks, session.metrics, Advice()]
+    listeners = [*session.callbacks, *trainer._handlers, session.metrics, Advice()]
     session.hooks = HookTable(trainer, task, listeners, session.flow.times)
 
 
@@ -243,7 +244,6 @@ def build_fit(trainer: Trainer, session: Session, train: Any, val: Any) -> FitRu
     transfer = make_transfer(session, options.memory_format)
     strategy = session.strategy
     step, validation = _bound(session, plan, plans, transfer)
-    several = strategy.world_size > 1
     run = FitRun(
         task=task,
         state=session.state,
@@ -254,7 +254,7 @@ def build_fit(trainer: Trainer, session: Session, train: Any, val: Any) -> FitRu
         callbacks=session.callbacks,
         strategy=strategy,
         sync=strategy.sync_gradients,
-        agree=Agreement(session.flow, strategy.ranks) if several else None,
+        agree=Agreement(session.flow, strategy.ranks) if strategy.world_size > 1 else None,
         precision=session.precision,
         plan=plan,
         metrics=metrics,
@@ -265,7 +265,7 @@ def build_fit(trainer: Trainer, session: Session, train: Any, val: Any) -> FitRu
         automatic=plan.automatic,
         optimizer=optimizer,
         update=None if optimizer is None else session.precision.bind_update(optimizer),
-        differentiate=session.precision.bind_backward(),
+        differentiate=_differentiate(session),
         scaled=session.precision.has_scaler,
         autocast=session.precision.autocast,
         transfer=transfer,
@@ -290,6 +290,11 @@ def build_fit(trainer: Trainer, session: Session, train: Any, val: Any) -> FitRu
     return run
 
 
+def _with_batch(task: TaskModule, step: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a step to be called with the batch, also where it takes none."""
+    return step if positional_arguments(task.training_step, 1) else lambda batch: step()
+
+
 def _bound(
     session: Session,
     plan: OptimizerPlan,
@@ -300,12 +305,13 @@ def _bound(
     task, compilation, strategy = session.task, session.compilation, session.strategy
     validation = _eval_run(session, "validation", plans, transfer) if plans else None
     if compilation is None:
-        return strategy.bind_training(task, automatic=plan.automatic), validation
+        step = strategy.bind_training(task, automatic=plan.automatic)
+        return _with_batch(task, step), validation
     compilation.check(automatic=plan.automatic, sharded=strategy.sharded)
     step = strategy.bind_training(task, automatic=plan.automatic, compiled=compilation.compiled)
     if validation is not None:
         validation.step = compilation.eager(validation.step)
-    return compilation.around(step), validation
+    return _with_batch(task, compilation.around(step)), validation
 
 
 def _tie(session: Session, run: FitRun) -> None:
@@ -453,6 +459,14 @@ def _clip(trainer: Trainer, session: Session) -> Callable[[Any, list[Any]], None
         metrics.log(names[id(optimizer)], norm, batch_size=1)
 
     return clip
+
+
+def _differentiate(session: Session) -> Callable[[torch.Tensor], None]:
+    """Returns what differentiates a loss: the user's ``backward`` where there is one."""
+    task, precision = session.task, session.precision
+    if overrides(task, "backward"):
+        return lambda loss: task.backward(precision.scaled(loss))
+    return precision.bind_backward()
 
 
 def _optimizer_step(session: Session) -> Callable[..., Any] | None:

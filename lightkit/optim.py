@@ -233,6 +233,7 @@ class OptimizerPlan:
         return {
             "optimizers": [o.state_dict() for o in self.optimizers],
             "schedulers": [e.scheduler.state_dict() for e in self.schedulers],
+            "stepped": [_has_stepped(o) for o in self.optimizers],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -258,6 +259,8 @@ class OptimizerPlan:
             optimizer.load_state_dict({**one, "param_groups": groups})
         for entry, one in zip(self.schedulers, plans, strict=True):
             entry.scheduler.load_state_dict(one)
+        for optimizer, stepped in zip(self.optimizers, state.get("stepped", ()), strict=False):
+            optimizer._opt_called = stepped  # type: ignore[attr-defined]  # see `_has_stepped`
         self.refresh()
 
     def check_horizon(self, planned_steps: int | None, planned_epochs: int | None) -> None:
@@ -452,7 +455,7 @@ class ManualOptimizer:
     hooks and clips first, and goes through the precision of the run.
 
     Attributes:
-        raw_optimizer: The optimizer itself.
+        raw_optimizer: The optimizer itself; also as ``optimizer``.
 
     Args:
         optimizer: The optimizer as ``configure_optimizers`` returned it.
@@ -463,7 +466,7 @@ class ManualOptimizer:
     def __init__(
         self, optimizer: Optimizer, precision: Precision, on_step: Callable[[Optimizer], None]
     ) -> None:
-        self.raw_optimizer = optimizer
+        self.raw_optimizer = self.optimizer = optimizer
         self._precision, self._update = precision, precision.bind_update(optimizer)
         self._on_step = on_step
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from numbers import Integral
@@ -13,6 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from lightkit.data import limited
 from lightkit.distributed import Strategy, check_strategy
+from lightkit.elsewhere import ARGUMENTS, CALL_ARGUMENTS, refusal
 from lightkit.errors import ConfigError, did_you_mean
 from lightkit.hooks import Callback
 from lightkit.limits import make_cadence
@@ -22,28 +23,13 @@ from lightkit.precision import resolve_precision
 P = ParamSpec("P")
 R = TypeVar("R")
 
-#: Arguments of earlier generations of the field, and what to write instead.
-_OLD = {
-    "resume_from_checkpoint": "fit(..., ckpt_path=...)",
-    "checkpoint_callback": "enable_checkpointing",
-    "progress_bar_refresh_rate": "callbacks=[ProgressBar(...)], or enable_progress_bar=False",
-    "weights_summary": "enable_model_summary",
-    "early_stop_callback": "callbacks=[EarlyStopping(monitor=...)]",
-    "auto_lr_find": "a learning rate in configure_optimizers",
-    "distributed_backend": "strategy",
-    "track_grad_norm": "gradient_clip_val (the norm is logged as grad_norm)",
-    "num_processes": "devices",
-    "tpu_cores": "accelerator and devices",
-    "epochs": "max_epochs",
-}
-
-
 #: The field's arguments whose usual value asks for nothing: accepted with it, so code can be ported.
 _NOTHING: dict[str, tuple[Any, ...]] = {
     "barebones": (False,),
     "enable_autolog_hparams": (True, False),
     "inference_mode": (True, False),
-    "plugins": (None,),
+    "model_registry": (None,),
+    "plugins": (None, []),
 }
 
 
@@ -61,13 +47,24 @@ def known_names(init: Callable[P, R]) -> Callable[P, R]:
             value: Any = kwargs.pop(name)
             if any(value is nothing or value == nothing for nothing in _NOTHING.get(name, ())):
                 continue
-            hint = f" Write {_OLD[name]}." if name in _OLD else did_you_mean(name, names)
+            text = refusal("Trainer has no argument", name, ARGUMENTS, names)
             if name in _NOTHING:
-                hint = f" {name}={value!r} asks for what is not in this version; leave it out."
-            raise ConfigError(f"Trainer has no argument {name!r}.{hint}")
+                text = (
+                    f"Trainer has no argument {name!r}. {name}={value!r} asks for what is not in "
+                    f"this version; leave it out."
+                )
+            raise ConfigError(text)
         return init(*args, **kwargs)
 
     return checked
+
+
+def unknown_argument(call: Callable[..., Any], unknown: Mapping[str, Any]) -> ConfigError:
+    """Returns the error for keywords that an entry point of the Trainer does not have."""
+    what = f"Trainer.{call.__name__} has no argument"
+    return ConfigError(
+        refusal(what, next(iter(unknown)), CALL_ARGUMENTS, inspect.signature(call).parameters)
+    )
 
 
 @dataclass(frozen=True)

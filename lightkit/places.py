@@ -106,6 +106,7 @@ def _open_folder(trainer: Trainer, run: FitRun, start: Start) -> None:
         _relative(callback._folder(trainer), folder) for callback in trainer.checkpoint_callbacks
     ]
     session.ledger = Ledger(folder, start.record, start.lock)
+    session.history.folder = folder
     hparams = _logged_hparams(session)
     _write_settings(trainer, folder, run.state.global_step, hparams)
     for key, logger in keyed(session.loggers).items():

@@ -86,9 +86,13 @@ class Precision:
         elif self.dtype is torch.float64:
             module.double()
 
+    def scaled(self, loss: Tensor) -> Tensor:
+        """Returns what is differentiated for ``loss``: itself, or scaled where there is a scaler."""
+        return loss
+
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Differentiates ``loss``, scaled where there is a scaler."""
-        loss.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
+        self.scaled(loss).backward(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def bind_backward(self) -> Callable[[Tensor], None]:
         """Returns what differentiates the losses of automatic optimization."""
@@ -167,11 +171,11 @@ class ScaledPrecision(Precision):
         self._late: tuple[Tensor, Callable[[], None] | None] | None = None
         self._warned = False
 
-    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """See `Precision.backward`."""
+    def scaled(self, loss: Tensor) -> Tensor:
+        """See `Precision.scaled`."""
         if self._stepped:  # these gradients may be for an optimizer that stepped, once more
             self._unscaled -= self._stepped
-        self.scaler.scale(loss).backward(*args, **kwargs)  # type: ignore[no-untyped-call]
+        return self.scaler.scale(loss)
 
     def bind_backward(self) -> Callable[[Tensor], None]:
         """See `Precision.bind_backward`."""

@@ -49,6 +49,7 @@ class Recorder:
     Attributes:
         train: Columns of the current training epoch, by name.
         loss: Column of the loss that ``training_step`` returned, in every step, logged or not.
+        tails: Of names logged as running means in training: their last values in epochs before.
         loss_steps: ``global_step`` at each of its values.
         now: The batch that is under way; the loop writes it.
         in_step: Whether values belong to the batches of the loop.
@@ -67,6 +68,7 @@ class Recorder:
         self.train: dict[str, Column] = {}
         self.loss = Column("train_loss", prog_bar=True)
         self.loss_steps: list[int] = []
+        self.tails: dict[str, list[tuple[float, float]]] = {}
         self.now = Now()
         self.in_step = False
         self._task: TaskModule | None = None
@@ -185,6 +187,8 @@ class Recorder:
         )
         column.aliases = type(value) is Tensor and self._aliases(value)
         column.alone = self._alone
+        if training and column.reduce.startswith("running"):  # it goes on over epochs
+            column.tail = self.tails.get(name, [])[-column.length :]
         self._check_clash(column)
         return column
 
@@ -326,7 +330,7 @@ class Recorder:
 
     def _weight(self, column: Column) -> int:
         """Returns the number of samples in the batch, or 1 with a warning if nothing tells it."""
-        if self.now.batch is None or column.reduce != "mean":
+        if self.now.batch is None or not column.weighed:
             return 1
         size = batch_size_of(self.now.batch)
         if size is None and not self._warned_size:

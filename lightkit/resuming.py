@@ -17,6 +17,7 @@ from lightkit.places import find_checkpoint, newest_checkpoint, run_folders
 from lightkit.state import TrainState
 
 if TYPE_CHECKING:
+    from lightkit.limits import Limits
     from lightkit.run import FitRun
     from lightkit.session import Session
     from lightkit.trainer import Trainer
@@ -111,7 +112,7 @@ def _find(trainer: Trainer, session: Session, given: str | Path | None) -> Start
             loader=session.given_train,
             processes=session.strategy.world_size,
         ),
-        limits=ledger.limits_of(trainer.limits),
+        limits=ledger.limits_of(session.limits),
         job=job_id(),
         seed=options.seed,
     )
@@ -124,15 +125,15 @@ def _find(trainer: Trainer, session: Session, given: str | Path | None) -> Start
     if "loop" in start.saved and not options.fast_dev_run:
         _choose_folder(start)
         complete = start.folder is None or start.record.status == "finished"
-        start.finished = complete and _reached(trainer, start.saved)
+        start.finished = complete and _reached(session.limits, start.saved)
     return start
 
 
-def _reached(trainer: Trainer, saved: dict[str, Any]) -> bool:
+def _reached(limits: Limits, saved: dict[str, Any]) -> bool:
     """Tells whether the limits leave nothing to train after a checkpoint."""
     state = TrainState()
     state.load_state_dict(saved["loop"])
-    return trainer.limits.reached(state)
+    return limits.reached(state)
 
 
 def _choose_folder(start: Start) -> None:
@@ -199,14 +200,14 @@ def _automatic(trainer: Trainer, session: Session, now: ledger.Record) -> Start:
     name = type(session.task).__name__
     for folder, record in candidates(run_folders(trainer, name), name, now.job):
         if record.status == "finished" and not ledger.raised(now.limits, record.limits):
-            return _judge(trainer, folder, record, now, None)
+            return _judge(session.limits, folder, record, now, None)
         try:
             lock = ledger.Lock(folder)
         except UsageError:
             _log.info("%s is passed over: another fit is at work on it", folder)
             continue
         try:  # what the record says by now: from here on nobody else writes
-            start = _judge(trainer, folder, ledger.read(folder) or record, now, lock)
+            start = _judge(session.limits, folder, ledger.read(folder) or record, now, lock)
         except BaseException:
             lock.release()
             raise
@@ -218,7 +219,7 @@ def _automatic(trainer: Trainer, session: Session, now: ledger.Record) -> Start:
 
 
 def _judge(
-    trainer: Trainer, folder: Path, old: ledger.Record, now: ledger.Record, lock: ledger.Lock | None
+    limits: Limits, folder: Path, old: ledger.Record, now: ledger.Record, lock: ledger.Lock | None
 ) -> Start:
     """Returns how a fit goes on with a run, or that there is nothing to go on with."""
     path, done = newest_checkpoint(folder, old), old.status == "finished"
@@ -242,7 +243,7 @@ def _judge(
             f"run without ckpt_path."
         )
     saved = checkpoint.read_checkpoint(path, lazy=True)
-    if done and (not ledger.raised(now.limits, old.limits) or _reached(trainer, saved)):
+    if done and (not ledger.raised(now.limits, old.limits) or _reached(limits, saved)):
         _log.info(
             "%s is finished (%d epochs, %d steps): nothing is left to train. To train longer raise "
             "max_epochs or max_steps; to begin anew leave out ckpt_path.",

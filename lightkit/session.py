@@ -10,6 +10,7 @@ import torch
 from lightkit.distributed import SingleDevice, Strategy
 from lightkit.flow import Flow
 from lightkit.history import History
+from lightkit.limits import DEFAULT_EPOCHS, Limits
 from lightkit.precision import Precision
 from lightkit.readings import CallbackMetrics
 from lightkit.state import Stage, TrainState
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from lightkit.loggers.base import Logger
     from lightkit.metrics import MetricLog
     from lightkit.optim import OptimizerPlan
+    from lightkit.run import FitRun
     from lightkit.task import TaskModule
 
 
@@ -37,12 +39,16 @@ class Session:
     Attributes:
         stage: The entry point that runs; None between calls.
         task: The task of the last call.
+        limits: How far fit trains: as the trainer was told, or the last call of fit.
+        bare: Whether a step that takes a batch may go without data.
         lengths: Batches of each evaluation loader by stage, None where unknown.
         given_train: The training data as the user gave it.
+        given: The data of evaluations by stage, likewise.
         named_by_user: Whether evaluation loaders came as a dict, whose names prefix metrics.
         loggers: Those that this call writes to; none in evaluations and in fast_dev_run.
         loaded_at: Epochs completed when the loaders were made; -1 for those of a run that is
             continued, which were made before the epoch was known.
+        ended: The last fit, where it came to its end: it may be saved afterwards.
         ledger: The record of the fit's run folder; None where nothing is written.
         compilation: What is compiled in the fit that runs; None where nothing is.
     """
@@ -63,10 +69,14 @@ class Session:
     strategy: Strategy = field(default_factory=SingleDevice)
     precision: Precision = field(default_factory=lambda: Precision("32-true"))
     plan: OptimizerPlan | None = None
+    bare: bool = False
+    limits: Limits = field(default_factory=lambda: Limits(DEFAULT_EPOCHS, -1, 0, 0, None))
     train_length: int | None = None
     lengths: dict[str, list[int | None]] = field(default_factory=dict)
     given_train: Any = None
+    given: dict[str, Any] = field(default_factory=dict)
     named_by_user: bool = False
     loaded_at: int = -1
+    ended: FitRun | None = None
     ledger: Ledger | None = None
     compilation: Compilation | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import asdict, dataclass
+from typing import NoReturn
 
 
 class Stage(str, enum.Enum):
@@ -39,6 +40,12 @@ class TrainState:
     validations: int = 0
     seconds: float = 0.0
     pending_validation: str = ""
+
+    def __getattr__(self, name: str) -> NoReturn:
+        """Says for names that a state has elsewhere what to write."""
+        from lightkit.elsewhere import STATE, refusal
+
+        raise AttributeError(refusal("trainer.state has no attribute", name, STATE))
 
     def state_dict(self) -> dict[str, int | float | str]:
         """Returns the counters as plain values."""

@@ -2,37 +2,17 @@
 
 from __future__ import annotations
 
-import logging
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightkit import metric_objects
+from lightkit import metric_objects, targets
 from lightkit.errors import ConfigError, DataError, UsageError
 from lightkit.named import kind_of_loss, loss_of, metric_class, optimizer_of, snake
 from lightkit.task import TaskModule
-
-_log = logging.getLogger("lightkit")
-
-#: Losses of torch that take class numbers, and those that compare element by element.
-_CLASSES = (nn.CrossEntropyLoss, nn.NLLLoss, nn.MultiMarginLoss)
-_ELEMENTS = (
-    nn.MSELoss,
-    nn.L1Loss,
-    nn.SmoothL1Loss,
-    nn.HuberLoss,
-    nn.BCELoss,
-    nn.BCEWithLogitsLoss,
-    nn.PoissonNLLLoss,
-    nn.KLDivLoss,
-    nn.SoftMarginLoss,
-    nn.MultiLabelSoftMarginLoss,
-    nn.HingeEmbeddingLoss,
-)
-#: Those whose targets are 0 or 1 for each element.
-_BINARY = (nn.BCELoss, nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss)
 
 
 class SupervisedTask(TaskModule):
@@ -56,13 +36,13 @@ class SupervisedTask(TaskModule):
         metrics: Names of torchmetrics ("accuracy", "f1_score", "auroc", "r2_score"), objects of
             torchmetrics, functions of output and target whose mean over samples is logged, or a
             mapping of names to these. What a named metric has to know (the task, the number of
-            classes) is found with the first batch; its other settings are torchmetrics' defaults.
-        scheduler: A function of the optimizer that returns what ``configure_optimizers`` may give
+    XX        scheduler: A function of the optimizer that returns what ``configure_optimizers`` may give
             as "lr_scheduler": a scheduler, or a dict with "scheduler", "interval", "monitor".
 
     Attributes:
         net: The network.
         loss: The loss as a function or module; None where there is none.
+        measures: The names of the metrics.
         metrics: The torchmetrics objects by the names of their curves, made when they are needed.
 
     Raises:
@@ -81,10 +61,7 @@ class SupervisedTask(TaskModule):
         scheduler: Callable[..., Any] | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(net, nn.Module):
-            hint = f" Pass an object of it: {net.__name__}(...)." if isinstance(net, type) else ""
-            raise ConfigError(f"net={net!r:.80} is no torch.nn.Module.{hint}")
-        self.net = net
+        self.net = _network(net)
         self.loss = None if loss is None else loss_of(loss)
         self.lr = lr
         self._kind = kind_of_loss(self.loss)
@@ -96,9 +73,10 @@ class SupervisedTask(TaskModule):
             )
         self._scheduler = scheduler
         self._makers, self._functions = _told_apart(metrics)
+        self.measures = [*self._makers, *self._functions]
         self.metrics = nn.ModuleDict()
         self._found: dict[str, Any] | None = None  # what named metrics have to know
-        _warn_of_double(net, self._kind)
+        targets.warn_of_double(net, self._kind)
 
     # --- what a subclass may change --------------------------------------------------------------
 
@@ -128,7 +106,7 @@ class SupervisedTask(TaskModule):
         """Returns "loss", "output" (detached) and "target" of a batch; the loss only if there is one."""
         inputs, target = self.prepare_batch(batch)
         output = self._output(inputs)
-        target = _fitted(self._kind, output, target)
+        target = targets.fitted(self._kind, output, target)
         found = {"output": output.detach() if isinstance(output, Tensor) else output}
         found["target"] = target
         if self.loss is not None:
@@ -164,7 +142,7 @@ class SupervisedTask(TaskModule):
                 return self(*inputs)
             return self(**inputs) if isinstance(inputs, Mapping) else self(inputs)
         except RuntimeError as error:
-            hint = _about_inputs(self.net, inputs, str(error))
+            hint = targets.about_inputs(self.net, inputs, str(error))
             if not hint:
                 raise
             raise DataError(hint) from error
@@ -173,7 +151,7 @@ class SupervisedTask(TaskModule):
         try:
             return self.loss(output, target)  # type: ignore[misc]
         except (RuntimeError, IndexError, ValueError, TypeError) as error:
-            hint = _about_target(self._kind, output, target, str(error))
+            hint = targets.about_target(self._kind, output, target, str(error))
             if not hint:
                 raise
             raise DataError(hint) from error
@@ -188,13 +166,13 @@ class SupervisedTask(TaskModule):
         self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Updates the metrics of validation."""
-        self._measure("val", outputs, dataloader_idx)
+        self._measure("val", outputs)
 
     def on_test_batch_end(
         self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Updates the metrics of a test."""
-        self._measure("test", outputs, dataloader_idx)
+        self._measure("test", outputs)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps what named metrics have found out, so that they are there before their states."""
@@ -208,12 +186,10 @@ class SupervisedTask(TaskModule):
             for name in self._makers:
                 self._metric("train", name)
 
-    def _measure(self, stage: str, outputs: Any, loader: int = 0) -> None:
+    def _measure(self, stage: str, outputs: Any) -> None:
         """Updates and logs the metrics of a stage. No host sync."""
-        if not (self._makers or self._functions) or not isinstance(outputs, Mapping):
-            return
-        if "output" not in outputs or "target" not in outputs:
-            return
+        if not self.measures or not isinstance(outputs, Mapping) or "output" not in outputs:
+            return  # a subclass that returns something else measures by itself
         output, target = outputs["output"], outputs["target"]
         with torch.no_grad():
             for name, function in self._functions.items():
@@ -221,15 +197,15 @@ class SupervisedTask(TaskModule):
             if not self._makers:
                 return
             if self._found is None:
-                self._found = _found_out(self._kind, output, target)
+                self._found = targets.task_of(self._kind, self.loss, output, target)
             for name in self._makers:
-                metric = self._metric(stage, name, loader)
+                metric = self._metric(stage, name)
                 self._update(name, metric, output, target)
                 self.log(f"{stage}_{name}", metric, on_step=False, on_epoch=True)
 
-    def _metric(self, stage: str, name: str, loader: int = 0) -> Any:
-        """Returns the metric of a stage and loader, made when it is first asked for."""
-        key = f"{stage}_{name}" + (f"_{loader}" if loader else "")
+    def _metric(self, stage: str, name: str) -> Any:
+        """Returns the metric of a stage, made when it is first asked for."""
+        key = f"{stage}_{name}"
         if key not in self.metrics:
             assert self._found is not None
             self.metrics[key] = self._makers[name](name, self._found).to(self.device)
@@ -238,7 +214,7 @@ class SupervisedTask(TaskModule):
     def _update(self, name: str, metric: Any, output: Any, target: Any) -> None:
         try:
             if type(metric).__module__.startswith("torchmetrics.classification"):
-                metric.update(*_for_classes(self._kind, output, target))
+                metric.update(*targets.for_classes(self._kind, output, target))
             elif isinstance(output, Tensor) and output.ndim == 2 and output.shape[1] == 1:
                 metric.update(output.float().squeeze(1), target.squeeze(1))
             else:
@@ -246,8 +222,15 @@ class SupervisedTask(TaskModule):
         except (RuntimeError, ValueError, TypeError, AttributeError) as error:
             raise UsageError(
                 f"The metric {name!r} ({type(metric).__name__}) cannot compare the output "
-                f"({_seen(output)}) with the target ({_seen(target)}): {error}"
+                f"({targets.seen(output)}) with the target ({targets.seen(target)}): {error}"
             ) from error
+
+
+def _network(given: Any) -> nn.Module:
+    if isinstance(given, nn.Module):
+        return given
+    hint = f" Pass an object of it: {given.__name__}(...)." if isinstance(given, type) else ""
+    raise ConfigError(f"net={given!r:.80} is no torch.nn.Module.{hint}")
 
 
 # --- metrics -------------------------------------------------------------------------------------
@@ -299,9 +282,8 @@ def _by_name(kind: type) -> Callable[[str, dict[str, Any]], Any]:
     """Returns what makes an object of a class of torchmetrics from what the first batch showed."""
 
     def make(name: str, found: dict[str, Any]) -> Any:
-        import inspect
-
-        if "task" not in inspect.signature(kind.__new__).parameters:
+        known = inspect.signature(kind.__new__).parameters
+        if "task" not in known:
             return kind()
         if not found:
             raise UsageError(
@@ -309,22 +291,9 @@ def _by_name(kind: type) -> Callable[[str, dict[str, Any]], Any]:
                 f"say how they are meant. Give an object, such as "
                 f"torchmetrics.{kind.__name__}(task='multiclass', num_classes=10)."
             )
-        return kind(**found, validate_args=False)  # the checks would wait for the device
+        how = dict(found)
+        if "average" in known and kind.__name__ != "Accuracy":
+            how["average"] = "macro"
+        return kind(**how, validate_args=False)  # the checks would wait for the device
 
     return make
-
-
-def _found_out(kind: Any, output: Any, target: Any) -> dict[str, Any]:
-    """Returns the task of metrics of classes, with the number of these; nothing where unknown."""
-    if not isinstance(output, Tensor) or not isinstance(target, Tensor):
-        return {}
-    numbers = not target.is_floating_point()
-    if kind in (nn.CrossEntropyLoss, nn.NLLLoss, nn.MultiMarginLoss) or (
-        numbers and output.ndim == target.ndim + 1
-    ):
-        return {"task": "multiclass", "num_classes": output.shape[1]}
-    if output.shape == target.shape and (kind in _BINARY or (kind is None and numbers)):
-        if output.ndim == 1 or output.shape[1] == 1:
-            return {"task": "binary"}
-        return {"task": "multilabel", "num_labels": output.shape[1]}
-    return {}

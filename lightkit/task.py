@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import Self
 
+from lightkit import freezing
 from lightkit.data import move_to_device
 from lightkit.errors import NotRunningError, UsageError
 from lightkit.export import export_onnx, export_task, refuse_torchscript
@@ -20,9 +20,9 @@ from lightkit.hook_names import TASK_NAMES, check_hook_names
 from lightkit.hparams import HParams, capture, save_hyperparameters
 from lightkit.losses import added
 from lightkit.task_hooks import ShardingHooks, TaskHooks
+from lightkit.task_view import TaskView
 
 if TYPE_CHECKING:
-    from lightkit.loggers.base import Logger
     from lightkit.metrics import MetricLog
     from lightkit.precision import Precision
     from lightkit.trainer import Trainer
@@ -64,7 +64,7 @@ class Link:
 
 
 @capture
-class TaskModule(TaskHooks, ShardingHooks, nn.Module):
+class TaskModule(TaskHooks, ShardingHooks, TaskView):
     """A network together with how it is trained and evaluated. Subclass it.
 
     Write at least `training_step` and `configure_optimizers`. It stays an ordinary
@@ -98,8 +98,11 @@ class TaskModule(TaskHooks, ShardingHooks, nn.Module):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         """Returns the loss of a batch: called on every rank for each training batch.
 
+        Not needed where all of the loss is what ``on_loss`` adds: by default it is 0.
+
         Args:
-            batch: What the loader gave, on the device.
+            batch: What the loader gave, on the device; None in a fit without data. May be left out
+                of the signature there.
             batch_idx: Its number within the epoch, from 0. May be left out of the signature.
 
         Returns:
@@ -107,7 +110,7 @@ class TaskModule(TaskHooks, ShardingHooks, nn.Module):
             ``"weight"`` (the samples or tokens that the loss is the mean of; other scalars in it
             are logged as ``train_<name>``), or None to skip the batch.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define training_step")
+        return torch.zeros((), device=self.device)
 
     def validation_step(self, batch: Any, batch_idx: int) -> Any:
         """Called for each validation batch, in eval mode and without gradients.
@@ -181,6 +184,10 @@ class TaskModule(TaskHooks, ShardingHooks, nn.Module):
         else:
             scheduler.step(metric)
 
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Differentiates a loss, scaled already under 16-mixed; override it to change how."""
+        loss.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
+
     def configure_gradient_clipping(
         self,
         optimizer: Optimizer,
@@ -226,7 +233,8 @@ class TaskModule(TaskHooks, ShardingHooks, nn.Module):
             on_epoch: Whether they write a curve over epochs. Default: in evaluations, and where
                 ``on_step`` is False. With both, the curves are called ``<name>_step`` and
                 ``<name>_epoch``.
-            reduce_fx: "mean", "sum", "min" or "max".
+            reduce_fx: "mean", "sum", "min", "max", "std" (of the values, each counts once), "last",
+                or "running:50": the mean of the last 50 values, which goes on over epochs.
             batch_size: The samples that the value is the mean of. Default: as the loader's sampler
                 says, else the first dimension of the batch's tensors.
             add_dataloader_idx: Whether the loader's name is added where there are several.
@@ -267,12 +275,10 @@ class TaskModule(TaskHooks, ShardingHooks, nn.Module):
     def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Differentiates a loss in manual optimization, scaled where the precision asks for it."""
         precision = self._link.precision
-        for hook in () if precision is None else self.trainer.session.hooks.on_loss:
+        hooks = None if precision is None else self.trainer.session.hooks
+        for hook in () if hooks is None else hooks.on_loss:
             loss = added(loss, hook(loss))
-        if precision is None:
-            loss.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
-        else:
-            precision.backward(loss, *args, **kwargs)
+        self.backward(loss if precision is None else precision.scaled(loss), *args, **kwargs)
         if self._link.after_backward is not None:
             self._link.after_backward()  # over ranks a collective: averages what it has made
 
@@ -403,71 +409,10 @@ class TaskModule(TaskHooks, ShardingHooks, nn.Module):
 
     def unfreeze(self) -> None:
         """Lets all parameters learn and goes to train mode."""
-        self.requires_grad_(True)
+        freezing.unfreeze(self)
         self.train()
 
     export, to_onnx, to_torchscript = export_task, export_onnx, refuse_torchscript
-
-    # --- where it is -----------------------------------------------------------------------------
-
-    @property
-    def trainer(self) -> Trainer:
-        """The trainer of the last or the present run."""
-        if self._link.trainer is None:
-            raise NotRunningError(
-                f"{type(self).__name__} has no trainer yet: it gets one by Trainer.fit, validate, "
-                f"test or predict."
-            )
-        return self._link.trainer
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the first parameter or buffer; the CPU where there is none."""
-        tensor = next(itertools.chain(self.parameters(), self.buffers()), None)
-        return torch.device("cpu") if tensor is None else tensor.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type of the first floating parameter; the default type where there is none."""
-        for tensor in self.parameters():
-            if tensor.is_floating_point():
-                return tensor.dtype
-        return torch.get_default_dtype()
-
-    @property
-    def on_gpu(self) -> bool:
-        """Whether the task is on a CUDA device."""
-        return self.device.type == "cuda"
-
-    @property
-    def current_epoch(self) -> int:
-        """Epochs completed; 0 during the whole first epoch and outside a run."""
-        return 0 if self._link.trainer is None else self._link.trainer.current_epoch
-
-    @property
-    def global_step(self) -> int:
-        """Optimizer steps completed; 0 outside a run."""
-        return 0 if self._link.trainer is None else self._link.trainer.global_step
-
-    @property
-    def logger(self) -> Logger | None:
-        """The first logger, or None."""
-        return None if self._link.trainer is None else self._link.trainer.logger
-
-    @property
-    def loggers(self) -> list[Logger]:
-        """All loggers."""
-        return [] if self._link.trainer is None else self._link.trainer.loggers
-
-    @property
-    def global_rank(self) -> int:
-        """The number of this process among all."""
-        return 0 if self._link.trainer is None else self._link.trainer.global_rank
-
-    @property
-    def local_rank(self) -> int:
-        """The number of this process on its machine."""
-        return 0 if self._link.trainer is None else self._link.trainer.local_rank
 
 
 def overrides(task: TaskModule, name: str) -> bool:

@@ -62,12 +62,22 @@ class Totals:
         if len({(row[0], row[1]) for row in found}) > 1:
             own += self._missing(own, what, adopt, seen, names())
             found = self._exchanged(own, what)
-        fresh = []
+        last = self._last(own, what)
+        new = []
         for number, column in enumerate(_in_order(own)):
             at = 2 + 3 * number
-            if column.settle([(row[at], row[at + 1], row[at + 2]) for row in found]):
-                fresh.append(column.name)
-        return [column for column in own if column.name in fresh]
+            parts = [(row[at], row[at + 1], row[at + 2]) for row in found]
+            if column.settle(parts, [values.get(column.name, []) for values in last]):
+                new.append(column.name)
+        return [column for column in own if column.name in new]
+
+    def _last(self, columns: Sequence[Column], what: str) -> list[dict[str, Any]]:
+        """Returns the last values of all ranks, of the columns that are about these."""
+        own = {column.name: column.fresh for column in columns if column.length}
+        if not own:  # on all ranks alike
+            return []
+        # Collective, for those rare names only.
+        return self._ranks.gather({} if self._silent else own, f"last values of {what}")
 
     def reduced(
         self, column: Column | None, last: tuple[float, float], here: int, name: str
@@ -96,6 +106,8 @@ class Totals:
             )
         if column is None or here != 2:
             return None
+        if column.length:  # a batch of the last rank is the last of its round
+            return [row[1] for row in found if row[3]][-1]
         probe = Column(name, reduce=column.reduce)
         probe.settle([(row[1], row[2], row[3]) for row in found])
         return probe.window

@@ -8,6 +8,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
+from typing_extensions import Never
+
 from lightkit import rng
 from lightkit.distributed import Ranks, Strategy, launched
 from lightkit.errors import NotRunningError, UsageError
@@ -15,7 +17,7 @@ from lightkit.history import History
 from lightkit.hooks import Callback
 from lightkit.limits import make_limits
 from lightkit.loggers.base import Logger
-from lightkit.options import Options, known_names, listed
+from lightkit.options import Options, known_names, listed, unknown_argument
 from lightkit.precision import resolve_precision
 from lightkit.session import Session
 from lightkit.task import TaskModule
@@ -147,10 +149,11 @@ class Trainer(TrainerView):
         profiler: str | Callback | None = None,
     ) -> None:
         self.options = Options(**{k: v for k, v in locals().items() if k != "self"})
-        self.limits, self.default_epochs = make_limits(self.options)
+        limits = make_limits(self.options)
         self._callbacks = listed(callbacks, Callback, "callbacks")
+        self._handlers = []
         self._loggers = _loggers(logger)
-        self.session = Session(precision=resolve_precision(precision, "cpu"))
+        self.session = Session(precision=resolve_precision(precision, "cpu"), limits=limits)
         # Until a call meets the others: what is_global_zero and the like say before it.
         self.session.strategy.ranks = Ranks(launched())
         if seed is not None:
@@ -165,16 +168,26 @@ class Trainer(TrainerView):
         val_dataloaders: Any = None,
         datamodule: Any = None,
         ckpt_path: str | Path | None = None,
+        *,
+        max_epochs: int | None = None,
+        max_steps: int | None = None,
+        **unknown: Never,
     ) -> History:
         """Trains a task.
 
         Args:
             model: The task.
-            train_dataloaders: A DataLoader or any iterable of batches; or a data module.
+            train_dataloaders: A DataLoader or any iterable of batches; or a data module. Nothing
+                trains without data, where the step takes no batch or ``max_steps`` is given here:
+                a step that takes a batch gets None. An epoch has ``limit_train_batches`` steps
+                then, or is as long as the fit.
             val_dataloaders: One loader, a list or a dict of loaders.
             datamodule: An object with ``train_dataloader`` and the like, instead of loaders.
             ckpt_path: Continue from a checkpoint: a path, "last", "best", or "auto" for the newest
                 run of this task (anew if there is none; a finished run is left alone).
+            max_epochs: Epochs to train, for this call instead of the Trainer's.
+            max_steps: Optimizer steps to train, likewise.
+            unknown: There are no others; the error says which one is meant.
 
         Returns:
             The history: one dict per epoch.
@@ -185,8 +198,11 @@ class Trainer(TrainerView):
         """
         from lightkit import calls, loops
 
+        if unknown:
+            raise unknown_argument(self.fit, unknown)
         data = (train_dataloaders, val_dataloaders, datamodule)
-        with calls.open_fit(self, model, *data, ckpt_path) as run:
+        own = {"max_epochs": max_epochs, "max_steps": max_steps}
+        with calls.open_fit(self, model, *data, ckpt_path, **own) as run:
             loops.fit(run)
         return self.session.history
 
@@ -197,6 +213,7 @@ class Trainer(TrainerView):
         ckpt_path: str | Path | None = None,
         verbose: bool = True,
         datamodule: Any = None,
+        **unknown: Never,
     ) -> list[dict[str, float]]:
         """Runs ``validation_step`` over each loader.
 
@@ -206,10 +223,13 @@ class Trainer(TrainerView):
             ckpt_path: Load the weights of this checkpoint before: a path, "last" or "best".
             verbose: Whether the results are shown.
             datamodule: An object with ``val_dataloader``, instead of loaders.
+            unknown: There are no others.
 
         Returns:
             One dict of means for each loader.
         """
+        if unknown:
+            raise unknown_argument(self.validate, unknown)
         return self._evaluate("validation", model, dataloaders, datamodule, ckpt_path, verbose)
 
     def test(
@@ -219,8 +239,11 @@ class Trainer(TrainerView):
         ckpt_path: str | Path | None = None,
         verbose: bool = True,
         datamodule: Any = None,
+        **unknown: Never,
     ) -> list[dict[str, float]]:
         """Runs ``test_step`` (by default ``validation_step``) over each loader; see `validate`."""
+        if unknown:
+            raise unknown_argument(self.test, unknown)
         return self._evaluate("test", model, dataloaders, datamodule, ckpt_path, verbose)
 
     def predict(
@@ -230,6 +253,7 @@ class Trainer(TrainerView):
         datamodule: Any = None,
         return_predictions: bool = True,
         ckpt_path: str | Path | None = None,
+        **unknown: Never,
     ) -> list[Any]:
         """Runs ``predict_step`` (by default ``forward``) over each loader.
 
@@ -240,6 +264,7 @@ class Trainer(TrainerView):
             return_predictions: Whether the outputs are kept and returned. With several ranks all of
                 them get all outputs, on the CPU; `callbacks.PredictionWriter` writes files instead.
             ckpt_path: Load the weights of this checkpoint before.
+            unknown: There are no others.
 
         Returns:
             The outputs of all batches in order; for several loaders a list of such lists.
@@ -248,11 +273,82 @@ class Trainer(TrainerView):
         from lightkit.evaluation import evaluate
         from lightkit.predictions import outputs_of_all
 
+        if unknown:
+            raise unknown_argument(self.predict, unknown)
         given = (model, dataloaders, datamodule, ckpt_path)
         with open_evaluation(self, "predict", *given, keep=return_predictions) as run:
             evaluate(run)
             outputs = outputs_of_all(run)
         return outputs[0] if len(outputs) == 1 else outputs
+
+    def on(
+        self,
+        event: str,
+        function: Callable[..., Any] | None = None,
+        *,
+        every: int | None = None,
+        once: int | None = None,
+        before: int | None = None,
+        after: int | None = None,
+        filter: Callable[..., Any] | None = None,  # noqa: A002
+        rank_zero: bool = False,
+    ) -> Any:
+        """Registers a function for a hook, after the callbacks and in the order of registration.
+
+        As ``trainer.on("fit_end", function)``, or as a decorator: ``@trainer.on("fit_end")``. The
+        function gets what a callback's hook gets, trainer and task first, or fewer of it. Events are
+        counted from 1 and go on so when a run is continued: training batches over all epochs,
+        optimizer steps, epochs, validations, batches of an evaluation loader.
+
+        Args:
+            event: The name of a hook, with or without its "on_": "train_batch_end", "exception".
+            function: The function; None returns a decorator.
+            every: Call it at each so many-th event.
+            once: Call it at this event alone; True for the first.
+            before: Call it before this event.
+            after: Call it after this event.
+            filter: Called with the trainer and the number of the event; says whether to call it.
+            rank_zero: Call it on the first process alone.
+
+        Returns:
+            The function as it was, or the decorator.
+
+        Raises:
+            ConfigError: For a number that no event can have.
+            HookNameError: For an event that does not exist; it names the nearest.
+            UsageError: While a call of this trainer runs.
+        """
+        from lightkit.events import Handler, When, hook_of
+
+        when = When(every, 1 if once is True else once, before, after, filter, rank_zero)
+        if self.session.stage is not None:
+            raise UsageError(
+                f"trainer.on({event!r}) was called while {self.session.stage.value} runs, whose "
+                f"listeners are settled. Call it before."
+            )
+        hook_of(event)  # at the decorator's own line
+
+        def register(function: Callable[..., Any]) -> Callable[..., Any]:
+            self._handlers.append(Handler(event, function, when))
+            return function
+
+        return register if function is None else register(function)
+
+    def add_to_loss(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Adds what a function returns to the loss of each training batch; also as a decorator.
+
+        The same as ``trainer.on("loss", function)``, where nothing may be returned, too.
+
+        Args:
+            function: Gets trainer, task and loss, or fewer; returns a tensor with one element.
+
+        Returns:
+            The function as it was.
+        """
+        from lightkit.events import returning
+
+        self.on("loss", returning(function))
+        return function
 
     def stop(self, reason: str) -> None:
         """Asks the fit to end at the next step, once the minimum of epochs and steps is done.
@@ -272,7 +368,7 @@ class Trainer(TrainerView):
         failed: Callable[[Exception], None] | None = None,
         exact: bool = True,
     ) -> Path:
-        """Writes a checkpoint now; only at the end of a step, while fit runs.
+        """Writes a checkpoint now: at the end of a step while fit runs, or when it has ended.
 
         With several processes all of them must call it; rank zero writes the file.
 
@@ -290,18 +386,19 @@ class Trainer(TrainerView):
             CheckpointError: The file cannot be written, also not after a second.
             NonFiniteError: A loss or a parameter is nan or inf.
             UsageError: Between the batches of one optimizer step.
-            NotRunningError: Outside fit.
+            NotRunningError: Before a fit, after one that failed, and in an evaluation.
         """
         from lightkit import saving
         from lightkit.run import FitRun
 
-        run = self._run
+        run = self._run or self.session.ended
         if not isinstance(run, FitRun):
             raise NotRunningError(
-                "trainer.save_checkpoint works while fit runs. Afterwards the files of the run "
-                "are in its folder; torch.save(task.state_dict(), path) saves weights alone, and "
-                "of a sharded model `lightkit export` makes one file."
+                "trainer.save_checkpoint works while fit runs and when it has ended. Without one, "
+                "torch.save(task.state_dict(), path) saves weights alone."
             )
+        if run is self.session.ended:
+            return saving.save(self, run, filepath, weights_only=weights_only)
         if run.flow.group_open and exact:
             raise UsageError(
                 "trainer.save_checkpoint was called between the batches of one optimizer step, "

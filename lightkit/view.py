@@ -22,6 +22,7 @@ from lightkit.state import Stage, TrainState
 if TYPE_CHECKING:
     from lightkit.callbacks import EarlyStopping, ModelCheckpoint, ProgressBar
     from lightkit.distributed import Strategy
+    from lightkit.events import Handler
     from lightkit.hooks import Callback
     from lightkit.limits import Limits
     from lightkit.loggers.base import Logger
@@ -34,11 +35,22 @@ class TrainerView:
     """The attributes of a trainer that may be read at any time, during a call and after it."""
 
     options: Options
-    limits: Limits
     session: Session
     _run: FitRun | EvalRun | None = None
     _callbacks: list[Callback]
     _loggers: list[Logger]
+    _handlers: list[Handler]
+
+    def __getattr__(self, name: str) -> Any:
+        """Says for names of other trainers what to write; called where there is no such name."""
+        if hasattr(type(self), name):  # a property raised an AttributeError: let it be seen
+            return object.__getattribute__(self, name)
+        from lightkit.elsewhere import TRAINER, refusal
+
+        text = refusal("Trainer has no attribute", name, TRAINER, dir(type(self)))
+        if name in getattr(vars(self).get("options"), "__dataclass_fields__", ()):
+            text = f"Trainer has no attribute {name!r}. Write trainer.options.{name}."
+        raise AttributeError(text)
 
     # --- position --------------------------------------------------------------------------------
 
@@ -172,6 +184,11 @@ class TrainerView:
         return most if sys.platform == "darwin" else most * 1024
 
     # --- limits ----------------------------------------------------------------------------------
+
+    @property
+    def limits(self) -> Limits:
+        """How far fits train: as the Trainer was told, or the last call of fit."""
+        return self.session.limits
 
     @property
     def max_epochs(self) -> int:
@@ -376,6 +393,21 @@ class TrainerView:
     def train_dataloader(self) -> Any:
         """The training data of the last fit, as it was given."""
         return self.session.given_train
+
+    @property
+    def val_dataloaders(self) -> Any:
+        """The validation data of the last call that had some, as they were given."""
+        return self.session.given.get("validation")
+
+    @property
+    def test_dataloaders(self) -> Any:
+        """The test data likewise."""
+        return self.session.given.get("test")
+
+    @property
+    def predict_dataloaders(self) -> Any:
+        """The data to predict likewise."""
+        return self.session.given.get("predict")
 
     @property
     def precision(self) -> str:

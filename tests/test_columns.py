@@ -46,7 +46,7 @@ def test_other_reductions(reduce, total):
 
 
 @pytest.mark.parametrize("values", [(math.nan, 1.0), (1.0, math.nan)])
-@pytest.mark.parametrize("reduce", ["mean", "sum", "min", "max"])
+@pytest.mark.parametrize("reduce", ["mean", "sum", "min", "max", "std", "running:9"])
 def test_nan_is_never_lost(reduce, values):
     both = filled([(v, 1) for v in values], reduce=reduce)
     assert math.isnan(both.total)
@@ -97,17 +97,58 @@ def test_the_state_is_plain_and_complete():
     ("given", "name"),
     [
         ("mean", "mean"), ("max", "max"), (max, "max"), (torch.amax, "max"), (torch.min, "min"),
-        (np.mean, "mean"), (sum, "sum"), (torch.sum, "sum"),
+        (np.mean, "mean"), (sum, "sum"), (torch.sum, "sum"), (torch.std, "std"), ("last", "last"),
+        ("running:50", "running:50"),
     ],
 )  # fmt: skip
 def test_reductions_by_name_and_by_function(given, name):
     assert reduction("x", given) == name
 
 
-@pytest.mark.parametrize("given", ["median", torch.std, None, 3])
+@pytest.mark.parametrize("given", ["median", None, 3, "running", "running:0", "running:-2"])
 def test_unknown_reductions(given):
-    with pytest.raises(LoggingError, match="allowed are 'mean', 'sum', 'min' and 'max'"):
+    with pytest.raises(LoggingError, match="allowed are 'mean', 'sum', 'min', 'max', 'std', 'last'"):
         reduction("x", given)
+
+
+def test_a_running_mean_without_its_number():
+    with pytest.raises(LoggingError, match="Did you mean 'running:50'"):
+        reduction("x", "running")
+
+
+def test_the_deviation_is_that_of_torch_over_window_and_epoch():
+    """S1-07."""
+    data = torch.randn(90, dtype=torch.float64) + 1e6  # far from 0: no cancellation
+    values = data.tolist()
+    column = filled(*([(v, 7) for v in values[i : i + 30]] for i in (0, 30, 60)), reduce="std")
+    assert column.total == pytest.approx(float(data.std()), rel=1e-9)
+    assert column.window == pytest.approx(float(data[60:].std()), rel=1e-9)
+    assert math.isnan(filled([(2.0, 1)], reduce="std").total)  # as torch.std of one value
+
+
+def test_the_last_value():
+    column = filled([(2.0, 1), (3.0, 1)], [(0.1, 3), (9.0, 0)], reduce="last")
+    assert column.total == column.window == 0.1  # what weighs nothing is no value
+
+
+def test_a_running_mean_is_that_of_the_last_values_by_their_weights():
+    """S1-07."""
+    column = filled([(1.0, 1), (2.0, 1)], [(4.0, 3)], reduce="running:2")
+    assert column.total == column.window == (2 + 4 * 3) / 4
+    longer = filled([(1.0, 1), (2.0, 1)], [(4.0, 3)], reduce="running:50")
+    assert longer.total == (1 + 2 + 12) / 5
+
+
+@pytest.mark.parametrize("reduce", ["std", "last", "running:3"])
+def test_the_state_of_other_reductions_is_plain_and_complete(reduce):
+    column = filled([(1.0, 4), (5.0, 2)], [(2.5, 1)], reduce=reduce)
+    file = io.BytesIO()
+    torch.save(column.state_dict(), file)
+    file.seek(0)
+    copy = Column.from_state(torch.load(file, weights_only=True))
+    for one in (column, copy):
+        one.fold([3.0, 5.0], [2.0, 2.0])
+    assert copy.state_dict() == column.state_dict()
 
 
 def test_one_element_is_a_scalar():

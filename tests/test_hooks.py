@@ -10,15 +10,14 @@ from torch.utils.data import DataLoader
 
 import lightkit as lk
 from lightkit.errors import HookNameError
-from lightkit.hooks import (
+from lightkit.hook_names import (
     CALLBACK_NAMES,
     LOOP_HOOKS,
     OLD_NAMES,
     TASK_NAMES,
-    HookTable,
     check_hook_names,
-    positional_arguments,
 )
+from lightkit.hooks import HookTable, positional_arguments
 from lightkit.task_hooks import TaskHooks
 
 #: What is called on a task beside the hooks of the loop.
@@ -138,6 +137,7 @@ def one_fit(*, epochs, groups, val, sanity, manual=False, val_after_group=(), va
                 yield "on_before_zero_grad"
             for batch in range(size):
                 yield from (*TRANSFER, "on_train_batch_start", "training_step")
+                yield "on_loss"
                 if not manual:
                     yield from ("on_before_backward", "on_after_backward")
                 if manual or batch == size - 1:
@@ -241,7 +241,7 @@ def test_trailing_arguments_may_be_left_out(trainer):
             seen.append(type(trainer).__name__)
 
         def on_train_batch_end(self, trainer, task, outputs):
-            seen.append(outputs.ndim)
+            seen.append(outputs["loss"].ndim)
 
         def on_train_epoch_end(self):
             seen.append("end")

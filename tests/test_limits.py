@@ -46,7 +46,7 @@ def limits(**options) -> Limits:
 
 def test_without_any_limit_ten_epochs():
     t = lk.Trainer()
-    assert (t.max_epochs, t.max_steps, t.default_epochs) == (10, -1, True)
+    assert (t.max_epochs, t.max_steps, t.limits.default_epochs) == (10, -1, True)
 
 
 def test_one_limit_is_the_only_one():

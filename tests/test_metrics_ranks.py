@@ -214,6 +214,62 @@ def test_means_of_an_evaluation_are_those_of_one_process(samples, size):
     assert several[0].results[0]["low"] == alone.results[0]["low"]
 
 
+def log_others(rank, batch, number):
+    task = rank.task
+    task.log("std", batch.mean(), reduce_fx="std")
+    task.log("last", batch.mean(), reduce_fx="last")
+    task.log("running", batch.mean(), reduce_fx="running:7")
+    if number % 2:
+        task.log("long", batch.mean(), reduce_fx="running:1000")
+    else:
+        task.log("long", batch.mean(), reduce_fx="running:1000", batch_size=0)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("samples", [21, 23, 499])
+def test_other_reductions_of_an_evaluation_are_those_of_one_process(samples, size):
+    """S1-07. Some ranks have a batch less than others."""
+
+    def does(rank):
+        return rank.evaluate(batches(samples), step=log_others)
+
+    (alone,), several = ranks(1, does), ranks(size, does)
+    for rank in several:
+        assert rank.results[0] == pytest.approx(alone.results[0], rel=1e-12)
+        assert rank.results == several[0].results  # the same bits
+    data = [float(batch.mean()) for batch in batches(samples)]
+    sizes = [len(batch) for batch in batches(samples)]
+    assert alone.results[0]["last"] == several[0].results[0]["last"] == data[-1]
+    pairs = list(zip(data, sizes, strict=True))[-7:]
+    mean = sum(value * weight for value, weight in pairs) / sum(weight for _, weight in pairs)
+    assert alone.results[0]["running"] == pytest.approx(mean, rel=1e-14)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_running_means_go_on_over_epochs_on_all_ranks(size):
+    """S1-07. The rows of an epoch of 3 rounds begin with what the epoch before left."""
+    data = batches(4 * 3 * size)
+
+    def does(rank):
+        values = []
+        for _ in range(3):
+            rank.train(data, log_others)
+            values.append({k: v for k, v in rank.log.history[-1].items() if k != "time"})
+        return rank, values
+
+    found, ((one, alone),) = ranks(size, does), ranks(1, does)
+    means = [float(batch.mean()) for batch in data] * 3
+    for rank, values in found:
+        assert values == found[0][1]
+        assert rank.log.tails == found[0][0].log.tails
+        for epoch, (here, there) in enumerate(zip(values, alone, strict=True), 1):
+            assert here["running"] == pytest.approx(there["running"], rel=1e-12)
+            assert here["last"] == there["last"] == means[-1]
+            seen = means[: epoch * 3 * size][-7:]
+            assert here["running"] == pytest.approx(sum(seen) / len(seen), rel=1e-12)
+    assert len(one.log.tails["long"]) == 3 * (3 * size // 2)
+
+
 @pytest.mark.parametrize("size", [2, 4])
 def test_rows_of_training_are_means_over_all_ranks(size):
     data = batches(4 * 40 * size)

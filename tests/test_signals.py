@@ -532,6 +532,35 @@ def test_a_validation_that_has_an_end_to_wait_for_is_completed(tmp_path, task, c
     assert saved["model"]["net.weight"].abs().sum() > 0
 
 
+def test_a_schedule_moves_after_an_epoch_whose_steps_were_all_before_the_checkpoint(tmp_path):
+    """The optimizer of the run that goes on has not stepped yet when the epoch ends."""
+
+    class Scheduled(Small):
+        stops = True
+
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), 0.1)
+            return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)]
+
+        def validation_step(self, batch, batch_idx):
+            if self.stops and self.current_epoch == 1:
+                signal.raise_signal(TERM)
+
+        def on_train_batch_start(self, batch, batch_idx):
+            rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
+
+    rates = []
+    options = {"enable_progress_bar": False, "logger": False, "num_sanity_val_steps": 0}
+    options |= {"default_root_dir": tmp_path, "max_epochs": 3}
+    with pytest.raises(SystemExit):
+        lk.Trainer(**options).fit(Scheduled(), loader(), loader())
+    again = Scheduled()
+    again.stops = False
+    lk.Trainer(**options).fit(again, loader(), loader(), ckpt_path="auto")
+    steps = len(rates) // 3
+    assert rates == [0.1] * steps + [0.05] * steps + [0.025] * steps
+
+
 def test_before_anything_was_trained_nothing_is_saved(tmp_path):
     t = lk.Trainer(
         default_root_dir=tmp_path, enable_progress_bar=False, logger=False,

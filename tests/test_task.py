@@ -356,7 +356,7 @@ def test_what_a_call_needs():
 
 
 @pytest.mark.parametrize(
-    "step", ["training_step", "validation_step", "configure_optimizers", "test_step"]
+    "step", ["validation_step", "configure_optimizers", "test_step"]
 )
 def test_steps_that_are_missing_say_so(step):
     arguments = () if step == "configure_optimizers" else (None, 0)

@@ -6,7 +6,9 @@ from lightkit.hooks import Callback
 
 if typing.TYPE_CHECKING:
     from lightkit.callbacks.accumulation import GradientAccumulationScheduler
+    from lightkit.callbacks.averaging import EMA, SWA, WeightAveraging
     from lightkit.callbacks.early_stopping import EarlyStopping
+    from lightkit.callbacks.finetuning import BackboneFinetuning, BaseFinetuning, Unfreeze
     from lightkit.callbacks.lambda_callback import LambdaCallback
     from lightkit.callbacks.lr_monitor import LearningRateMonitor
     from lightkit.callbacks.model_checkpoint import ModelCheckpoint
@@ -18,9 +20,13 @@ if typing.TYPE_CHECKING:
     from lightkit.callbacks.timer import Timer
     from lightkit.callbacks.trace import TraceProfiler
 
+    EMAWeightAveraging, StochasticWeightAveraging = EMA, SWA
     RichProgressBar = TQDMProgressBar = ProgressBar
 else:
     _ROOMS = {
+        "BackboneFinetuning": "finetuning",
+        "BaseFinetuning": "finetuning",
+        "EMA": "averaging",
         "EarlyStopping": "early_stopping",
         "GradientAccumulationScheduler": "accumulation",
         "LambdaCallback": "lambda_callback",
@@ -30,18 +36,28 @@ else:
         "PredictionWriter": "prediction_writer",
         "ProgressBar": "progress",
         "RequeueJob": "requeue",
+        "SWA": "averaging",
         "SimpleProfiler": "profiler",
         "Timer": "timer",
         "TraceProfiler": "trace",
+        "Unfreeze": "finetuning",
+        "WeightAveraging": "averaging",
     }
-    #: The names that other trainers use for the bar.
-    _ALSO = {"RichProgressBar": "ProgressBar", "TQDMProgressBar": "ProgressBar"}
+    #: The names that other trainers use.
+    _ALSO = {
+        "EMAWeightAveraging": "EMA",
+        "RichProgressBar": "ProgressBar",
+        "StochasticWeightAveraging": "SWA",
+        "TQDMProgressBar": "ProgressBar",
+    }
 
     def __getattr__(name: str) -> object:
         """Imports a callback when it is first asked for."""
         name = _ALSO.get(name, name)
         if name not in _ROOMS:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+            from lightkit.elsewhere import missing
+
+            raise missing(__name__, name, __all__)
         import importlib
 
         return getattr(importlib.import_module(f"{__name__}.{_ROOMS[name]}"), name)
@@ -51,7 +67,12 @@ else:
 
 
 __all__ = [
+    "EMA",
+    "SWA",
+    "BackboneFinetuning",
+    "BaseFinetuning",
     "Callback",
+    "EMAWeightAveraging",
     "EarlyStopping",
     "GradientAccumulationScheduler",
     "LambdaCallback",
@@ -63,7 +84,10 @@ __all__ = [
     "RequeueJob",
     "RichProgressBar",
     "SimpleProfiler",
+    "StochasticWeightAveraging",
     "TQDMProgressBar",
     "Timer",
     "TraceProfiler",
+    "Unfreeze",
+    "WeightAveraging",
 ]

@@ -7,13 +7,13 @@ The layout of format 1; everything is plain types and tensors::
     task_class          "module.Class" of the task, for people
     hparams             the task's constructor arguments
     datamodule_hparams  the data module's, if it has any
-    optimizers, schedulers, precision, loop, flow, rng (one per rank), data, datamodule, callbacks,
-    metrics, history, loggers (their marks), world_size
+    optimizers, schedulers, stepped, precision, loop, flow, rng (one per rank), data, datamodule,
+    callbacks, metrics, history, loggers (their marks), world_size
                         everything else that a run needs to go on; left out of weights-only files
 
 "run" is the id of the run, "folder" its folder, and "exact" false for a state that was saved after
-an exception. These three, "flow", "loggers" and "world_size" are not in the oldest files, and
-"history" is a list of dicts there.
+an exception; "stepped" tells of each optimizer whether it has taken a step. These four, "flow",
+"loggers" and "world_size" are not in the oldest files, and "history" is a list of dicts there.
 
 With several ranks a file holds what rank zero knows, and under "ranks" in "metrics" and "data" what
 each of them knows by itself. Counters of batches count those of one rank.
@@ -129,9 +129,7 @@ def restore(run: FitRun, checkpoint: dict[str, Any]) -> None:
     source = f"the checkpoint (step {checkpoint['loop'].get('global_step', '?')}, {saved_class})"
     apply_weights(run.task, weights_of(checkpoint, source), source)
     # Schedulers after optimizers: torch's schedulers keep rates that the optimizer must have.
-    run.plan.load_state_dict(
-        {"optimizers": checkpoint["optimizers"], "schedulers": checkpoint["schedulers"]}
-    )
+    run.plan.load_state_dict(checkpoint)
     run.precision.load_state_dict(checkpoint["precision"])
     run.state.load_state_dict(spread.counters(checkpoint, run.strategy.data_ranks[1]))
     # Saved only where a hook changed it; else the Trainer's own number holds, also a new one.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from lightkit.checkpoint.files import read_checkpoint
-from lightkit.checkpoint.storable import placeholder_type
+from lightkit.checkpoint.storable import placeholder_type, reference
 from lightkit.checkpoint.weights import apply_weights, weights_of
 from lightkit.errors import CheckpointError, ConfigError, did_you_mean
 
@@ -86,6 +86,10 @@ def _build(
                 "s"[: len(gone) > 1],
                 ", ".join(gone),
             )
+    for p in named:  # a class or function that was the default and still is
+        kind = placeholder_type(arguments.get(p.name))
+        if kind is not None and kind == reference(p.default):
+            del arguments[p.name]
     _check_complete(cls, path, arguments, absent)
     positional: list[Any] = []
     for p in named:

@@ -99,6 +99,12 @@ def placeholder_type(value: Any) -> str | None:
     return None
 
 
+def reference(value: Any) -> str | None:
+    """Returns ``module.Name`` of a class or function that has a name; None for any other value."""
+    local = "<" in getattr(value, "__qualname__", "<")  # lambdas, and what a function has made
+    return None if local else _type_name(value)
+
+
 @functools.lru_cache(maxsize=64)
 def _note_placeholders(replaced: str) -> None:
     """Says once which arguments are not in the checkpoints."""

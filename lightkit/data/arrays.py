@@ -60,7 +60,22 @@ def as_tensor(values: Any, name: str) -> Tensor:
         tensor = _from_array(_as_array(values, name), name)
     if tensor.ndim == 0:
         raise DataError(f"{name} is a single number; one row per sample is needed.")
+    if tensor.is_floating_point() and bool(tensor.isnan().any()):  # waits where it is on a device
+        _warn_of_missing(tensor, values, name)
     return _shortened(tensor, name)
+
+
+def _warn_of_missing(tensor: Tensor, values: Any, name: str) -> None:
+    columns = list(getattr(values, "columns", ()))
+    missing = tensor.isnan().sum(0) if tensor.ndim > 1 else tensor.isnan().sum()
+    holes = [f"{column!r}" for column, n in zip(columns, missing, strict=False) if n]
+    _log.warning(
+        "%s has %d missing values (nan)%s, and one of them makes the loss nan. Fill them (fillna) "
+        "or drop their rows (dropna), unless the network or the loss knows of them.",
+        name,
+        int(missing.sum()),
+        f" in {', '.join(holes[:5])}{' and more' if holes[5:] else ''}" if holes else "",
+    )
 
 
 def is_array(values: Any) -> bool:
@@ -84,7 +99,9 @@ def _as_array(values: Any, name: str) -> Any:
     if hasattr(values, "toarray") and hasattr(values, "nnz"):
         raise DataError(f"{name} is a sparse matrix ({type(values).__name__}). Give X.toarray().")
     if isinstance(values, (list, tuple)) and values and isinstance(values[0], Tensor):
-        raise DataError(f"{name} is a {type(values).__name__} of tensors. Give torch.stack({name}).")
+        raise DataError(
+            f"{name} is a {type(values).__name__} of tensors. Give torch.stack({name})."
+        )
     if isinstance(values, (str, bytes, dict, set)) or callable(getattr(values, "__next__", None)):
         raise DataError(
             f"{name} is {values!r:.60} ({type(values).__name__}). Give an array, a tensor, a data "

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lightkit import freezing
 from lightkit.distributed.ranks import Ranks
 from lightkit.distributed.strategies import Strategy, check_alike, to_device
 from lightkit.errors import ConfigError, OptimizerError, UsageError
@@ -122,7 +123,9 @@ class DDPStrategy(Strategy):
                 "sync_batchnorm=True works on GPUs only, as torch's SyncBatchNorm does. Leave it "
                 "out on the CPU."
             )
+        kept = freezing.switches(task)["kept"]
         nn.SyncBatchNorm.convert_sync_batchnorm(task)  # type: ignore[no-untyped-call]
+        freezing.keep(task, kept)  # they are other objects now
 
     # --- automatic optimization ------------------------------------------------------------------
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
 from lightkit.errors import ConfigError
 
+_log = logging.getLogger("lightkit")
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -144,6 +147,18 @@ def check_nodes(num_nodes: int | None, env: LaunchEnv) -> None:
         f"{env.local_world_size} of them on this machine: that is num_nodes={there}. Start it with "
         f"torchrun --nnodes {num_nodes}, or leave num_nodes out."
     )
+
+
+def rank_zero_info(message: object) -> None:
+    """Says a line by the logger "lightkit", on rank zero alone."""
+    if launched().rank == 0:
+        _log.info("%s", message)
+
+
+def rank_zero_warn(message: object, category: type[Warning] = UserWarning) -> None:
+    """Warns of the line that calls, on rank zero alone."""
+    if launched().rank == 0:
+        warnings.warn(str(message), category, stacklevel=2)
 
 
 def rank_zero_only(call: Callable[P, R]) -> Callable[P, R | None]:

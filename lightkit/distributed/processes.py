@@ -207,6 +207,20 @@ class ProcessRanks(Ranks):
             torch.distributed.all_reduce(summed)
         return summed
 
+    def stack(self, tensor: Tensor, what: str) -> Tensor:
+        """See `Ranks.stack`."""
+        from torch.distributed.nn.functional import all_gather
+
+        shapes = self.gather(tuple(tensor.shape), what)
+        if len(set(shapes)) > 1:
+            listed = "; ".join(f"rank {rank}: {shape}" for rank, shape in enumerate(shapes))
+            raise UsageError(
+                f"{what}: the tensors have different shapes ({listed}). Pad them to one, or return "
+                f"them from predict_step, whose outputs come complete and in order."
+            )
+        with self._named(what, tells=False):
+            return torch.stack(all_gather(tensor.contiguous()))  # type: ignore[no-untyped-call]
+
     def copy_from_zero(self, tensors: Sequence[Tensor]) -> None:
         """See `Ranks.copy_from_zero`."""
         for group in _pieces(tensors):

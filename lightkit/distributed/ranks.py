@@ -78,6 +78,17 @@ class Ranks:
         """Returns the sum of a tensor over ranks, on its device. A collective without a host sync."""
         return tensor
 
+    def stack(self, tensor: Tensor, what: str) -> Tensor:
+        """Returns everybody's tensor along a new first dimension; with one process the tensor.
+
+        A collective, on the device of the tensor and without a host sync but for the shapes.
+        Gradients flow back to the ranks that the parts come from.
+
+        Raises:
+            UsageError: The shapes differ; on all ranks.
+        """
+        return tensor
+
     def copy_from_zero(self, tensors: Sequence[Tensor]) -> None:
         """Gives tensors the values that they have on rank zero, where they are. Collectives."""
 

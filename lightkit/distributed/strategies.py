@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import zlib
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor
@@ -50,6 +50,12 @@ class Strategy:
     def __init__(self) -> None:
         self.device = torch.device("cpu")
         self.ranks = Ranks()
+
+    def __getattr__(self, name: str) -> NoReturn:
+        """Says for names that a strategy has elsewhere what to write."""
+        from lightkit.elsewhere import STRATEGY, refusal
+
+        raise AttributeError(refusal("trainer.strategy has no attribute", name, STRATEGY))
 
     @property
     def sharded(self) -> bool:

@@ -14,7 +14,9 @@ else:
     def __getattr__(name: str) -> object:
         """Imports a logger when it is first asked for."""
         if name not in _ROOMS:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+            from lightkit.elsewhere import missing
+
+            raise missing(__name__, name, __all__)
         import importlib
 
         return getattr(importlib.import_module(f"{__name__}.{_ROOMS[name]}"), name)

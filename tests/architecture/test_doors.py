@@ -14,9 +14,13 @@ PACKAGES: dict[str, set[str]] = {
     "yaml": {"config.py"},
     "tensorboard": {"loggers/tensorboard.py"},
     "torch.utils.tensorboard": {"loggers/tensorboard.py"},
-    "torchmetrics": {"metrics.py"},
+    "torchmetrics": {"named.py"},
     "matplotlib": {"history.py"},
     "pandas": {"history.py"},
+    "onnx": {"export.py"},
+    "onnxruntime": {"export.py"},
+    "onnxscript": {"export.py"},
+    "safetensors": {"checkpoint/files.py"},
     "torch.profiler": {"callbacks/trace.py"},
     "argparse": {"cli.py", "hparams.py"},  # hparams: its Namespace
     # checkpoint/sharded: the parts of sharded checkpoints, by torch.distributed.checkpoint

@@ -13,8 +13,10 @@ import pytest
 LAZY = (
     "IPython",
     "matplotlib",
+    "onnx",
     "pandas",
     "rich",
+    "safetensors",
     "sklearn",
     "tensorboard",
     "torch._dynamo",

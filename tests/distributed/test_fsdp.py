@@ -218,6 +218,9 @@ def test_it_is_joined_into_one_file(saved, tmp_path, capsys):
     state = joined["optimizers"][0]["state"]
     assert state[0]["exp_avg"].shape == (6, 5)
     assert type(state[0]["exp_avg"]) is torch.Tensor
+    assert main(["export", str(last), str(tmp_path / "weights.pt")]) == 0
+    weights = torch.load(tmp_path / "weights.pt", weights_only=True)
+    assert differ(weights, ranks[0]["weights"]) == 0.0
     with pytest.raises(CheckpointError, match="no folder of a sharded run"):
         consolidate(file, tmp_path / "other.ckpt")
     assert main(["export", str(last)]) == 2

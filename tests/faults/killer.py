@@ -164,7 +164,7 @@ class Early(lk.Callback):
         self.at("before_step")
 
     def on_train_batch_end(self, trainer, task, outputs, batch, batch_idx):
-        loss = float(outputs).hex()
+        loss = float(outputs["loss"]).hex()
         self._tell("batch", trainer.state.epoch, batch_idx, batch[-1].tolist(), loss)
         self.at("batch_end")
 

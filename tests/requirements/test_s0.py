@@ -199,7 +199,7 @@ def test_S0_06_no_graph_in_evaluations(quiet):
 def test_S0_07_one_line_trains_and_a_loop_of_ones_own_stays_possible(quiet, tmp_path):
     torch.manual_seed(3)
     history = lk.fit(
-        nn.Linear(4, 1), loader(), loss="mse_loss", epochs=2, default_root_dir=tmp_path
+        nn.Linear(4, 1), loader(), loss="mse", epochs=2, default_root_dir=tmp_path
     )
     assert history[-1]["train_loss"] < history[0]["train_loss"]
 
@@ -313,7 +313,7 @@ def test_S0_12_progress_and_metrics_with_no_set_up(tmp_path, monkeypatch, capsys
     monkeypatch.chdir(tmp_path)
     lk.Trainer(max_epochs=2).fit(Classifier(), loader_of(classes()), loader_of(classes(seed=1)))
     said = capsys.readouterr().out
-    assert re.search(r"epoch +train_loss +train_acc +val_loss +val_acc +time", said)
+    assert re.search(r"epoch +train_loss +val_loss +train_acc +val_acc +time", said)
     for epoch in ("1/2", "2/2"):
         assert re.search(rf"^ *{epoch}( +\d\.\d+){{4}} +[\d.]+s", said, re.MULTILINE)
 
@@ -362,7 +362,7 @@ def test_S0_15_data_sets_and_arrays_where_a_loader_is_expected(tmp_path, kind):
     }[kind]
     net = nn.Linear(4, 1)
     weights = net.weight.detach().clone()
-    [row] = lk.fit(net, given, loss="mse_loss", epochs=1, default_root_dir=tmp_path)
+    [row] = lk.fit(net, given, loss="mse", epochs=1, default_root_dir=tmp_path)
     assert row["step"] == 1  # one batch of 20, by default of 32
     assert not torch.equal(net.weight, weights)
     assert lk.predict(net, given[0] if kind != "dataset" else given).shape == (20, 1)

@@ -149,7 +149,7 @@ def test_S1_05_a_penalty_is_added_also_where_there_is_no_other_loss(quiet):
 
     class NoLoss(Plain):
         def training_step(self, batch, batch_idx):
-            return None
+            return torch.zeros(())
 
     torch.manual_seed(1)
     alone, trainer = NoLoss(), quiet()
@@ -231,7 +231,7 @@ def test_S1_08_a_metric_of_ones_own_is_like_the_others(quiet):
     for _ in range(2):  # it was reset after the first
         [row] = trainer.validate(task, loader(10), verbose=False)
         assert row == {"val_largest": pytest.approx(worst)}
-    own = lk.SupervisedTask(nn.Linear(4, 1), loss="mse_loss", metrics=[Largest()])
+    own = lk.SupervisedTask(nn.Linear(4, 1), loss="mse", metrics=[Largest()])
     [row] = quiet().validate(own, loader(10), verbose=False)
     assert row["val_largest"] == pytest.approx((own(x) - y).abs().max().item())
 

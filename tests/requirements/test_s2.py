@@ -179,7 +179,7 @@ def test_S2_09_a_task_holds_all_that_belongs_to_it(quiet):
 
 
 def test_S2_10_a_single_line_and_more_arguments_for_more(tmp_path):
-    options = {"loss": "mse_loss", "default_root_dir": tmp_path, "enable_progress_bar": False}
+    options = {"loss": "mse", "default_root_dir": tmp_path, "enable_progress_bar": False}
     net = nn.Linear(4, 1)
     assert len(lk.fit(net, loader(), epochs=2, **options)) == 2
     stop = EarlyStopping("val_loss", patience=1, min_delta=1e9)

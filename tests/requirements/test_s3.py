@@ -119,18 +119,18 @@ def test_S3_03_a_decorated_function_is_a_handler(quiet):
 
 def test_S3_04_a_supervised_trainer_with_metrics_device_and_prepared_batches(quiet):
     class Prepared(lk.SupervisedTask):
-        def on_before_batch_transfer(self, batch, dataloader_idx):
+        def prepare_batch(self, batch):
             return batch["in"], batch["out"]
 
     batches = [{"in": x, "out": y} for x, y in loader()]
-    task = Prepared(nn.Linear(4, 1), loss="mse_loss", optimizer="sgd", lr=0.05)
+    task = Prepared(nn.Linear(4, 1), loss="mse", optimizer="sgd", lr=0.05)
     trainer = quiet(max_epochs=3, accelerator="cpu")
     history = trainer.fit(task, DataLoader(batches, batch_size=None))
     assert history[-1]["train_loss"] < history[0]["train_loss"]
     [row] = trainer.validate(task, DataLoader(batches, batch_size=None), verbose=False)
     x, y = loader().dataset.tensors
     assert row["val_loss"] == pytest.approx(nn.functional.mse_loss(task.net(x), y).item())
-    assert lk.evaluate(task.net, loader(), loss="mse_loss").popitem()[1] == pytest.approx(
+    assert lk.evaluate(task.net, loader(), loss="mse").popitem()[1] == pytest.approx(
         row["val_loss"]
     )
 
@@ -179,7 +179,9 @@ def test_S3_07_the_graph_of_the_model_never_breaks_a_run(tmp_path, caplog):
 
         return EventAccumulator(str(board.log_dir)).Reload().Tags()
 
-    assert events(Net(), "good")["graph"]
+    task = Net()
+    task.example_input_array = torch.zeros(2, 4)
+    assert events(task, "good")["graph"]
 
     class Untraceable(Net):
         def forward(self, x):
@@ -187,8 +189,10 @@ def test_S3_07_the_graph_of_the_model_never_breaks_a_run(tmp_path, caplog):
                 raise RuntimeError("not to be traced")
             return super().forward(x)
 
+    task = Untraceable()
+    task.example_input_array = torch.zeros(2, 4)
     with caplog.at_level(logging.WARNING, logger="lightkit"):
-        tags = events(Untraceable(), "bad")
+        tags = events(task, "bad")
     assert not tags["graph"]
     assert "train_loss" in tags["scalars"]
     assert "not to be traced" in caplog.text

@@ -1,0 +1,558 @@
+"""Averages of the weights while a fit runs: EMA and SWA, by ``torch.optim.swa_utils``."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, update_bn
+
+from lightkit import rng
+from lightkit.data import BatchStream, generators
+from lightkit.errors import ConfigError, did_you_mean
+from lightkit.evaluation import restore_modes
+from lightkit.hooks import Callback
+from lightkit.run import FitRun
+from lightkit.schedules import SchedulerEntry
+
+if TYPE_CHECKING:
+    from lightkit.task import TaskModule
+    from lightkit.trainer import Trainer
+
+_log = logging.getLogger("lightkit")
+
+
+class WeightAveraging(Callback):
+    """Keeps an average of the weights beside those that are trained; see `EMA` and `SWA`.
+
+    From the first average on:
+
+    - **Validations of the fit see the averaged weights.** They are put into the same parameters and
+      the weights of the training come back afterwards, also after an exception. So what a
+      ModelCheckpoint or an EarlyStopping monitors is about the averages.
+    - **The "model" of every checkpoint is the average**, so ``load_weights``, ``test`` and an export
+      take it without this callback. The weights of the training are beside it in the same file, and
+      a run that is resumed goes on with them, exactly.
+    - **When the fit has ended, the task has the averages.** After an exception or a signal it has
+      the weights of the training.
+
+    With several ranks each keeps the same average by itself, without communication; of a sharded
+    model each keeps that of its part. The memory is that of the weights once more.
+
+    To average at moments of your own, subclass it and override `should_update`; to average in
+    another way, give ``avg_fn`` or ``multi_avg_fn``.
+
+    Args:
+        use_buffers: Average the floating-point buffers too, such as running means of batch norms.
+            False leaves all buffers to the network itself. Buffers that hold infinities or nan when
+            the average begins, as masks do, are left alone either way.
+        device: Where the averages are kept; None: where the weights are. Elsewhere each update
+            waits for the copies.
+        avg_fn: As for ``torch.optim.swa_utils.AveragedModel``: gets an average, the weight and the
+            number of averaged models, and returns the new average. None: the plain mean.
+        multi_avg_fn: Likewise, with lists that it changes in place.
+
+    Attributes:
+        updates: How many times weights were averaged in.
+
+    Raises:
+        ConfigError: When a fit begins with two of them.
+    """
+
+    # Behind the user's callbacks and before the checkpoints: all of them see the averages at the end
+    # of a validation, and what these save is put together when the weights are back.
+    order = 30
+    updates: int
+    _loaded: dict[str, Tensor]
+
+    def __init__(
+        self,
+        *,
+        use_buffers: bool = False,
+        device: torch.device | str | None = None,
+        avg_fn: Callable[..., Any] | None = None,
+        multi_avg_fn: Callable[..., Any] | None = None,
+    ) -> None:
+        self.use_buffers = use_buffers
+        self.device = None if device is None else torch.device(device)
+        self._how = {"avg_fn": avg_fn, "multi_avg_fn": multi_avg_fn}
+        self._forget()
+
+    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
+        """Tells whether to average now: after every optimizer step, unless it is overridden.
+
+        Called after each step with its number, and after the batches of each complete epoch with
+        its number, before the validation. Both count from 0.
+
+        Args:
+            step_idx: The step that was taken; None at the end of an epoch.
+            epoch_idx: The epoch that was trained; None after a step.
+        """
+        return step_idx is not None
+
+    # --- when ------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, task: TaskModule, stage: str) -> None:
+        """Begins anew with each fit; a checkpoint that is resumed is loaded after this."""
+        if stage != "fit":
+            return
+        self._forget()
+        if sum(isinstance(callback, WeightAveraging) for callback in trainer.callbacks) > 1:
+            raise ConfigError(
+                "Two callbacks average the weights, but a checkpoint has one model. Use one of EMA "
+                "and SWA, or fit twice."
+            )
+
+    def on_fit_start(self, trainer: Trainer, task: TaskModule) -> None:
+        """Takes back the averages of a checkpoint."""
+        loaded, self._loaded = self._loaded, {}
+        if loaded:
+            self._begin(task)
+            for name, number in self._names.items():
+                self._held[number].copy_(_local(loaded[name]))
+            assert self._average is not None
+            self._average.n_averaged.fill_(self.updates)
+
+    def on_train_start(self, trainer: Trainer, task: TaskModule) -> None:
+        """Notes the step at which the fit begins."""
+        self._step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, task: TaskModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Averages after an optimizer step."""
+        step = trainer.global_step
+        if step != self._step:  # with accumulation several batches end at one step
+            self._step = step
+            if self.should_update(step_idx=step - 1):
+                self._update(task)
+
+    def on_validation_start(self, trainer: Trainer, task: TaskModule) -> None:
+        """Puts the averages into the network, once there are some."""
+        run = trainer._run
+        if not isinstance(run, FitRun) or trainer.sanity_checking:
+            return
+        if run.cadence.unit == "epoch" or run.state.batch_idx == run.train_length:
+            self._end_epoch(trainer, task)
+        if self._average is not None:
+            self._show(trainer, task)
+
+    def on_validation_end(self, trainer: Trainer, task: TaskModule) -> None:
+        """Puts the weights of the training back."""
+        self._hide()
+
+    def on_train_epoch_end(self, trainer: Trainer, task: TaskModule) -> None:
+        """Averages after a complete epoch, where no validation came before."""
+        if not trainer.run_ending:
+            self._end_epoch(trainer, task)
+
+    def on_train_end(self, trainer: Trainer, task: TaskModule) -> None:
+        """Leaves the averages in the task."""
+        if self._average is not None:
+            self._show(trainer, task)
+            _log.info("the task has the mean of its weights now, of %d updates", self.updates)
+
+    def on_exception(self, trainer: Trainer, task: TaskModule, exception: BaseException) -> None:
+        """Puts the weights of the training back."""
+        self._hide()
+
+    def teardown(self, trainer: Trainer, task: TaskModule, stage: str) -> None:
+        """Gives the memory back."""
+        if stage == "fit":
+            updates = self.updates
+            self._forget()
+            self.updates = updates
+
+    # --- checkpoints -----------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the counts; the weights are added when the checkpoint is complete."""
+        return {"updates": self.updates, "epoch": self._epoch} if self._average else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes the counts back."""
+        self.updates, self._epoch = state_dict["updates"], state_dict["epoch"]
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, task: TaskModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Makes the averages the model of the checkpoint, and keeps the trained weights beside."""
+        if self._average is None:
+            return
+        model, trained = checkpoint["model"], {}
+        for name, number in self._names.items():
+            if name not in model:  # a buffer that is never saved
+                continue
+            here, other = model[name], _like(model[name], self._held[number])
+            model[name], trained[name] = (here, other) if self._shown else (other, here)
+        if "callbacks" in checkpoint:  # else it holds weights only
+            checkpoint["callbacks"][self.state_key]["trained"] = trained
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, task: TaskModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Lets the run go on with the weights of the training."""
+        trained = checkpoint["callbacks"].get(self.state_key, {}).get("trained", {})
+        self._loaded = {name: checkpoint["model"][name] for name in trained}
+        checkpoint["model"].update(trained)
+
+    # --- how -------------------------------------------------------------------------------------
+
+    def _forget(self) -> None:
+        """Sets what belongs to one fit."""
+        self.updates = 0
+        self._step, self._epoch = 0, -1  # the last that were looked at
+        self._shown = False  # whether the averages are in the network
+        self._loaded = {}
+        # The tensors of the network (of this rank), and what is kept for each: the average, or the
+        # trained weight while the average is shown. Names of shared weights have one number.
+        self._names: dict[str, int] = {}
+        self._live: list[Tensor] = []
+        self._held: list[Tensor] = []
+        self._average: AveragedModel | None = None
+        self._groups: list[tuple[list[Tensor], list[Tensor]]] = []
+
+    def _begin(self, task: nn.Module) -> None:
+        """Makes the averages: by now every parameter has its place and its size."""
+        numbers: dict[int, int] = {}
+        network = _Tensors()
+        for name, tensor, is_buffer in self._averaged(task):
+            if id(tensor) not in numbers:
+                numbers[id(tensor)] = len(numbers)
+                network.take(_local(tensor.detach()), is_buffer)
+            self._names[name] = numbers[id(tensor)]
+        average = AveragedModel(network, self.device, use_buffers=self.use_buffers, **self._how)
+        self._average, self._network = average, network
+        copied: Any = average.module
+        self._live, self._held = network.tensors(), copied.tensors()
+        kinds: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
+        for held, live in zip(self._held, self._live, strict=True):
+            group = kinds.setdefault((held.device, held.dtype), ([], []))
+            group[0].append(held)
+            group[1].append(live)
+        self._groups = list(kinds.values())
+        for name, buffer in self._beside(task):  # shown and hidden too, but not averaged
+            self._names[name] = len(self._live)
+            self._live.append(buffer)
+            self._held.append(buffer.clone())
+
+    def _averaged(self, task: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
+        """Yields names and tensors that are averaged, and whether each is a buffer."""
+        for name, parameter in task.named_parameters(remove_duplicate=False):
+            yield name, parameter, False
+        for name, buffer in task.named_buffers() if self.use_buffers else ():
+            # Host sync, once per fit: a mean with an infinity in it would be nan.
+            if buffer.is_floating_point() and bool(buffer.isfinite().all()):
+                yield name, buffer, True
+
+    def _beside(self, task: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """Yields what belongs to the averages and is found in another way."""
+        yield from ()
+
+    @torch.no_grad()
+    def _update(self, task: nn.Module) -> None:
+        """Averages the weights of now in."""
+        if self._average is None:
+            self._begin(task)
+        assert self._average is not None
+        multi, self.updates = self._average.multi_avg_fn, self.updates + 1
+        if multi is None or self.device is not None or self.updates == 1:
+            # On CUDA a host sync: torch brings its counter there.
+            self._average.update_parameters(self._network)
+            return
+        for averages, weights in self._groups:  # what torch does, without the sync
+            multi(averages, weights, self._average.n_averaged)
+        self._average.n_averaged += 1  # on the CPU
+
+    def _end_epoch(self, trainer: Trainer, task: TaskModule) -> None:
+        """Averages after the batches of an epoch, once."""
+        if self._epoch != trainer.current_epoch:
+            self._epoch = trainer.current_epoch
+            if self.should_update(epoch_idx=self._epoch):
+                self._update(task)
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        """Changes averages and trained weights with each other, in place."""
+        for live, held in zip(self._live, self._held, strict=True):
+            before = live.clone()
+            live.copy_(held)
+            held.copy_(before)
+        self._shown = not self._shown
+
+    def _show(self, trainer: Trainer, task: TaskModule) -> None:
+        """Puts the averages into the network."""
+        self._exchange()
+        if self.use_buffers:
+            trainer.strategy.before_evaluation(task)  # over ranks a collective: buffers
+
+    def _hide(self) -> None:
+        """Puts the weights of the training back, where the averages are shown."""
+        if self._shown:
+            self._exchange()
+
+
+class EMA(WeightAveraging):
+    """An exponential moving average of the weights; see `WeightAveraging` for what it is used for.
+
+    After each update ``average = decay * average + (1 - decay) * weight``; the first one copies.
+    The arithmetic is that of ``torch.optim.swa_utils.get_ema_multi_avg_fn``, in a few kernels for
+    all weights and without a host sync.
+
+    Args:
+        decay: From 0 to 1; how much of the average stays at an update.
+        update_every_n_steps: Averages after every so many optimizer steps.
+        update_starting_at_step: Optimizer steps before the first update.
+        use_buffers: See `WeightAveraging`.
+        device: See `WeightAveraging`.
+
+    Raises:
+        ConfigError: For arguments out of range.
+    """
+
+    def __init__(
+        self,
+        decay: float = 0.999,
+        *,
+        update_every_n_steps: int = 1,
+        update_starting_at_step: int = 0,
+        use_buffers: bool = False,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if not isinstance(decay, (int, float)) or not 0 <= decay <= 1:
+            raise ConfigError(f"EMA(decay={decay!r}): it is from 0 to 1, such as 0.999.")
+        for name, value, least in (
+            ("update_every_n_steps", update_every_n_steps, 1),
+            ("update_starting_at_step", update_starting_at_step, 0),
+        ):
+            if type(value) is not int or value < least:
+                raise ConfigError(f"EMA({name}={value!r}): it is a number of steps, from {least}.")
+        self.decay, self.update_every_n_steps = decay, update_every_n_steps
+        self.update_starting_at_step = update_starting_at_step
+        function = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+        super().__init__(use_buffers=use_buffers, device=device, multi_avg_fn=function)
+
+    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
+        """Tells whether this is one of the steps; see `WeightAveraging.should_update`."""
+        if step_idx is None:
+            return False
+        done = step_idx + 1 - self.update_starting_at_step
+        return done > 0 and done % self.update_every_n_steps == 0
+
+
+class SWA(WeightAveraging):
+    """The mean of the weights at the ends of the last epochs: Stochastic Weight Averaging.
+
+    After Izmailov and others, "Averaging Weights Leads to Wider Optima and Better Generalization",
+    2018. From the start epoch on, the learning rate follows ``torch.optim.swa_utils.SWALR`` instead
+    of the task's own schedules, which rest. After the batches of each such epoch the weights are
+    averaged in, then the validation sees the mean. See `WeightAveraging` for the rest.
+
+    Running means of batch norms belong to weights, so those of the mean have to be found by a pass
+    over the training data (``torch.optim.swa_utils.update_bn``: forward only, in train mode). It
+    is made before each validation of a new mean, after the last epoch, and for networks with batch
+    norms alone. Random states are put back after it. With several ranks each takes its share of
+    the data.
+
+    Args:
+        swa_lrs: The learning rate at the end of the annealing: a number, or one for each group.
+            None lets the task's own schedules go on.
+        swa_epoch_start: The first epoch that is averaged: its number from 0, or a share of
+            ``max_epochs`` (0.8: the last fifth).
+        annealing_epochs: Epochs until ``swa_lrs`` is reached.
+        annealing_strategy: "cos" or "linear".
+        avg_fn: See `WeightAveraging`.
+        device: See `WeightAveraging`.
+        update_bn: Whether to make the passes for batch norms.
+
+    Raises:
+        ConfigError: For arguments out of range; when a fit begins, where ``max_epochs`` or a
+            ``forward`` is missing.
+    """
+
+    def __init__(
+        self,
+        swa_lrs: float | Sequence[float] | None,
+        swa_epoch_start: int | float = 0.8,
+        annealing_epochs: int = 10,
+        annealing_strategy: Literal["cos", "linear"] = "cos",
+        avg_fn: Callable[..., Any] | None = None,
+        device: torch.device | str | None = None,
+        *,
+        update_bn: bool = True,
+    ) -> None:
+        rates = [swa_lrs] if isinstance(swa_lrs, (int, float)) else swa_lrs or []
+        if any(not isinstance(rate, (int, float)) or not rate > 0 for rate in rates):
+            raise ConfigError(f"SWA(swa_lrs={swa_lrs!r}): a rate above 0, one per group, or None.")
+        share = isinstance(swa_epoch_start, float)
+        if type(swa_epoch_start) not in (int, float) or not 0 <= swa_epoch_start <= (
+            1 if share else swa_epoch_start
+        ):
+            raise ConfigError(
+                f"SWA(swa_epoch_start={swa_epoch_start!r}): the number of an epoch (an int from 0), "
+                f"or a share of max_epochs (a float from 0 to 1)."
+            )
+        if type(annealing_epochs) is not int or annealing_epochs < 0:
+            raise ConfigError(f"SWA(annealing_epochs={annealing_epochs!r}): a number from 0.")
+        if annealing_strategy not in ("cos", "linear"):
+            raise ConfigError(
+                f"SWA(annealing_strategy={annealing_strategy!r}): it is 'cos' or 'linear'."
+                f"{did_you_mean(str(annealing_strategy), ('cos', 'linear'))}"
+            )
+        self.swa_lrs, self.swa_epoch_start = swa_lrs, swa_epoch_start
+        self.annealing = {"anneal_epochs": annealing_epochs, "anneal_strategy": annealing_strategy}
+        self.update_bn = update_bn
+        super().__init__(device=device, avg_fn=avg_fn)
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._start = 0
+        self._schedules: list[SWALR] = []
+        self._saved_schedules: list[dict[str, Any]] = []
+        self._stale = False  # whether the batch norms are those of an earlier mean
+
+    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
+        """Tells whether this is the end of one of the last epochs."""
+        return epoch_idx is not None and epoch_idx >= self._start
+
+    def _update(self, task: nn.Module) -> None:
+        super()._update(task)
+        self._stale = any(True for _ in self._beside(task))
+
+    # --- the learning rate -----------------------------------------------------------------------
+
+    def on_fit_start(self, trainer: Trainer, task: TaskModule) -> None:
+        """Finds the epoch to begin with; goes on where a checkpoint left."""
+        if isinstance(self.swa_epoch_start, float) and trainer.max_epochs < 0:
+            raise ConfigError(
+                f"SWA(swa_epoch_start={self.swa_epoch_start}) is a share of max_epochs, but this run "
+                f"has none. Give the number of an epoch, or set max_epochs."
+            )
+        self._start = (
+            int(trainer.max_epochs * self.swa_epoch_start)
+            if isinstance(self.swa_epoch_start, float)
+            else self.swa_epoch_start
+        )
+        if any(True for _ in self._beside(task)):
+            plain = type(task).forward is nn.Module.forward
+            if plain or trainer.strategy.sharded:
+                why = "splits the model" if trainer.strategy.sharded else "needs a forward(x)"
+                raise ConfigError(
+                    f"SWA finds the running means of batch norms by task(x) over the training data, "
+                    f"and {type(task).__name__} {why}. SWA(update_bn=False) leaves them as they are."
+                )
+        super().on_fit_start(trainer, task)
+        if self._saved_schedules:
+            self._take_over(trainer)
+
+    def on_train_epoch_start(self, trainer: Trainer, task: TaskModule) -> None:
+        """Lets SWALR take the place of the task's schedules at the start epoch."""
+        if trainer.current_epoch >= self._start and not self._schedules and self.swa_lrs:
+            self._take_over(trainer)
+            _log.info("SWA: weights are averaged from epoch %d on", self._start + 1)
+
+    def _take_over(self, trainer: Trainer) -> None:
+        """Puts SWALR in the place of what moves the rates, or goes on with it."""
+        plan = trainer.session.plan
+        assert plan is not None
+        saved, self._saved_schedules = self._saved_schedules, []
+        for number, optimizer in enumerate(plan.optimizers):
+            rates = [group["lr"] for group in optimizer.param_groups]
+            self._schedules.append(SWALR(optimizer, self.swa_lrs, **self.annealing))  # type: ignore[arg-type]
+            # Torch's mark for steps that were taken: those of before this schedule count.
+            optimizer._opt_called = True  # type: ignore[attr-defined]
+            if saved:
+                self._schedules[-1].load_state_dict(saved[number])
+                for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate
+        plan.step_entries = plan.plateau_entries = ()
+        pairs = zip(self._schedules, plan.optimizers, strict=True)
+        plan.epoch_entries = tuple(SchedulerEntry(one, optimizer) for one, optimizer in pairs)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the counts and the states of SWALR."""
+        schedules = [schedule.state_dict() for schedule in self._schedules]
+        own = {"schedules": schedules, "stale": self._stale}
+        return {"updates": self.updates, "epoch": self._epoch, **own}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes them back."""
+        super().load_state_dict(state_dict)
+        self._saved_schedules, self._stale = state_dict["schedules"], state_dict["stale"]
+
+    # --- batch norms -----------------------------------------------------------------------------
+
+    def _beside(self, task: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        for name, module in task.named_modules() if self.update_bn else ():
+            if isinstance(module, _BatchNorm) and module.track_running_stats:
+                for own, buffer in module.named_buffers(recurse=False):
+                    yield f"{name}.{own}" if name else own, buffer
+
+    def on_train_epoch_end(self, trainer: Trainer, task: TaskModule) -> None:
+        """Averages, and finishes the mean of the last epoch, so that the last save has it whole."""
+        super().on_train_epoch_end(trainer, task)
+        if self._stale and trainer.current_epoch + 1 == trainer.max_epochs:
+            self._show(trainer, task)
+            self._hide()
+
+    def _show(self, trainer: Trainer, task: TaskModule) -> None:
+        super()._show(trainer, task)
+        if self._stale:
+            self._find_means(trainer, task)
+            self._stale = False
+
+    def _find_means(self, trainer: Trainer, task: TaskModule) -> None:
+        """Passes over the training data. With several ranks a collective at its end."""
+        run = trainer._run
+        assert isinstance(run, FitRun)
+        feed = run.feed.fresh()
+        feed.share.even = True  # the mean over ranks is that of all batches
+        modes = [(module, module.training) for module in task.modules()]
+        loader, limit = run.train_loader, run.train_limit
+        try:
+            with rng.preserved(*generators(loader)), run.autocast or nullcontext():
+                stream = BatchStream(loader, limit=limit, feed=feed, name="training loader")
+                move = run.transfer
+                update_bn((b if move is None else move(b, 0) for b in stream), task)
+                stream.close()
+        finally:
+            feed.close()
+            restore_modes(modes)
+        means = [b for _, b in self._beside(task) if b.is_floating_point()]
+        run.strategy.ranks.average(means)
+
+
+class _Tensors(nn.Module):
+    """Some tensors as a module: AveragedModel copies what it is given, and a task holds more."""
+
+    def take(self, tensor: Tensor, is_buffer: bool) -> None:
+        """Adds a tensor; its memory is shared."""
+        name = str(len(self._parameters) + len(self._buffers))
+        if is_buffer:
+            self.register_buffer(name, tensor)
+        else:
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+
+    def tensors(self) -> list[Tensor]:
+        """Returns them, parameters first."""
+        return [*(p.detach() for p in self.parameters()), *self.buffers()]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """Returns this rank's part of a tensor, or the whole where it is not sharded."""
+    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return part
+
+
+def _like(here: Tensor, part: Tensor) -> Tensor:
+    """Returns a part as a tensor of the kind that is in a checkpoint."""
+    if not hasattr(here, "to_local"):
+        return part
+    made = torch.empty_like(here)
+    _local(made).copy_(part)
+    return made

@@ -1,0 +1,199 @@
+"""How the outputs of a network and its targets fit the losses of torch and metrics of classes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightkit.errors import DataError
+
+_log = logging.getLogger("lightkit")
+
+#: Losses of torch that take class numbers, and those that compare element by element.
+_CLASSES = (nn.CrossEntropyLoss, nn.NLLLoss, nn.MultiMarginLoss)
+_ELEMENTS = (
+    nn.MSELoss,
+    nn.L1Loss,
+    nn.SmoothL1Loss,
+    nn.HuberLoss,
+    nn.BCELoss,
+    nn.BCEWithLogitsLoss,
+    nn.PoissonNLLLoss,
+    nn.KLDivLoss,
+    nn.SoftMarginLoss,
+    nn.MultiLabelSoftMarginLoss,
+    nn.HingeEmbeddingLoss,
+)
+#: Those whose targets are 0 or 1 for each element, and those of them that take logits.
+_BINARY = (nn.BCELoss, nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss)
+_LOGITS = _BINARY[1:]
+
+
+def fitted(kind: Any, output: Any, target: Any) -> Any:
+    """Returns the target as a loss of torch takes it, where only one thing can be meant.
+
+    Args:
+        kind: torch's class of the loss; None for a loss of the user's, which gets the target as it
+            is.
+        output: What the network returned.
+        target: What the batch has.
+
+    Raises:
+        DataError: Shapes that would be stretched to fit each other, which is no comparison of each
+            output with its target; or an output or a target that is no tensor.
+    """
+    if kind is None:
+        return target
+    for what, value in (("output of the network", output), ("target", target)):
+        if not isinstance(value, Tensor):
+            hint = "Give loss= a function of output and target that knows them."
+            if isinstance(value, (int, float)):
+                hint = "If these are single samples, make batches: DataLoader(samples, 32)."
+            raise DataError(
+                f"{kind.__name__} takes tensors, but the {what} is {seen(value)}. {hint}"
+            )
+    if kind in _CLASSES and not target.is_floating_point():
+        if target.ndim == output.ndim and target.ndim > 1 and target.shape[1] == 1:
+            target = target.squeeze(1)
+        return target if target.dtype == torch.int64 else target.long()
+    if kind in _ELEMENTS:
+        if not target.is_floating_point():
+            target = target.to(torch.get_default_dtype())
+        if target.shape != output.shape:
+            target = _reshaped(kind, output, target)
+    return target
+
+
+def _reshaped(kind: Any, output: Tensor, target: Tensor) -> Tensor:
+    """Returns a target of ``(N,)`` as ``(N, 1)``, or the other way round, as the output is."""
+    short, long = sorted((tuple(output.shape), tuple(target.shape)), key=len)
+    if long == (*short, 1):
+        return target.reshape(output.shape)
+    one_more = output.ndim == target.ndim + 1
+    hint = " For one class out of several use loss='cross_entropy'." if one_more else ""
+    raise DataError(
+        f"{kind.__name__} compares element by element, but the output has the shape "
+        f"{tuple(output.shape)} and the target {tuple(target.shape)}. The network must return as "
+        f"many numbers per sample as the target has.{hint}"
+    )
+
+
+def about_inputs(net: nn.Module, inputs: Any, error: str) -> str:
+    """Returns what is wrong with inputs that a network could not take; "" where it is not known."""
+    weight = next((p for p in net.parameters() if p.is_floating_point()), None)
+    if weight is None or not isinstance(inputs, Tensor):
+        return ""
+    name, own = type(net).__name__, str(weight.dtype).removeprefix("torch.")
+    if inputs.dtype != weight.dtype and "type" in error:
+        return (
+            f"{name} cannot compute with the inputs ({seen(inputs)}), as its weights are {own}: "
+            f"{error}. Give them as {own}: X.astype('{own}') for an array or a data frame, "
+            f"X.to(torch.{own}) for a tensor."
+        )
+    if "shape" in error or "size" in error or "channels" in error:
+        return f"{name} cannot take the inputs ({seen(inputs)}): {error}"
+    return ""
+
+
+def about_target(kind: Any, output: Any, target: Any, error: str) -> str:
+    """Returns what is wrong with a target that a loss of torch refused; "" where it is not known."""
+    if kind is None:
+        return ""
+    name, both = kind.__name__, f"output: {seen(output)}; target: {seen(target)}"
+    if kind in _CLASSES:
+        classes = output.shape[1] if output.ndim > 1 else 0
+        if target.is_floating_point():
+            return (
+                f"{name} takes the number of each sample's class, as whole numbers; the target "
+                f"holds floats ({both}). If they are class numbers: y.astype('int64') for an "
+                f"array, y.long() for a tensor. If they are measured values: loss='mse'."
+            )
+        if "out of bounds" in error:
+            return (
+                f"{name}: the classes of {classes} outputs per sample are numbered from 0 to "
+                f"{classes - 1}, but: {error} Give the network as many outputs as there are "
+                f"classes, and number them from 0."
+            )
+        return (
+            f"{name} takes outputs (N, classes) and targets (N), for images (N, classes, height, "
+            f"width) and (N, height, width): {error} ({both})"
+        )
+    if kind is nn.BCELoss:
+        return (
+            f"BCELoss takes probabilities and targets, both from 0 to 1: {error} ({both}). Give the "
+            f"network a sigmoid at its end, or use loss='bce_with_logits' without one."
+        )
+    return ""
+
+
+def warn_of_double(net: nn.Module, kind: Any) -> None:
+    """Warns of a softmax or sigmoid at the end of a network that its loss brings already."""
+    last = [*net.modules()][-1]
+    double = {nn.CrossEntropyLoss: nn.Softmax, nn.BCEWithLogitsLoss: nn.Sigmoid}.get(kind)
+    if double is not None and isinstance(last, double):
+        _log.warning(
+            "The network ends with %s, and %s applies it once more, so that it learns badly. "
+            "Remove it from the network.",
+            double.__name__,
+            kind.__name__,
+        )
+
+
+def task_of(kind: Any, loss: Any, output: Any, target: Any) -> dict[str, Any]:
+    """Returns what a metric of classes has to know, from the first batch; nothing where unknown.
+
+    Args:
+        kind: torch's class of the loss, or None.
+        loss: The loss; one that ignores a class tells which.
+        output: ``(N, classes)``, ``(N, labels)`` or ``(N)``, and more dimensions behind.
+        target: The target as `fitted` returned it.
+    """
+    if not isinstance(output, Tensor) or not isinstance(target, Tensor):
+        return {}
+    numbers = not target.is_floating_point()
+    if kind in _CLASSES or (kind is None and numbers and output.ndim == target.ndim + 1):
+        found = {"task": "multiclass", "num_classes": output.shape[1]}
+        ignored = getattr(loss, "ignore_index", -100)
+        # Leaving out waits for the device, so it is done only where something may be ignored.
+        if kind in _CLASSES[:2] and (ignored != -100 or target.ndim > 1):
+            found["ignore_index"] = ignored
+        return found
+    if output.shape == target.shape and (kind in _BINARY or (kind is None and numbers)):
+        if output.ndim == 1 or output.shape[1] == 1:
+            return {"task": "binary"}
+        return {"task": "multilabel", "num_labels": output.shape[1]}
+    return {}
+
+
+def for_classes(kind: Any, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns probabilities and class numbers, as metrics of classes take them.
+
+    torchmetrics guesses from each batch's values whether it got logits; the loss knows it.
+    """
+    output = output.float()
+    if kind in _LOGITS:
+        output = output.sigmoid()
+    elif kind is nn.CrossEntropyLoss:
+        if target.is_floating_point():  # probabilities of all classes
+            target = target.argmax(1)
+        output = output.softmax(1)
+    elif kind is nn.NLLLoss:
+        output = output.exp()
+    if kind in _BINARY:
+        target = (target > 0.5).long()
+    if output.shape == target.shape and output.ndim == 2 and output.shape[1] == 1:
+        return output.squeeze(1), target.squeeze(1)
+    return output, target
+
+
+def seen(value: Any) -> str:
+    """Returns the type and shape of a value for messages."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
+    if isinstance(value, Mapping):
+        return f"of type {type(value).__name__} with {', '.join(map(str, value))}"
+    return f"of type {type(value).__name__}"
