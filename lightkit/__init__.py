@@ -30,6 +30,7 @@ if typing.TYPE_CHECKING:
     from lightkit.functional import evaluate, fit, predict
     from lightkit.supervised import SupervisedTask
     from lightkit.trainer import Trainer
+    from lightkit.tuning import lr_find, scale_batch_size
 else:
     #: What a module that defines tasks does not need, and so no worker process that imports it.
     _ROOMS = {
@@ -44,8 +45,10 @@ else:
         "predict": "functional",
         "freeze": "freezing",
         "is_frozen": "freezing",
+        "lr_find": "tuning",
         "one_cycle": "rates",
         "param_groups": "finetuning",
+        "scale_batch_size": "tuning",
         "unfreeze": "freezing",
         "warmup": "rates",
         "warmup_cosine": "rates",
@@ -87,6 +90,7 @@ __all__ = [
     "freeze",
     "is_frozen",
     "loggers",
+    "lr_find",
     "not_a_hook",
     "one_cycle",
     "param_groups",
@@ -94,6 +98,7 @@ __all__ = [
     "rank_zero_info",
     "rank_zero_only",
     "rank_zero_warn",
+    "scale_batch_size",
     "seed_everything",
     "unfreeze",
     "warmup",

@@ -33,7 +33,6 @@ NAMES: dict[str, str] = {
     "DDPPlugin": "lk.DDPStrategy",
     "data_loader": "the method without the decorator",
     "pytorch": "lightkit itself, as in lk.Trainer, lk.callbacks and lk.loggers",
-    "metrics": "torchmetrics",
     "profilers": "Trainer(profiler='simple')",
     "strategies": "lk.DDPStrategy or lk.FSDPStrategy",
     "utilities": "lk.rank_zero_only, lk.rank_zero_info or lk.rank_zero_warn",
@@ -77,6 +76,15 @@ ARGUMENTS: dict[str, str] = {
     "weights_save_path": "callbacks=[ModelCheckpoint(dirpath=...)]",
     "weights_summary": "enable_model_summary",
 }
+#: Of ``Trainer(strategy=...)``.
+STRATEGIES: dict[str, str] = {
+    **dict.fromkeys(
+        ("dp", "ddp2", "ddp_cpu", "ddp_fork", "ddp_notebook", "ddp_spawn", "horovod"),
+        "'ddp' and start the program by torchrun",
+    ),
+    **dict.fromkeys(("deepspeed", "deepspeed_stage_2", "deepspeed_stage_3"), "'fsdp'"),
+    "single_device": "'auto'",
+}
 #: Of ``trainer.fit(...)``, ``validate``, ``test`` and ``predict``.
 CALL_ARGUMENTS: dict[str, str] = {
     "test_dataloaders": "dataloaders",
@@ -84,7 +92,6 @@ CALL_ARGUMENTS: dict[str, str] = {
     "train_loader": "train_dataloaders",
     "val_dataloader": "val_dataloaders",
     "val_dataloaders": "dataloaders",
-    "weights_only": "nothing: every file is read with weights_only=True",
 }
 #: Of a trainer.
 TRAINER: dict[str, str] = {

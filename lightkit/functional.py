@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -96,19 +97,9 @@ def fit(
     task = _task(fit, net, {**given, "metrics": metrics})
     if isinstance(task, SupervisedTask) and task.loss is None:
         raise ConfigError("fit needs a loss: a name such as loss='cross_entropy', or a function.")
-    if is_array(train):
-        raise DataError(
-            "train is an array without targets. Write fit(net, (X, y), (X_val, y_val), loss=...)."
-        )
-    batches = _loader(train, "train", batch_size, True)
-    val_batches = _loader(val, "val", batch_size, False)
-    if batch_size is not None and batches is train and val_batches is val:
-        raise ConfigError(
-            f"batch_size={batch_size}, but the loaders that were given make the batches. Set it "
-            f"there, or give data sets or (X, y)."
-        )
-    if plot:
-        _require_matplotlib()
+    batches, val_batches = _training_loaders(train, val, batch_size)
+    if plot and find_spec("matplotlib") is None:
+        raise ConfigError("plot=True needs matplotlib: pip install 'lightkit[plot]'.")
     trainer = Trainer(max_epochs=epochs, **options)
     history = trainer.fit(task, batches, val_batches, ckpt_path=ckpt_path)
     if plot and history and trainer.is_global_zero:
@@ -197,6 +188,22 @@ def _task(function: Callable[..., Any], net: Any, given: dict[str, Any]) -> Task
     return net
 
 
+def _training_loaders(train: Any, val: Any, batch_size: int | None) -> tuple[Any, Any]:
+    """Returns what the Trainer gets, with batches of data sets and arrays."""
+    if is_array(train):
+        raise DataError(
+            "train is an array without targets. Write fit(net, (X, y), (X_val, y_val), loss=...)."
+        )
+    batches = _loader(train, "train", batch_size, True)
+    val_batches = _loader(val, "val", batch_size, False)
+    if batch_size is not None and batches is train and val_batches is val:
+        raise ConfigError(
+            f"batch_size={batch_size}, but the loaders that were given make the batches. Set it "
+            f"there, or give data sets or (X, y)."
+        )
+    return batches, val_batches
+
+
 def _loader(data: Any, name: str, batch_size: int | None, shuffle: bool) -> Any:
     """Returns a loader of a data set or of arrays; all else is left to the Trainer."""
     if isinstance(data, (float, int)):
@@ -245,14 +252,6 @@ def _check_names(function: Callable[..., Any], options: dict[str, Any]) -> None:
         near = did_you_mean(name, [*own, *inspect.signature(Trainer.__init__).parameters])
         if any(f"{word!r}" in near for word in own):
             raise ConfigError(f"{function.__name__} has no argument {name!r}.{near}")
-
-
-def _require_matplotlib() -> None:
-    """Raises before the training where the picture at its end could not be drawn."""
-    from importlib.util import find_spec
-
-    if find_spec("matplotlib") is None:
-        raise ConfigError("plot=True needs matplotlib: pip install 'lightkit[plot]'.")
 
 
 def _show(history: History) -> None:

@@ -28,7 +28,6 @@ _LOSSES = {
 _KERAS = {
     "sparse_categorical_crossentropy": "'cross_entropy', of a network without softmax at its end",
     "categorical_crossentropy": "'cross_entropy', of a network without softmax at its end",
-    "binary_crossentropy": "'bce_with_logits', or 'bce' of a network with a sigmoid at its end",
 }
 _METRICS = {
     "acc": "Accuracy",

@@ -98,7 +98,7 @@ class OptimizerPlan:
             OptimizerError: For anything that cannot be used, with what to write instead.
         """
         try:
-            optimizers, raw = _read(task.configure_optimizers())
+            optimizers, raw = read(task.configure_optimizers())
         except ValueError as error:
             if "empty parameter list" not in str(error):
                 raise
@@ -294,7 +294,7 @@ class OptimizerPlan:
 _Raw = tuple[Any, Optimizer | None, str | None]
 
 
-def _read(value: Any) -> tuple[list[Any], list[_Raw]]:
+def read(value: Any) -> tuple[list[Any], list[_Raw]]:
     """Returns the optimizers and the schedules, as they were written."""
     if value is None:
         return [], []
@@ -315,7 +315,7 @@ def _read(value: Any) -> tuple[list[Any], list[_Raw]]:
         for item in value:
             if not isinstance(item, (Optimizer, Mapping)):
                 raise OptimizerError(_unusable(item, "an element of its result"))
-            more, plans = _read(item)
+            more, plans = read(item)
             optimizers += more
             raw += plans
         return optimizers, raw

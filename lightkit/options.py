@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from numbers import Integral
@@ -59,12 +59,12 @@ def known_names(init: Callable[P, R]) -> Callable[P, R]:
     return checked
 
 
-def unknown_argument(call: Callable[..., Any], unknown: Mapping[str, Any]) -> ConfigError:
-    """Returns the error for keywords that an entry point of the Trainer does not have."""
-    what = f"Trainer.{call.__name__} has no argument"
-    return ConfigError(
-        refusal(what, next(iter(unknown)), CALL_ARGUMENTS, inspect.signature(call).parameters)
-    )
+def refuse_unknown(call: Callable[..., Any], unknown: dict[str, Any]) -> None:
+    """Raises `ConfigError` for keywords that an entry point of the Trainer does not have."""
+    unknown.pop("weights_only", None)  # needless, so code can be ported: no file runs code here
+    for name in unknown:
+        what, known = f"Trainer.{call.__name__} has no argument", inspect.signature(call).parameters
+        raise ConfigError(refusal(what, name, CALL_ARGUMENTS, known))
 
 
 @dataclass(frozen=True)

@@ -141,7 +141,7 @@ class SupervisedTask(TaskModule):
             if isinstance(inputs, (tuple, list)):
                 return self(*inputs)
             return self(**inputs) if isinstance(inputs, Mapping) else self(inputs)
-        except RuntimeError as error:
+        except (RuntimeError, TypeError) as error:
             hint = targets.about_inputs(self.net, inputs, str(error))
             if not hint:
                 raise
@@ -255,10 +255,9 @@ def _told_apart(
     makers: dict[str, Callable[[str, dict[str, Any]], Any]] = {}
     functions: dict[str, Callable[..., Any]] = {}
     for name, one in named.items():
-        if one == "loss":  # is logged anyway
-            continue
         if isinstance(one, str):
-            makers[name] = _by_name(metric_class(one))
+            if one != "loss":  # is logged anyway
+                makers[name] = _by_name(metric_class(one))
         elif metric_objects.is_metric(one):
             makers[name] = lambda name, found, one=one: one.clone()  # type: ignore[misc]
         elif isinstance(one, type) and callable(getattr(one, "update", None)):

@@ -85,6 +85,11 @@ def _reshaped(kind: Any, output: Tensor, target: Tensor) -> Tensor:
 def about_inputs(net: nn.Module, inputs: Any, error: str) -> str:
     """Returns what is wrong with inputs that a network could not take; "" where it is not known."""
     weight = next((p for p in net.parameters() if p.is_floating_point()), None)
+    if "must be Tensor" in error:
+        return (
+            f"{type(net).__name__} cannot take the inputs ({seen(inputs)}), as batches hold tensors: "
+            f"{error}. A DataLoader makes them of samples: DataLoader(samples, batch_size=32)."
+        )
     if weight is None or not isinstance(inputs, Tensor):
         return ""
     name, own = type(net).__name__, str(weight.dtype).removeprefix("torch.")

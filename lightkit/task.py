@@ -363,6 +363,7 @@ class TaskModule(TaskHooks, ShardingHooks, TaskView):
         checkpoint_path: str | Path,
         map_location: str | torch.device | None = "cpu",
         strict: bool = True,
+        weights_only: bool | None = None,
         **overrides: Any,
     ) -> Self:
         """Builds the task with the stored arguments and loads its weights.
@@ -371,6 +372,7 @@ class TaskModule(TaskHooks, ShardingHooks, TaskView):
             checkpoint_path: A checkpoint of lightkit or Lightning.
             map_location: The device to put the task on.
             strict: Whether all names and shapes must agree.
+            weights_only: Accepted and needless: no file can run code.
             overrides: Arguments that replace stored ones, and those that could not be stored.
 
         Raises:

@@ -17,7 +17,7 @@ from lightkit.history import History
 from lightkit.hooks import Callback
 from lightkit.limits import make_limits
 from lightkit.loggers.base import Logger
-from lightkit.options import Options, known_names, listed, unknown_argument
+from lightkit.options import Options, known_names, listed, refuse_unknown
 from lightkit.precision import resolve_precision
 from lightkit.session import Session
 from lightkit.task import TaskModule
@@ -199,7 +199,7 @@ class Trainer(TrainerView):
         from lightkit import calls, loops
 
         if unknown:
-            raise unknown_argument(self.fit, unknown)
+            refuse_unknown(self.fit, unknown)
         data = (train_dataloaders, val_dataloaders, datamodule)
         own = {"max_epochs": max_epochs, "max_steps": max_steps}
         with calls.open_fit(self, model, *data, ckpt_path, **own) as run:
@@ -229,7 +229,7 @@ class Trainer(TrainerView):
             One dict of means for each loader.
         """
         if unknown:
-            raise unknown_argument(self.validate, unknown)
+            refuse_unknown(self.validate, unknown)
         return self._evaluate("validation", model, dataloaders, datamodule, ckpt_path, verbose)
 
     def test(
@@ -243,7 +243,7 @@ class Trainer(TrainerView):
     ) -> list[dict[str, float]]:
         """Runs ``test_step`` (by default ``validation_step``) over each loader; see `validate`."""
         if unknown:
-            raise unknown_argument(self.test, unknown)
+            refuse_unknown(self.test, unknown)
         return self._evaluate("test", model, dataloaders, datamodule, ckpt_path, verbose)
 
     def predict(
@@ -274,7 +274,7 @@ class Trainer(TrainerView):
         from lightkit.predictions import outputs_of_all
 
         if unknown:
-            raise unknown_argument(self.predict, unknown)
+            refuse_unknown(self.predict, unknown)
         given = (model, dataloaders, datamodule, ckpt_path)
         with open_evaluation(self, "predict", *given, keep=return_predictions) as run:
             evaluate(run)

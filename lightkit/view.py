@@ -47,9 +47,9 @@ class TrainerView:
             return object.__getattribute__(self, name)
         from lightkit.elsewhere import TRAINER, refusal
 
-        text = refusal("Trainer has no attribute", name, TRAINER, dir(type(self)))
-        if name in getattr(vars(self).get("options"), "__dataclass_fields__", ()):
-            text = f"Trainer has no attribute {name!r}. Write trainer.options.{name}."
+        options = vars(self).get("options", ())
+        names = {n: f"trainer.options.{n}" for n in getattr(options, "__dataclass_fields__", ())}
+        text = refusal("Trainer has no attribute", name, {**names, **TRAINER}, dir(type(self)))
         raise AttributeError(text)
 
     # --- position --------------------------------------------------------------------------------

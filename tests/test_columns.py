@@ -107,7 +107,9 @@ def test_reductions_by_name_and_by_function(given, name):
 
 @pytest.mark.parametrize("given", ["median", None, 3, "running", "running:0", "running:-2"])
 def test_unknown_reductions(given):
-    with pytest.raises(LoggingError, match="allowed are 'mean', 'sum', 'min', 'max', 'std', 'last'"):
+    with pytest.raises(
+        LoggingError, match="allowed are 'mean', 'sum', 'min', 'max', 'std', 'last'"
+    ):
         reduction("x", given)
 
 

@@ -160,7 +160,9 @@ def test_task_callbacks_and_functions_add_in_turn_and_see_what_was_added(trainer
     made = trainer(callbacks=[Callback()], max_steps=1)
     made.on("loss", lambda trainer, task, loss: seen.append(loss.item()))
     outputs = []
-    made.on("train_batch_end", lambda trainer, task, outputs_: outputs.append(float(outputs_)))
+    made.on(
+        "train_batch_end", lambda trainer, task, outputs_: outputs.append(outputs_["loss"].item())
+    )
     history = made.fit(Adds(), data())
     first = seen[0]
     assert seen == pytest.approx([first, first + 1, 2 * (first + 1)])
@@ -403,7 +405,9 @@ def test_numbers_go_on_in_a_run_that_is_continued(trainer, tmp_path):
 
 def test_runs_with_functions_resume_exactly():
     def added():
-        return [lk.callbacks.LambdaCallback(on_loss=lambda trainer, task, _: penalty(trainer, task))]
+        return [
+            lk.callbacks.LambdaCallback(on_loss=lambda trainer, task, _: penalty(trainer, task))
+        ]
 
     assert_resumes_exactly(Net, data(shuffle=True), callbacks=added)
 
@@ -485,7 +489,7 @@ def test_s3_10_the_state_of_a_run_is_visible(trainer):
     def look(trainer, task, outputs, batch, batch_idx):
         state = trainer.state
         seen.extend((state.epoch, state.global_step, state.batch_idx, batch_idx))
-        seen.append(torch.equal(trainer.callback_metrics["train_loss"], outputs))
+        seen.append(torch.equal(trainer.callback_metrics["train_loss"], outputs["loss"]))
         task.kept = batch[0]  # a name of its own on the task: S1-13
         trainer.should_stop = True  # S1-03
 

@@ -335,3 +335,16 @@ def test_wrong_words_of_the_command(tmp_path, capsys):
     assert "does not exist" in capsys.readouterr().err
     assert main(["export", str(tmp_path / "a.ckpt"), str(tmp_path / "b.ckpt")]) == 1
     assert "nothing to join" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_from_a_gpu_to_the_cpu(program):
+    task = Rich().to("cuda")
+    tokens = torch.randint(0, 9, (5, 3))
+    task.export(program, tokens)
+    task.eval()
+    assert {p.device.type for p in task.parameters()} == {"cuda"}
+    out = run(program, tokens)
+    out = out["out"] if isinstance(out, dict) else out
+    assert torch.allclose(out, task(tokens.to("cuda"))["out"].cpu(), atol=1e-4)

@@ -130,3 +130,18 @@ def test_plot_puts_train_and_val_of_a_metric_on_one_axes(tmp_path):
 def test_nothing_is_imported_before_it_is_needed():
     assert isinstance(sys.modules["lightkit.history"], types.ModuleType)
     assert not {"pandas", "matplotlib"} & set(vars(sys.modules["lightkit.history"]))
+
+
+def test_the_picture_goes_into_the_folder_of_the_run(tmp_path):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    history = three()
+    history.plot(close=True)  # no folder, no file
+    history.folder = tmp_path / "run"
+    history.folder.mkdir()
+    history.plot(close=True)
+    assert (tmp_path / "run/curves.png").is_file()
+    history.plot(tmp_path / "mine.png", ["val_acc"], close=True)
+    assert (tmp_path / "mine.png").is_file()
+    history[1:].plot(close=True)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["curves.png"]
+    assert pyplot.get_fignums() == []

@@ -440,6 +440,45 @@ def test_names_that_are_no_text(trainer, name):
         trainer().fit(Probe(lambda t, b: t.log(name, 1)), loader())
 
 
+class Reduced(lk.TaskModule):
+    """Logs one value in several ways."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 1)
+
+    def training_step(self, batch):
+        loss = self.layer(batch).square().mean()
+        for how in ("std", "last", "running:5"):
+            self.log(how.partition(":")[0], loss, reduce_fx=how)
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.05)
+
+
+def test_other_reductions_in_a_fit(trainer):
+    """S1-07: one value feeds all of them, and the running mean goes on over epochs."""
+    values, made = [], trainer(max_epochs=3, log_every_n_steps=2)
+    made.on("train_batch_end", lambda trainer, task, outputs: values.append(outputs["loss"]))
+    history = made.fit(Reduced(), torch.utils.data.DataLoader(torch.randn(12, 2), 3))
+    losses = torch.stack(values).double()
+    for epoch, row in enumerate(history, 1):
+        own = losses[4 * (epoch - 1) : 4 * epoch]
+        assert row["std"] == pytest.approx(own.std().item(), rel=1e-12)
+        assert row["last"] == own[-1].item()
+        seen = losses[: 4 * epoch][-5:]
+        assert row["running"] == pytest.approx(seen.mean().item(), rel=1e-12)
+
+
+def test_other_reductions_resume_exactly():
+    from lightkit.testing import assert_resumes_exactly
+
+    data = torch.randn(15, 2)
+    loader = torch.utils.data.DataLoader(data, 3)
+    assert_resumes_exactly(Reduced, loader, log_every_n_steps=2)
+
+
 def test_an_unknown_reduction(trainer):
     with pytest.raises(LoggingError, match="mean of the last 50 values. Did you mean 'mean'?"):
         trainer().fit(Probe(lambda t, b: t.log("x", 1, reduce_fx="meann")), loader())

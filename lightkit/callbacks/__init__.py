@@ -12,20 +12,25 @@ if typing.TYPE_CHECKING:
     from lightkit.callbacks.lambda_callback import LambdaCallback
     from lightkit.callbacks.lr_monitor import LearningRateMonitor
     from lightkit.callbacks.model_checkpoint import ModelCheckpoint
-    from lightkit.callbacks.prediction_writer import PredictionWriter
+    from lightkit.callbacks.monitors import DeviceStatsMonitor, ThroughputMonitor
+    from lightkit.callbacks.prediction_writer import BasePredictionWriter, PredictionWriter
     from lightkit.callbacks.profiler import SimpleProfiler
     from lightkit.callbacks.progress import ProgressBar
     from lightkit.callbacks.requeue import RequeueJob
+    from lightkit.callbacks.statistics import Statistics
     from lightkit.callbacks.summary import ModelSummary
     from lightkit.callbacks.timer import Timer
     from lightkit.callbacks.trace import TraceProfiler
 
     EMAWeightAveraging, StochasticWeightAveraging = EMA, SWA
+    RichModelSummary = ModelSummary
     RichProgressBar = TQDMProgressBar = ProgressBar
 else:
     _ROOMS = {
         "BackboneFinetuning": "finetuning",
         "BaseFinetuning": "finetuning",
+        "BasePredictionWriter": "prediction_writer",
+        "DeviceStatsMonitor": "monitors",
         "EMA": "averaging",
         "EarlyStopping": "early_stopping",
         "GradientAccumulationScheduler": "accumulation",
@@ -38,6 +43,8 @@ else:
         "RequeueJob": "requeue",
         "SWA": "averaging",
         "SimpleProfiler": "profiler",
+        "Statistics": "statistics",
+        "ThroughputMonitor": "monitors",
         "Timer": "timer",
         "TraceProfiler": "trace",
         "Unfreeze": "finetuning",
@@ -46,6 +53,7 @@ else:
     #: The names that other trainers use.
     _ALSO = {
         "EMAWeightAveraging": "EMA",
+        "RichModelSummary": "ModelSummary",
         "RichProgressBar": "ProgressBar",
         "StochasticWeightAveraging": "SWA",
         "TQDMProgressBar": "ProgressBar",
@@ -71,7 +79,9 @@ __all__ = [
     "SWA",
     "BackboneFinetuning",
     "BaseFinetuning",
+    "BasePredictionWriter",
     "Callback",
+    "DeviceStatsMonitor",
     "EMAWeightAveraging",
     "EarlyStopping",
     "GradientAccumulationScheduler",
@@ -82,10 +92,13 @@ __all__ = [
     "PredictionWriter",
     "ProgressBar",
     "RequeueJob",
+    "RichModelSummary",
     "RichProgressBar",
     "SimpleProfiler",
+    "Statistics",
     "StochasticWeightAveraging",
     "TQDMProgressBar",
+    "ThroughputMonitor",
     "Timer",
     "TraceProfiler",
     "Unfreeze",

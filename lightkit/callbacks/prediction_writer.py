@@ -1,14 +1,17 @@
-"""Writes predictions to files, on each rank its own."""
+"""Writes predictions, on each rank its own: to files, or by code of the user's."""
 
 from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch.utils.data import SequentialSampler
+
 from lightkit.checkpoint import read_any, save_file
-from lightkit.errors import CheckpointError, ConfigError
+from lightkit.errors import CheckpointError, ConfigError, did_you_mean
 from lightkit.hooks import Callback
 from lightkit.predictions import batch_number, in_order, on_cpu
 from lightkit.run import EvalRun
@@ -137,6 +140,116 @@ class PredictionWriter(Callback):
             ]
             found.append(in_order(of_loader))
         return found[0] if len(found) == 1 else found
+
+
+class BasePredictionWriter(Callback):
+    """Hands predictions to code of your own, on each rank those of its batches.
+
+    Override `write_on_batch_end`, `write_on_epoch_end` or both. What needs no code of its own, and
+    is to be complete and in order over ranks, is written by `PredictionWriter`.
+
+    Args:
+        write_interval: "batch" calls `write_on_batch_end` after every batch, "epoch"
+            `write_on_epoch_end` when all are done, "batch_and_epoch" both.
+
+    Raises:
+        ConfigError: For another interval.
+    """
+
+    def __init__(self, write_interval: str = "batch") -> None:
+        known = ("batch", "epoch", "batch_and_epoch")
+        if write_interval not in known:
+            hint = did_you_mean(str(write_interval), known)
+            raise ConfigError(f"write_interval={write_interval!r}: it is one of {known}.{hint}")
+        self.interval = write_interval
+        self._predictions: list[list[Any]] = []
+        self._indices: list[list[Sequence[int] | None]] = []
+
+    def write_on_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: TaskModule,
+        prediction: Any,
+        batch_indices: Sequence[int] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Override it to write what ``predict_step`` returned for a batch.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The task.
+            prediction: What it returned, on its device.
+            batch_indices: The places of its samples in the data set, where the loader goes through
+                that in order with batches of one size; else None.
+            batch: The batch.
+            batch_idx: Its number on this rank.
+            dataloader_idx: The number of the loader.
+        """
+
+    def write_on_epoch_end(
+        self,
+        trainer: Trainer,
+        pl_module: TaskModule,
+        predictions: Sequence[Any],
+        batch_indices: Sequence[Any],
+    ) -> None:
+        """Override it to write all that this rank has predicted.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The task.
+            predictions: What ``predict_step`` returned for each batch; for several loaders a list
+                of such lists.
+            batch_indices: For each batch as for `write_on_batch_end`, likewise for each loader.
+        """
+
+    def on_predict_start(self, trainer: Trainer, task: TaskModule) -> None:
+        """Begins anew."""
+        loaders = range(len(trainer.num_predict_batches))
+        self._predictions, self._indices = [[] for _ in loaders], [[] for _ in loaders]
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        task: TaskModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Writes a batch, or keeps it until the end."""
+        run = trainer._run
+        assert isinstance(run, EvalRun)
+        if run.metrics.silent:  # another rank predicts the same
+            return
+        indices = _indices(run, dataloader_idx, batch_idx)
+        if self.interval != "epoch":
+            where = (batch, batch_idx, dataloader_idx)
+            self.write_on_batch_end(trainer, task, outputs, indices, *where)
+        if self.interval != "batch":
+            self._predictions[dataloader_idx].append(outputs)
+            self._indices[dataloader_idx].append(indices)
+
+    def on_predict_epoch_end(self, trainer: Trainer, task: TaskModule) -> None:
+        """Writes what was kept."""
+        predictions, indices = self._predictions, self._indices
+        self._predictions, self._indices = [], []
+        if self.interval != "batch":
+            one = len(predictions) == 1
+            kept = (predictions[0], indices[0]) if one else (predictions, indices)
+            self.write_on_epoch_end(trainer, task, *kept)
+
+
+def _indices(run: EvalRun, loader: int, batch_idx: int) -> Sequence[int] | None:
+    """Returns the places of a batch's samples in the data set; None where they are not known."""
+    given, number = run.loaders[loader].loader, batch_number(run, loader, batch_idx)
+    size, samples = getattr(given, "batch_size", None), run.metrics.now.size
+    plain = isinstance(getattr(given, "sampler", None), SequentialSampler)
+    if number < 0 or size is None or samples is None or not plain:
+        return None
+    return range(number * size, number * size + samples)
 
 
 def _files(folder: Path) -> dict[tuple[int, int], Path]:

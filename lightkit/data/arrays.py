@@ -66,9 +66,8 @@ def as_tensor(values: Any, name: str) -> Tensor:
 
 
 def _warn_of_missing(tensor: Tensor, values: Any, name: str) -> None:
-    columns = list(getattr(values, "columns", ()))
-    missing = tensor.isnan().sum(0) if tensor.ndim > 1 else tensor.isnan().sum()
-    holes = [f"{column!r}" for column, n in zip(columns, missing, strict=False) if n]
+    missing, columns = tensor.isnan(), list(getattr(values, "columns", ()))
+    holes = [f"{column!r}" for i, column in enumerate(columns) if missing[:, i].any()]
     _log.warning(
         "%s has %d missing values (nan)%s, and one of them makes the loss nan. Fill them (fillna) "
         "or drop their rows (dropna), unless the network or the loss knows of them.",
@@ -104,8 +103,8 @@ def _as_array(values: Any, name: str) -> Any:
         )
     if isinstance(values, (str, bytes, dict, set)) or callable(getattr(values, "__next__", None)):
         raise DataError(
-            f"{name} is {values!r:.60} ({type(values).__name__}). Give an array, a tensor, a data "
-            f"frame or a list of numbers; for anything else write a Dataset and a DataLoader."
+            f"{name} is of type {type(values).__name__}. Give an array, a tensor, a data frame or "
+            f"a list of numbers; for anything else write a Dataset and a DataLoader."
         )
     try:
         return numpy.asarray(values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightkit import elsewhere
 from lightkit.distributed.env import LaunchEnv
 from lightkit.distributed.strategies import SingleDevice, Strategy
 from lightkit.errors import ConfigError, did_you_mean
@@ -16,7 +17,10 @@ def check_strategy(given: Any) -> None:
     """Raises `ConfigError` for what is neither a name of a strategy nor one."""
     if isinstance(given, Strategy) or (isinstance(given, str) and given in STRATEGIES):
         return
-    hint = did_you_mean(given, STRATEGIES) if isinstance(given, str) else ""
+    hint = ""
+    if isinstance(given, str):
+        known = elsewhere.STRATEGIES.get(given)
+        hint = did_you_mean(given, STRATEGIES) if known is None else f" Write {known}."
     if isinstance(given, type) and issubclass(given, Strategy):
         hint = f" Make an object of it: {given.__name__}()."
     raise ConfigError(

@@ -8,8 +8,14 @@ if typing.TYPE_CHECKING:
     from lightkit.loggers.csv import CSVLogger
     from lightkit.loggers.jsonl import JSONLLogger
     from lightkit.loggers.tensorboard import TensorBoardLogger
+    from lightkit.loggers.wandb import WandbLogger
 else:
-    _ROOMS = {"CSVLogger": "csv", "JSONLLogger": "jsonl", "TensorBoardLogger": "tensorboard"}
+    _ROOMS = {
+        "CSVLogger": "csv",
+        "JSONLLogger": "jsonl",
+        "TensorBoardLogger": "tensorboard",
+        "WandbLogger": "wandb",
+    }
 
     def __getattr__(name: str) -> object:
         """Imports a logger when it is first asked for."""
@@ -25,4 +31,4 @@ else:
         return sorted({*globals(), *__all__})
 
 
-__all__ = ["CSVLogger", "JSONLLogger", "Logger", "TensorBoardLogger"]
+__all__ = ["CSVLogger", "JSONLLogger", "Logger", "TensorBoardLogger", "WandbLogger"]

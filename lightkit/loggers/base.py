@@ -6,7 +6,10 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _log = logging.getLogger("lightkit")
 
@@ -155,6 +158,15 @@ class Logger:
 
     def log_graph(self, task: Any, batch: Any = None) -> None:
         """Writes the graph of the network, where asked for. Does nothing by default."""
+
+    def log_histogram(self, name: str, values: Tensor, step: int) -> None:
+        """Writes how the elements of a tensor are distributed. Does nothing by default.
+
+        Args:
+            name: What they are.
+            values: A floating-point tensor of any shape on the CPU; nan and inf may be in it.
+            step: Optimizer steps completed.
+        """
 
     def flush(self) -> None:
         """Hands everything logged so far to the operating system. May be called at any time."""

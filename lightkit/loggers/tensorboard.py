@@ -195,6 +195,12 @@ class TensorBoardLogger(Logger):
                 reason[0],
             )
 
+    def log_histogram(self, name: str, values: torch.Tensor, step: int) -> None:
+        """See `Logger.log_histogram`."""
+        finite = values[values.isfinite()]
+        if finite.numel() and self._run_dir is not None:
+            self.experiment.add_histogram(self._prefix + name, finite, step)
+
     def flush(self) -> None:
         """Writes what is queued; what an error keeps out of a file goes into a new one."""
         try:

@@ -14,8 +14,10 @@ PACKAGES: dict[str, set[str]] = {
     "yaml": {"config.py"},
     "tensorboard": {"loggers/tensorboard.py"},
     "torch.utils.tensorboard": {"loggers/tensorboard.py"},
+    "wandb": {"loggers/wandb.py"},
     "torchmetrics": {"named.py"},
-    "matplotlib": {"history.py"},
+    # tuning: the picture of its sweep
+    "matplotlib": {"history.py", "tuning.py"},
     "pandas": {"history.py"},
     "onnx": {"export.py"},
     "onnxruntime": {"export.py"},

@@ -22,6 +22,7 @@ LAZY = (
     "torch._dynamo",
     "torch.utils.tensorboard",
     "torchmetrics",
+    "wandb",
     "yaml",
 )
 #: Audit events of a thread, a process or a socket that begins.

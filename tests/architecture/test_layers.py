@@ -54,7 +54,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "totals",
         "windows",
     ),
-    ("checkpoint", "export", "metrics", "optim", "task", "task_view"),
+    ("checkpoint", "export", "metrics", "optim", "supervised", "task", "task_view"),
     ("run",),
     ("agreement", "loops", "evaluation", "closure", "predictions", "instruments"),
     ("callbacks", "loggers"),
@@ -75,7 +75,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "trainer",
         "view",
     ),
-    ("config_types", "config", "cli", "testing", "__main__", ""),
+    ("config_types", "config", "cli", "testing", "tuning", "__main__", ""),
 )
 
 

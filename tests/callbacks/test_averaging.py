@@ -214,9 +214,7 @@ def test_they_come_back_after_an_exception(tmp_path):
     task, plain = Failing(), Net()
     plain.load_state_dict(task.state_dict())
     with pytest.raises(RuntimeError, match="stopped"):
-        trainer(EMA(0.9), max_epochs=2, default_root_dir=tmp_path).fit(
-            task, loader(), loader(9)
-        )
+        trainer(EMA(0.9), max_epochs=2, default_root_dir=tmp_path).fit(task, loader(), loader(9))
     trainer(max_epochs=2, enable_checkpointing=False).fit(plain, loader())
     same(task.net, plain.net)
     saved = read_checkpoint(next(tmp_path.rglob("last.ckpt")))  # saved after the exception

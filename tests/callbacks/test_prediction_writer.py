@@ -89,3 +89,48 @@ def test_a_trial_writes_nothing(tmp_path):
 def test_the_batches_per_file_are_checked(number):
     with pytest.raises(ConfigError, match="batches_per_file"):
         PredictionWriter("out", batches_per_file=number)
+
+
+class Kept(lk.callbacks.BasePredictionWriter):
+    def __init__(self, interval):
+        super().__init__(interval)
+        self.batches, self.epochs = [], []
+
+    def write_on_batch_end(
+        self, trainer, pl_module, prediction, batch_indices, batch, batch_idx, dataloader_idx
+    ):
+        self.batches.append((prediction["number"], batch_indices, len(batch), dataloader_idx))
+
+    def write_on_epoch_end(self, trainer, pl_module, predictions, batch_indices):
+        self.epochs.append((predictions, batch_indices))
+
+
+def written(interval, loaders):
+    kept = Kept(interval)
+    quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
+    lk.Trainer(callbacks=[kept], **quiet).predict(Double(), loaders, return_predictions=False)
+    return kept
+
+
+def test_code_of_ones_own_gets_batches_or_all_of_them():
+    each = written("batch", loader(5))
+    assert each.batches == [(0, range(2), 2, 0), (1, range(2, 4), 2, 0), (2, range(4, 5), 1, 0)]
+    assert each.epochs == []
+    ((predictions, indices),) = written("epoch", loader(5)).epochs
+    assert [one["number"] for one in predictions] == [0, 1, 2]
+    assert indices == [range(2), range(2, 4), range(4, 5)]
+    both = written("batch_and_epoch", [loader(2), loader(4)])
+    assert [where[3] for where in both.batches] == [0, 1, 1]
+    ((predictions, indices),) = both.epochs
+    assert [len(of_loader) for of_loader in predictions] == [1, 2]
+    assert indices == [[range(2)], [range(2), range(2, 4)]]
+
+
+def test_places_of_samples_that_nobody_knows_are_none():
+    shuffled = DataLoader(torch.arange(4.0), 2, shuffle=True)
+    assert [where[1] for where in written("batch", shuffled).batches] == [None, None]
+
+
+def test_an_interval_that_is_none():
+    with pytest.raises(ConfigError, match="Did you mean 'epoch'"):
+        Kept("epochs")

@@ -54,3 +54,18 @@ def unfreezing(world: int, path: str | None = None) -> dict:
     weights, rates = fitted(world, path)
     resumed = fitted(world, resume=path)[0] if path else weights
     return {"weights": weights, "rates": rates, "resumed": resumed}
+
+
+def finding(world: int) -> dict:
+    """A sweep, which ends where the loss explodes, and what a fit gives after it."""
+    task, trainer = Net(), scenes_ddp.trainer()
+    loader = scenes_ddp.loader(2 // world)
+    found = lk.lr_find(trainer, task, loader, steps=30, min_lr=1e-4, max_lr=0.05)
+    exploded = lk.lr_find(trainer, task, loader, steps=60, min_lr=1e-4, max_lr=1e5)
+    assert len(exploded.rates) < 60
+    history = trainer.fit(task, loader)
+    return {
+        "rates": found.rates,
+        "losses": found.losses,
+        "after": [row["train_loss"] for row in history],
+    }

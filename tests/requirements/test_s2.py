@@ -43,15 +43,23 @@ def test_S2_02_the_two_lines_as_they_stand(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     from lightkit import Trainer
 
-    model, dataloader = Skeleton(), loader()
+    seen = []
+
+    class Where(Skeleton):
+        def training_step(self, batch, batch_idx):
+            seen.append(batch[0].device.type)
+            return super().training_step(batch, batch_idx)
+
+    model, dataloader = Where(), loader()
     if torch.cuda.is_available():
         Trainer(gpus=1).fit(model, dataloader)
-        assert model.device.type == "cpu" or model.device.index == 0
-        return
-    Trainer(gpus=0, max_epochs=1).fit(model, dataloader)
-    trainer = Trainer(gpus=1)  # asks for a GPU when it needs one
-    with pytest.raises(ConfigError, match="GPU"):
-        trainer.fit(model, dataloader)
+        assert set(seen) == {"cuda"}
+    else:
+        trainer = Trainer(gpus=1)  # it asks for the GPU when it needs one
+        with pytest.raises(ConfigError, match="GPU"):
+            trainer.fit(model, dataloader)
+        Trainer(gpus=0).fit(model, dataloader)
+        assert set(seen) == {"cpu"}
 
 
 def test_S2_03_without_a_gpu_the_error_says_what_to_write(quiet, monkeypatch):
@@ -144,7 +152,10 @@ def test_S2_07_tensorboard_without_a_line(tmp_path, monkeypatch):
     board = EventAccumulator(str(trainer.run_dir)).Reload()
     assert {"train_loss", "val_loss"} <= set(board.Tags()["scalars"])
     curve = [(event.step, event.value) for event in board.Scalars("val_loss")]
-    assert curve == [(5, pytest.approx(history[0]["val_loss"])), (10, pytest.approx(history[1]["val_loss"]))]
+    assert curve == [
+        (5, pytest.approx(history[0]["val_loss"])),
+        (10, pytest.approx(history[1]["val_loss"])),
+    ]
 
 
 def test_S2_08_progress_is_shown_by_default(tmp_path, monkeypatch, capsys):

@@ -94,7 +94,7 @@ def test_S4_05_arrays_in_and_predictions_out(tmp_path):
     x = np.random.default_rng(0).normal(size=(64, 4))
     y = x.sum(axis=1)
     frame = pandas.DataFrame(x, columns=list("abcd"))
-    model = LightkitRegressor(hidden=(), max_epochs=40, lr=0.05).fit(frame, y)
+    model = LightkitRegressor(epochs=40, lr=0.05, random_state=0).fit(frame, y)
     assert model.score(frame, y) > 0.9
     assert isinstance(model.predict(frame), np.ndarray)
 
@@ -133,7 +133,7 @@ def test_S4_07_one_cycle(quiet):
 
         def configure_optimizers(self):
             optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
-            return {"optimizer": optimizer, "lr_scheduler": lk.one_cycle(optimizer, self)}
+            return {"optimizer": optimizer, "lr_scheduler": lk.one_cycle(optimizer, self.trainer)}
 
     quiet(max_epochs=4).fit(Cycles(), loader())
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1, momentum=0.9)
@@ -162,7 +162,9 @@ def test_S4_08_every_part_can_be_exchanged(quiet):
             called.append("transfer")
             return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
-        def configure_gradient_clipping(self, optimizer, gradient_clip_val, gradient_clip_algorithm):
+        def configure_gradient_clipping(
+            self, optimizer, gradient_clip_val, gradient_clip_algorithm
+        ):
             called.append("clip")
 
         def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure):
