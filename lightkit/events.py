@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -99,19 +100,14 @@ class When:
         return (self.every, self.once, self.before, self.after) != (None,) * 4
 
     def passes(self, trainer: Trainer, number: int) -> bool:
-        """Tells whether the function is called at the event of this number."""
+        """Tells whether the function is called at the event of this number, but for the filter."""
         return (
             (not self.rank_zero or trainer.is_global_zero)
             and (self.every is None or number % self.every == 0)
             and (self.once is None or number == self.once)
             and (self.before is None or number < self.before)
             and (self.after is None or number > self.after)
-            and (self.filter is None or self._filtered(trainer, number))
         )
-
-    def _filtered(self, trainer: Trainer, number: int) -> bool:
-        assert self.filter is not None
-        return bool(self.filter(*(trainer, number)[: positional_arguments(self.filter, 2)]))
 
 
 class Handler(Callback):
@@ -122,7 +118,11 @@ class Handler(Callback):
         function: Gets what the hook gets, or its first arguments.
         when: At which events it is called.
 
+    Attributes:
+        label: What profilers and hints call it.
+
     Raises:
+        ConfigError: For conditions that mean nothing at this event.
         HookNameError: For an event that does not exist.
         UsageError: For something that cannot be called.
     """
@@ -131,6 +131,7 @@ class Handler(Callback):
 
     def __init__(self, event: Any, function: Callable[..., Any], when: When) -> None:
         name = hook_of(event)
+        self.label = getattr(function, "__name__", type(function).__name__)
         if not callable(function):
             raise UsageError(
                 f"trainer.on({event!r}, {function!r}): a function is needed, not "
@@ -151,12 +152,15 @@ class Handler(Callback):
 
 def _conditional(name: str, function: Callable[..., Any], when: When) -> Callable[..., Any]:
     """Returns a function that is called with all that a hook gives, and calls at its time."""
-    taken, number = positional_arguments(function, 7), counter(name)
+    taken, number_of = positional_arguments(function, 7), counter(name)
+    chosen = when.filter
+    asked = 0 if chosen is None else positional_arguments(chosen, 2)
 
     def call(trainer: Trainer, task: Any, *arguments: Any) -> Any:
         if when.counts and trainer.sanity_checking:  # a trial, which counts for nothing
             return None
-        if when.passes(trainer, 1 if number is None else number(trainer.state, arguments)):
+        number = 1 if number_of is None else number_of(trainer.state, arguments)
+        if when.passes(trainer, number) and (chosen is None or chosen(*(trainer, number)[:asked])):
             return function(*(trainer, task, *arguments)[:taken])
         return None
 
@@ -212,10 +216,10 @@ def hook_of(event: Any) -> str:
 
 def returning(function: Callable[..., Any]) -> Callable[..., Any]:
     """Returns a function for ``on_loss`` that must return something to add."""
-    taken = positional_arguments(function, 3)
 
+    @functools.wraps(function)
     def add(*arguments: Any) -> Any:
-        more = function(*arguments[:taken])
+        more = function(*arguments)
         if more is None:
             raise UsageError(
                 f"{getattr(function, '__name__', 'A function')}, given to trainer.add_to_loss, "
@@ -223,5 +227,4 @@ def returning(function: Callable[..., Any]) -> Callable[..., Any]:
             )
         return more
 
-    add.__module__ = getattr(function, "__module__", add.__module__)
     return add

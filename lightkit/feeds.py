@@ -95,7 +95,7 @@ def train_loader(
     """Returns the training loader, and what makes it anew between epochs (None keeps it)."""
     options, alone = trainer.options, not positional_arguments(session.task.training_step, 1)
     given, make = source(session, given, "train")
-    if given is None and (session.bare or alone):
+    if given is None and (alone or (session.bare and session.datamodule is None)):
         return no_data(trainer), None
     if given is None:
         raise DataError(

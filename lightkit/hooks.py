@@ -347,7 +347,8 @@ def _timed(
     """Returns a hook with its time taken, where it is the user's own; others stay as they are."""
     if times is None or not of_user(method):
         return method
-    return times.timed(method, times.part(f"{type(owner).__name__}.{name}", "callbacks"))
+    label = getattr(owner, "label", type(owner).__name__)
+    return times.timed(method, times.part(f"{label}.{name}", "callbacks"))
 
 
 def listens(owner: Any, name: str) -> bool:

@@ -44,6 +44,10 @@ _METRICS = {
 }
 
 
+#: Names of targets, which Keras and scikit-learn give first.
+_TARGETS = ("y_true", "target", "targets", "label", "labels")
+
+
 def _plain(name: str) -> str:
     return name.lower().replace("_", "").replace("-", "").replace(" ", "")
 
@@ -94,7 +98,22 @@ def loss_of(given: Any) -> Loss:
             f"loss={given!r:.80} cannot be called. Give a name such as 'cross_entropy', or a "
             f"function or module that takes output and target."
         )
+    check_order("loss", given)
     return given  # type: ignore[no-any-return]
+
+
+def check_order(what: str, function: Any) -> None:
+    """Raises `ConfigError` for a function whose first parameter is called like a target."""
+    try:
+        names = list(inspect.signature(getattr(function, "forward", function)).parameters)
+    except (TypeError, ValueError):  # builtins and C functions have no signature
+        return
+    if len(names) > 1 and names[0] in _TARGETS:
+        raise ConfigError(
+            f"{what}: a function is called with (output, target), but the first parameter of "
+            f"{getattr(function, '__name__', type(function).__name__)} is {names[0]!r}. Turn them "
+            f"round, or write lambda output, target: f(target, output)."
+        )
 
 
 def kind_of_loss(loss: Any) -> type[nn.Module] | None:
@@ -138,7 +157,7 @@ def optimizer_of(given: Any, lr: float | None) -> MakeOptimizer:
             f"optimizer={given!r:.80}: allowed are a name such as 'adamw', a class of torch.optim, "
             f"a function of the parameters, and an optimizer."
         )
-    return make if lr is None else functools.partial(make, lr=lr)  # type: ignore[no-any-return]
+    return make if lr is None else functools.partial(make, lr=lr)
 
 
 def _optimizer_class(name: str) -> type[Optimizer]:

@@ -90,23 +90,23 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no ty
         return self._train(X, y)
 
     def _train(self, X: Any, y: Any, more: bool = False, classes: Any = None) -> Self:  # noqa: N803
-        """Trains a new module for all epochs, or with ``more`` the present one for one more."""
+        """Trains a new module for all epochs, or with ``more`` the present one for one epoch."""
         self._check_names(self.get_params())
-        more = more and hasattr(self, "module_")
-        how = {"reset": not more, "dtype": self.dtype, "allow_nd": True}
+        new = not (more and hasattr(self, "module_"))
+        how = {"reset": new, "dtype": self.dtype, "allow_nd": True}
         how |= dict.fromkeys(("multi_output", "y_numeric"), not is_classifier(self))
         X, y = validate_data(self, X, y, **how)  # noqa: N806
-        y, outputs = self._targets(y, more, classes)
-        seed = 0 if more else check_random_state(self.random_state).randint(2**31 - 1)
+        y, outputs = self._targets(y, new, classes)
+        seed = check_random_state(self.random_state).randint(2**31 - 1) if new else 0
         callbacks = listed(self.callbacks, Callback, "callbacks")
         callbacks.append(LambdaCallback(on_fit_start=self._go_on))
         with _aside(self.verbose):
-            if more:
-                rng.set_rng_state(self._random)
-            else:
+            if new:
                 rng.seed_everything(seed, verbose=False)
                 self._optimizer: Any = None
-            module = self.module_ if more else self._new_module(X[0].size, outputs)
+            else:
+                rng.set_rng_state(self._random)
+            module = self._new_module(X[0].size, outputs) if new else self.module_
             train, val = ((X, y), None) if more else self._split(X, y, callbacks)
             make = optimizer_of(self.optimizer, self.lr)
             make = functools.partial(make, **self._part("optimizer__", make))
@@ -118,8 +118,8 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no ty
             self._random: dict[str, Any] = rng.rng_state()
         self.module_: nn.Module = module.cpu()
         self._optimizer.load_state_dict(self._optimizer.state_dict())  # to the CPU, like the module
-        before = self.history_ if more else []
-        for row in rows if more else ():
+        before = [] if new else self.history_
+        for row in () if new else rows:
             row.update({name: row[name] + before[-1][name] for name in ("epoch", "step")})
         self.history_: History = History([*before, *rows])
         return self
@@ -208,12 +208,12 @@ class LightkitClassifier(ClassifierMixin, _Estimator):  # type: ignore[misc]
         best = self.predict_proba(X).argmax(1)
         return self.classes_[best]
 
-    def _targets(self, y: Any, more: bool, classes: Any) -> tuple[Any, int]:
+    def _targets(self, y: Any, new: bool, classes: Any) -> tuple[Any, int]:
         check_classification_targets(y)
-        if not more:
+        if new:
             self.classes_ = np.unique(y if classes is None else classes)
-        if (new := np.setdiff1d(y, self.classes_)).size:
-            raise UsageError(f"y has {new}: partial_fit needs classes= in its first call.")
+        if (unknown := np.setdiff1d(y, self.classes_)).size:
+            raise UsageError(f"y has {unknown}: partial_fit needs classes= in its first call.")
         return np.searchsorted(self.classes_, y), len(self.classes_)
 
 
@@ -228,8 +228,8 @@ class LightkitRegressor(RegressorMixin, _Estimator):  # type: ignore[misc]
         """Returns predictions in the shape of the targets, and in their type if it is a float."""
         return self._outputs(X).numpy().reshape(-1, *self._shape).astype(self._dtype)
 
-    def _targets(self, y: Any, more: bool, classes: Any) -> tuple[Any, int]:
-        if not more:
+    def _targets(self, y: Any, new: bool, classes: Any) -> tuple[Any, int]:
+        if new:
             self._shape, self._dtype = y.shape[1:], y.dtype if y.dtype.kind == "f" else "float32"
         return (columns := y.astype("float32").reshape(len(y), -1)), columns.shape[1]
 

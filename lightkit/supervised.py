@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightkit import metric_objects, targets
 from lightkit.errors import ConfigError, DataError, UsageError
-from lightkit.named import kind_of_loss, loss_of, metric_class, optimizer_of, snake
+from lightkit.named import check_order, kind_of_loss, loss_of, metric_class, optimizer_of, snake
 from lightkit.task import TaskModule
 
 
@@ -72,8 +72,8 @@ class SupervisedTask(TaskModule):
                 f"lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 10)."
             )
         self._scheduler = scheduler
-        self._makers, self._functions = _told_apart(metrics)
-        self.measures = [*self._makers, *self._functions]
+        self._measured, self._functions = _told_apart(metrics)
+        self.measures = [*self._measured, *self._functions]
         self.metrics = nn.ModuleDict()
         self._found: dict[str, Any] | None = None  # what named metrics have to know
         targets.warn_of_double(net, self._kind)
@@ -183,7 +183,7 @@ class SupervisedTask(TaskModule):
         """Makes the metrics of training, whose states come next."""
         if "supervised_metrics" in checkpoint:
             self._found = checkpoint["supervised_metrics"]
-            for name in self._makers:
+            for name in self._measured:
                 self._metric("train", name)
 
     def _measure(self, stage: str, outputs: Any) -> None:
@@ -194,11 +194,11 @@ class SupervisedTask(TaskModule):
         with torch.no_grad():
             for name, function in self._functions.items():
                 self.log(f"{stage}_{name}", function(output, target), on_step=False, on_epoch=True)
-            if not self._makers:
+            if not self._measured:
                 return
             if self._found is None:
                 self._found = targets.task_of(self._kind, self.loss, output, target)
-            for name in self._makers:
+            for name in self._measured:
                 metric = self._metric(stage, name)
                 self._update(name, metric, output, target)
                 self.log(f"{stage}_{name}", metric, on_step=False, on_epoch=True)
@@ -208,7 +208,7 @@ class SupervisedTask(TaskModule):
         key = f"{stage}_{name}"
         if key not in self.metrics:
             assert self._found is not None
-            self.metrics[key] = self._makers[name](name, self._found).to(self.device)
+            self.metrics[key] = _made(name, self._measured[name], self._found).to(self.device)
         return self.metrics[key]
 
     def _update(self, name: str, metric: Any, output: Any, target: Any) -> None:
@@ -236,10 +236,8 @@ def _network(given: Any) -> nn.Module:
 # --- metrics -------------------------------------------------------------------------------------
 
 
-def _told_apart(
-    given: Any,
-) -> tuple[dict[str, Callable[[str, dict[str, Any]], Any]], dict[str, Callable[..., Any]]]:
-    """Returns what makes the torchmetrics objects, and the functions, by their names."""
+def _told_apart(given: Any) -> tuple[dict[str, Any], dict[str, Callable[..., Any]]]:
+    """Returns classes and objects of torchmetrics, and functions, by their names."""
     named: dict[str, Any] = {}
     if isinstance(given, Mapping) or metric_objects.is_collection(given):
         named = dict(metric_objects.members(given))
@@ -252,24 +250,23 @@ def _told_apart(
                     f"metrics: two of them are called {name!r}. Give a dict of names and metrics."
                 )
             named[name] = one
-    makers: dict[str, Callable[[str, dict[str, Any]], Any]] = {}
+    kinds: dict[str, Any] = {}
     functions: dict[str, Callable[..., Any]] = {}
     for name, one in named.items():
         if isinstance(one, str):
             if one != "loss":  # is logged anyway
-                makers[name] = _by_name(metric_class(one))
-        elif metric_objects.is_metric(one):
-            makers[name] = lambda name, found, one=one: one.clone()  # type: ignore[misc]
-        elif isinstance(one, type) and callable(getattr(one, "update", None)):
-            makers[name] = _by_name(one)
+                kinds[name] = metric_class(one)
+        elif metric_objects.is_metric(one) or (isinstance(one, type) and hasattr(one, "update")):
+            kinds[name] = one
         elif callable(one):
+            check_order("metrics", one)
             functions[name] = one
         else:
             raise ConfigError(
                 f"metrics: {one!r:.80} is none. Give a name such as 'accuracy', an object of "
                 f"torchmetrics, or a function metric(output, target)."
             )
-    return makers, functions
+    return kinds, functions
 
 
 def _name_of(metric: Any) -> str:
@@ -277,22 +274,20 @@ def _name_of(metric: Any) -> str:
     return str(getattr(metric, "__name__", "") or snake(type(metric).__name__))
 
 
-def _by_name(kind: type) -> Callable[[str, dict[str, Any]], Any]:
-    """Returns what makes an object of a class of torchmetrics from what the first batch showed."""
-
-    def make(name: str, found: dict[str, Any]) -> Any:
-        known = inspect.signature(kind.__new__).parameters
-        if "task" not in known:
-            return kind()
-        if not found:
-            raise UsageError(
-                f"The metric {name!r} is one of classes, and this loss with these targets does not "
-                f"say how they are meant. Give an object, such as "
-                f"torchmetrics.{kind.__name__}(task='multiclass', num_classes=10)."
-            )
-        how = dict(found)
-        if "average" in known and kind.__name__ != "Accuracy":
-            how["average"] = "macro"
-        return kind(**how, validate_args=False)  # the checks would wait for the device
-
-    return make
+def _made(name: str, kind: Any, found: dict[str, Any]) -> Any:
+    """Returns a metric of its own, of an object or of a class with what the first batch showed."""
+    if not isinstance(kind, type):
+        return kind.clone()
+    known = inspect.signature(kind.__new__).parameters
+    if "task" not in known:
+        return kind()
+    if not found:
+        raise UsageError(
+            f"The metric {name!r} is one of classes, and this loss with these targets does not say "
+            f"how they are meant. Give an object, such as "
+            f"torchmetrics.{kind.__name__}(task='multiclass', num_classes=10)."
+        )
+    how = dict(found)
+    if "average" in known and kind.__name__ != "Accuracy":
+        how["average"] = "macro"
+    return kind(**how, validate_args=False)  # the checks would wait for the device

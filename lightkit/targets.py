@@ -123,9 +123,10 @@ def about_target(kind: Any, output: Any, target: Any, error: str) -> str:
                 f"{classes - 1}, but: {error} Give the network as many outputs as there are "
                 f"classes, and number them from 0."
             )
+        hint = " If the rows are one-hot: y.argmax(1)." if output.shape == target.shape else ""
         return (
             f"{name} takes outputs (N, classes) and targets (N), for images (N, classes, height, "
-            f"width) and (N, height, width): {error} ({both})"
+            f"width) and (N, height, width): {error} ({both}).{hint}"
         )
     if kind is nn.BCELoss:
         return (

@@ -471,6 +471,18 @@ def test_other_mistakes(trainer):
         made.fit(Net(), data())
 
 
+def test_a_profiler_knows_functions_by_their_names(trainer):
+    made = trainer(max_epochs=1)
+
+    @made.on("train_batch_end", every=2)
+    def watch():
+        pass
+
+    made.fit(Net(), data())
+    parts = {part.name: part.calls for part in made.session.flow.times.parts}
+    assert parts["watch.on_train_batch_end"] == 5
+
+
 def test_evaluations_have_the_functions_too(trainer):
     made, calls = trainer(), []
     made.on("test_batch_end", lambda trainer, task, outputs, batch, index: calls.append(index))

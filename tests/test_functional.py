@@ -86,11 +86,28 @@ def test_S0_16_S0_20_a_history_of_plain_numbers():
     assert history[1]["train_loss"] < history[0]["train_loss"]
 
 
-def test_S0_25_the_trainers_options_and_batch_size():
+def test_S0_25_a_part_of_the_data_and_another_batch_size():
     _, history = fitted((X, Y), limit_train_batches=3, batch_size=5)
     assert [row["step"] for row in history] == [3, 6]
-    weights, _ = fitted((X, Y), limit_train_batches=1, epochs=1, callbacks=[])
-    assert weights.isfinite().all()
+
+
+def test_S2_10_callbacks_and_schedules_control_it():
+    stop = lk.callbacks.EarlyStopping(monitor="val_loss", patience=1)
+    seen = []
+    _, history = fitted(
+        (X, Y),
+        val=(X, Y),
+        epochs=9,
+        optimizer="sgd",
+        lr=1e-12,  # nothing becomes better
+        scheduler=lambda optimizer: (
+            seen.append(optimizer) or torch.optim.lr_scheduler.StepLR(optimizer, 1)
+        ),
+        callbacks=[stop],
+    )
+    assert len(history) < 4
+    assert [type(optimizer) for optimizer in seen] == [torch.optim.SGD]
+    assert seen[0].param_groups[0]["lr"] < 1e-12
 
 
 def test_the_order_of_validation_and_of_iterable_data_sets():

@@ -56,6 +56,7 @@ def test_losses_as_objects_classes_and_functions():
         ("sparse_categorical_crossentropy", "Write 'cross_entropy', of a network without softmax"),
         (3, "cannot be called"),
         (dict, "cannot be called"),
+        (lambda y_true, y_pred: y_true, "is called with .output, target., but .* 'y_true'"),
     ],
 )
 def test_what_is_no_loss(given, message):

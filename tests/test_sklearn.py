@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import pickle
 
@@ -30,8 +31,9 @@ from lightkit.sklearn import LightkitClassifier, LightkitRegressor
 
 @pytest.fixture(autouse=True)
 def nothing_written(tmp_path, monkeypatch):
-    """Works in an empty folder that stays empty, and leaves the global random states alone."""
+    """Works in an empty folder that stays empty."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(gc, "collect", lambda: 0)  # most of the time of so small a fit
     yield
     assert [*tmp_path.iterdir()] == []
 
@@ -97,7 +99,7 @@ def test_partial_fits_go_on_with_weights_optimizer_and_random_states():
     X, y = flowers()
     net = LightkitClassifier(Net, module__dropout=0.5, epochs=3, random_state=0)
     whole, parts = clone(net).fit(X, y), clone(net)
-    for _ in range(3):
+    for _ in range(3):  # of one epoch each
         parts = pickle.loads(pickle.dumps(parts.partial_fit(X, y)))
     for one, other in zip(whole.module_.parameters(), parts.module_.parameters(), strict=True):
         assert torch.equal(one, other)
@@ -173,7 +175,7 @@ def test_s0_28_grid_search_in_a_pipeline_over_parts():
 def test_grid_search_in_processes():
     X, y = flowers()
     net = LightkitClassifier(epochs=2, random_state=0, trainer__accelerator="cpu")
-    grid = {"module__hidden": [4, 8], "lr": [1e-3, 1e-2]}
+    grid = {"module__hidden": [4, 8]}
     alone, together = (
         GridSearchCV(net, grid, cv=2, error_score="raise", n_jobs=jobs).fit(X, y) for jobs in (1, 2)
     )

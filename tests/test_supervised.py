@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -216,6 +217,7 @@ def test_inputs_may_be_several_and_a_subclass_prepares_others(quiet):
         (X, Y.float(), "cross_entropy", r"holds floats .*y.astype\('int64'\).*loss='mse'"),
         (X, Y + 1, "cross_entropy", "numbered from 0 to 2, but: Target 3 is out of bounds"),
         (X, torch.stack([Y, Y], 1), "cross_entropy", r"takes outputs \(N, classes\)"),
+        (X, F.one_hot(Y), "cross_entropy", r"one-hot: y.argmax\(1\)"),
         (X, Y, "mse", r"shape \(5, 3\) and the target \(5,\).*loss='cross_entropy'"),
         (X, torch.zeros(22, 3), "bce", "Give the network a sigmoid .*bce_with_logits"),
         (X.long(), Y, "cross_entropy", r"inputs \(int64 .* weights are float32.*astype"),
@@ -245,6 +247,7 @@ def test_metrics_that_do_not_fit(quiet, metrics, loss, message):
     ("arguments", "message"),
     [
         ({"metrics": [3]}, "metrics: 3 is none"),
+        ({"metrics": lambda y_true, y_pred: 0.0}, "first parameter of <lambda> is 'y_true'"),
         ({"metrics": ["accuracy", "accuracy"]}, "two of them are called 'accuracy'"),
         ({"scheduler": "cosine"}, "give a function of the optimizer"),
         ({"net": nn.Linear}, r"Pass an object of it: Linear"),
@@ -274,3 +277,10 @@ def test_weights_are_those_of_the_network(tmp_path, quiet):
     assert torch.equal(again(X), task.eval()(X)) is False  # in train mode there is dropout
     assert torch.equal(again.eval()(X), task(X))
     assert again.measures == ["accuracy"]
+
+
+def test_it_can_be_pickled():
+    task = lk.SupervisedTask(network(), loss="mse", optimizer="sgd", lr=1, metrics=["f1", "mse"])
+    again = pickle.loads(pickle.dumps(task))
+    assert again.measures == ["f1", "mse"]
+    assert torch.equal(again.eval()(X), task.eval()(X))

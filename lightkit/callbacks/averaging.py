@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, update_bn
+from torch.optim.swa_utils import SWALR, get_ema_multi_avg_fn, update_bn
 
 from lightkit import rng
+from lightkit.averages import Averages
 from lightkit.data import BatchStream, generators
 from lightkit.errors import ConfigError, did_you_mean
 from lightkit.evaluation import restore_modes
@@ -69,6 +70,7 @@ class WeightAveraging(Callback):
     order = 30
     updates: int
     _loaded: dict[str, Tensor]
+    _averages: Averages | None
 
     def __init__(
         self,
@@ -112,11 +114,8 @@ class WeightAveraging(Callback):
         """Takes back the averages of a checkpoint."""
         loaded, self._loaded = self._loaded, {}
         if loaded:
-            self._begin(task)
-            for name, number in self._names.items():
-                self._held[number].copy_(_local(loaded[name]))
-            assert self._average is not None
-            self._average.n_averaged.fill_(self.updates)
+            self._averages = self._begin(task)
+            self._averages.load(loaded, self.updates)
 
     def on_train_start(self, trainer: Trainer, task: TaskModule) -> None:
         """Notes the step at which the fit begins."""
@@ -139,7 +138,7 @@ class WeightAveraging(Callback):
             return
         if run.cadence.unit == "epoch" or run.state.batch_idx == run.train_length:
             self._end_epoch(trainer, task)
-        if self._average is not None:
+        if self._averages is not None:
             self._show(trainer, task)
 
     def on_validation_end(self, trainer: Trainer, task: TaskModule) -> None:
@@ -153,7 +152,7 @@ class WeightAveraging(Callback):
 
     def on_train_end(self, trainer: Trainer, task: TaskModule) -> None:
         """Leaves the averages in the task."""
-        if self._average is not None:
+        if self._averages is not None:
             self._show(trainer, task)
             _log.info("the task has the mean of its weights now, of %d updates", self.updates)
 
@@ -172,7 +171,7 @@ class WeightAveraging(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the counts; the weights are added when the checkpoint is complete."""
-        return {"updates": self.updates, "epoch": self._epoch} if self._average else {}
+        return {"updates": self.updates, "epoch": self._epoch} if self._averages else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes the counts back."""
@@ -182,14 +181,9 @@ class WeightAveraging(Callback):
         self, trainer: Trainer, task: TaskModule, checkpoint: dict[str, Any]
     ) -> None:
         """Makes the averages the model of the checkpoint, and keeps the trained weights beside."""
-        if self._average is None:
+        if self._averages is None:
             return
-        model, trained = checkpoint["model"], {}
-        for name, number in self._names.items():
-            if name not in model:  # a buffer that is never saved
-                continue
-            here, other = model[name], _like(model[name], self._held[number])
-            model[name], trained[name] = (here, other) if self._shown else (other, here)
+        trained = self._averages.put_into(checkpoint["model"])
         if "callbacks" in checkpoint:  # else it holds weights only
             checkpoint["callbacks"][self.state_key]["trained"] = trained
 
@@ -207,39 +201,11 @@ class WeightAveraging(Callback):
         """Sets what belongs to one fit."""
         self.updates = 0
         self._step, self._epoch = 0, -1  # the last that were looked at
-        self._shown = False  # whether the averages are in the network
-        self._loaded = {}
-        # The tensors of the network (of this rank), and what is kept for each: the average, or the
-        # trained weight while the average is shown. Names of shared weights have one number.
-        self._names: dict[str, int] = {}
-        self._live: list[Tensor] = []
-        self._held: list[Tensor] = []
-        self._average: AveragedModel | None = None
-        self._groups: list[tuple[list[Tensor], list[Tensor]]] = []
+        self._loaded, self._averages = {}, None
 
-    def _begin(self, task: nn.Module) -> None:
+    def _begin(self, task: nn.Module) -> Averages:
         """Makes the averages: by now every parameter has its place and its size."""
-        numbers: dict[int, int] = {}
-        network = _Tensors()
-        for name, tensor, is_buffer in self._averaged(task):
-            if id(tensor) not in numbers:
-                numbers[id(tensor)] = len(numbers)
-                network.take(_local(tensor.detach()), is_buffer)
-            self._names[name] = numbers[id(tensor)]
-        average = AveragedModel(network, self.device, use_buffers=self.use_buffers, **self._how)
-        self._average, self._network = average, network
-        copied: Any = average.module
-        self._live, self._held = network.tensors(), copied.tensors()
-        kinds: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
-        for held, live in zip(self._held, self._live, strict=True):
-            group = kinds.setdefault((held.device, held.dtype), ([], []))
-            group[0].append(held)
-            group[1].append(live)
-        self._groups = list(kinds.values())
-        for name, buffer in self._beside(task):  # shown and hidden too, but not averaged
-            self._names[name] = len(self._live)
-            self._live.append(buffer)
-            self._held.append(buffer.clone())
+        return Averages(self._averaged(task), self._beside(task), self.device, self._how)
 
     def _averaged(self, task: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
         """Yields names and tensors that are averaged, and whether each is a buffer."""
@@ -254,20 +220,12 @@ class WeightAveraging(Callback):
         """Yields what belongs to the averages and is found in another way."""
         yield from ()
 
-    @torch.no_grad()
     def _update(self, task: nn.Module) -> None:
         """Averages the weights of now in."""
-        if self._average is None:
-            self._begin(task)
-        assert self._average is not None
-        multi, self.updates = self._average.multi_avg_fn, self.updates + 1
-        if multi is None or self.device is not None or self.updates == 1:
-            # On CUDA a host sync: torch brings its counter there.
-            self._average.update_parameters(self._network)
-            return
-        for averages, weights in self._groups:  # what torch does, without the sync
-            multi(averages, weights, self._average.n_averaged)
-        self._average.n_averaged += 1  # on the CPU
+        if self._averages is None:
+            self._averages = self._begin(task)
+        self._averages.update()
+        self.updates = self._averages.updates
 
     def _end_epoch(self, trainer: Trainer, task: TaskModule) -> None:
         """Averages after the batches of an epoch, once."""
@@ -276,25 +234,17 @@ class WeightAveraging(Callback):
             if self.should_update(epoch_idx=self._epoch):
                 self._update(task)
 
-    @torch.no_grad()
-    def _exchange(self) -> None:
-        """Changes averages and trained weights with each other, in place."""
-        for live, held in zip(self._live, self._held, strict=True):
-            before = live.clone()
-            live.copy_(held)
-            held.copy_(before)
-        self._shown = not self._shown
-
     def _show(self, trainer: Trainer, task: TaskModule) -> None:
         """Puts the averages into the network."""
-        self._exchange()
+        assert self._averages is not None
+        self._averages.exchange()
         if self.use_buffers:
             trainer.strategy.before_evaluation(task)  # over ranks a collective: buffers
 
     def _hide(self) -> None:
         """Puts the weights of the training back, where the averages are shown."""
-        if self._shown:
-            self._exchange()
+        if self._averages is not None and self._averages.shown:
+            self._averages.exchange()
 
 
 class EMA(WeightAveraging):
@@ -525,34 +475,3 @@ class SWA(WeightAveraging):
             restore_modes(modes)
         means = [b for _, b in self._beside(task) if b.is_floating_point()]
         run.strategy.ranks.average(means)
-
-
-class _Tensors(nn.Module):
-    """Some tensors as a module: AveragedModel copies what it is given, and a task holds more."""
-
-    def take(self, tensor: Tensor, is_buffer: bool) -> None:
-        """Adds a tensor; its memory is shared."""
-        name = str(len(self._parameters) + len(self._buffers))
-        if is_buffer:
-            self.register_buffer(name, tensor)
-        else:
-            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
-
-    def tensors(self) -> list[Tensor]:
-        """Returns them, parameters first."""
-        return [*(p.detach() for p in self.parameters()), *self.buffers()]
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """Returns this rank's part of a tensor, or the whole where it is not sharded."""
-    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return part
-
-
-def _like(here: Tensor, part: Tensor) -> Tensor:
-    """Returns a part as a tensor of the kind that is in a checkpoint."""
-    if not hasattr(here, "to_local"):
-        return part
-    made = torch.empty_like(here)
-    _local(made).copy_(part)
-    return made

@@ -209,8 +209,8 @@ class ProcessRanks(Ranks):
 
     def stack(self, tensor: Tensor, what: str) -> Tensor:
         """See `Ranks.stack`."""
-        from torch.distributed.nn.functional import all_gather
-
+        if self.world_size == 1:
+            return tensor
         shapes = self.gather(tuple(tensor.shape), what)
         if len(set(shapes)) > 1:
             listed = "; ".join(f"rank {rank}: {shape}" for rank, shape in enumerate(shapes))
@@ -218,8 +218,8 @@ class ProcessRanks(Ranks):
                 f"{what}: the tensors have different shapes ({listed}). Pad them to one, or return "
                 f"them from predict_step, whose outputs come complete and in order."
             )
-        with self._named(what, tells=False):
-            return torch.stack(all_gather(tensor.contiguous()))  # type: ignore[no-untyped-call]
+        stacked: Tensor = _Stack.apply(tensor.contiguous(), self)  # type: ignore[no-untyped-call]
+        return stacked
 
     def copy_from_zero(self, tensors: Sequence[Tensor]) -> None:
         """See `Ranks.copy_from_zero`."""
@@ -319,6 +319,22 @@ class ProcessRanks(Ranks):
             if seen.count < self._count or (what is not None and seen.place != what)
         ]
         return "; ".join(behind) or "; ".join(f"rank {r} {_ending(e)}" for r, e in ends.items())
+
+
+class _Stack(torch.autograd.Function):
+    """Everybody's tensor along a new dimension; each rank gets the sum of its gradients there."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, ranks: ProcessRanks) -> Tensor:
+        ctx.ranks = ranks
+        found = [torch.empty_like(tensor) for _ in range(ranks.world_size)]
+        with ranks._named("gathering of tensors", tells=False):
+            torch.distributed.all_gather(found, tensor)
+        return torch.stack(found)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # a collective
+        return ctx.ranks.total(grads[0])[ctx.ranks.rank], None
 
 
 def _is_transport(error: BaseException) -> bool:

@@ -56,7 +56,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("checkpoint", "export", "metrics", "optim", "supervised", "task", "task_view"),
     ("run",),
-    ("agreement", "loops", "evaluation", "closure", "predictions", "instruments"),
+    ("agreement", "averages", "loops", "evaluation", "closure", "predictions", "instruments"),
     ("callbacks", "loggers"),
     (
         "advice",

@@ -18,6 +18,7 @@ def test_one_process_has_nobody_to_wait_for() -> None:
     assert ranks.decide(lambda: value, "x") is value
     assert ranks.exchange([1, 2.5], "x") == [[1.0, 2.5]]
     assert ranks.total(tensor) is tensor
+    assert ranks.stack(tensor, "x") is tensor
     ranks.average([tensor])
     ranks.copy_from_zero([tensor])
     ranks.wait("x")
@@ -43,8 +44,28 @@ def test_every_collective(tmp_path, world) -> None:
         assert torch.equal(third, torch.ones(2).double())
         assert told["total"] == sum(range(1, world + 1))
         assert torch.equal(told["copied"], torch.zeros(3))
+        gathered, each = told["all_gather"], torch.arange(1.0, world + 1)
+        several = each[:, None].expand(world, 2) if world > 1 else torch.ones(2)
+        assert torch.equal(gathered["own"], several)
+        assert gathered["detached"] is (world > 1)
+        assert gathered["name"] == "a"
+        assert torch.equal(gathered["count"], torch.arange(world) if world > 1 else torch.tensor(0))
+        assert torch.equal(gathered["grad"], torch.full((2,), each.sum()))
+        assert ("rank 0: (1,); rank 1: (2,)" in gathered["no"]) is (world > 1)
         places = "rank 0 came to 'one place'; rank 1 came to 'another place'; rank 2"
         assert (places in told["parted"]) if world > 1 else not told["parted"]
+
+
+def test_lines_and_warnings_of_rank_zero_alone(monkeypatch, caplog) -> None:
+    caplog.set_level("INFO")
+    lk.rank_zero_info("a line")
+    with pytest.warns(DeprecationWarning, match="old") as found:
+        lk.rank_zero_warn("old", category=DeprecationWarning)
+    assert found[0].filename == __file__
+    monkeypatch.setenv("RANK", "1")
+    lk.rank_zero_info("another")
+    lk.rank_zero_warn("nothing")
+    assert caplog.messages == ["a line"]
 
 
 def test_rank_zero_only(monkeypatch) -> None:

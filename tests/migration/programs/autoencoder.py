@@ -58,7 +58,7 @@ class Autoencoder(L.LightningModule):
     def __init__(
         self,
         encoder: nn.Module,
-        optimizer=functools.partial(torch.optim.Adam, lr=0.02),
+        optimizer=functools.partial(torch.optim.Adam, lr=0.02),  # noqa: B008
         latent: int = 3,
         noise: float = 0.1,
     ):
@@ -168,7 +168,9 @@ def main(folder, **options):
         optimizer=torch.optim.Adam,
         weights_only=False,
     )
-    assert all(torch.equal(a, b) for a, b in zip(task.parameters(), loaded.parameters()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(task.parameters(), loaded.parameters(), strict=True)
+    )
     assert trainer.global_step == len(task.losses)
     return {
         "losses": task.losses,

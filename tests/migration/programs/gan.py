@@ -76,7 +76,7 @@ class GAN(L.LightningModule):
                 scheduler.step()
 
     def configure_optimizers(self):
-        adam = dict(lr=self.hparams.lr, betas=(self.hparams.b1, 0.999))
+        adam = {"lr": self.hparams.lr, "betas": (self.hparams.b1, 0.999)}
         optimizers = [
             torch.optim.Adam(self.generator.parameters(), **adam),
             torch.optim.Adam(self.discriminator.parameters(), **adam),

@@ -1,0 +1,207 @@
+"""What ported code does beside its names: small programs, each one thing (S0-02)."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from torch import nn
+
+import lightkit as lk
+from lightkit.errors import CheckpointError, NotRunningError
+from tests.small import Net, loader
+
+
+def test_backward_may_be_overridden(quiet):
+    class Own(Net):
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+
+        def backward(self, loss, *args, **kwargs):
+            self.seen.append(loss.detach())
+            super().backward(loss, *args, **kwargs)
+
+    def trained(kind, **options):
+        torch.manual_seed(1)
+        task = kind()
+        quiet(max_epochs=1, fused=False, **options).fit(task, loader(16))
+        return task
+
+    task = trained(Own, accumulate_grad_batches=2)
+    plain = trained(Net, accumulate_grad_batches=2)
+    assert len(task.seen) == 4  # each batch, divided by the group's length
+    for a, b in zip(task.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(a, b)
+    scaled = trained(Own, precision="16-mixed")
+    assert scaled.seen[0] > 1000  # as it is differentiated
+
+
+def test_backward_of_lbfgs_and_manual_backward(quiet):
+    class Own(Net):
+        calls = 0
+
+        def backward(self, loss, *args, **kwargs):
+            self.calls += 1
+            loss.backward(*args, **kwargs)
+
+    class Newton(Own):
+        def configure_optimizers(self):
+            return torch.optim.LBFGS(self.parameters(), max_iter=3)
+
+    class Manual(Own):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+            assert optimizer.optimizer is self.trainer.optimizers[0]
+            self.manual_backward(super().training_step(batch, batch_idx), retain_graph=True)
+            optimizer.step()
+
+    newton, manual = Newton(), Manual()
+    quiet(max_steps=1).fit(newton, loader(4))
+    assert newton.calls == 3
+    quiet(max_steps=2).fit(manual, loader(8))
+    assert manual.calls == 2
+
+
+@pytest.mark.parametrize("automatic", [True, False])
+def test_outputs_of_a_batch_hold_the_loss(quiet, automatic):
+    class Task(Net):
+        automatic_optimization = automatic
+
+    class Watch(lk.Callback):
+        def __init__(self):
+            self.losses = []
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            self.losses.append(outputs["loss"])
+
+    watch = Watch()
+    quiet(max_epochs=1, callbacks=[watch]).fit(Task(), loader(8))
+    assert [loss.requires_grad for loss in watch.losses] == [False, False]
+
+
+def test_a_fit_is_saved_after_its_end(quiet, tmp_path):
+    torch.manual_seed(2)
+    whole = Net()
+    quiet(max_epochs=4).fit(whole, loader())
+    torch.manual_seed(2)
+    trainer, task, path = quiet(max_epochs=2), Net(), tmp_path / "after.ckpt"
+    with pytest.raises(NotRunningError, match="while fit runs and when it has ended"):
+        trainer.save_checkpoint(path)
+    trainer.fit(task, loader())
+    trainer.validate(task, loader(seed=2), verbose=False)
+    trainer.save_checkpoint(path)
+    trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+    torch.manual_seed(3)
+    resumed = Net()
+    quiet(max_epochs=4).fit(resumed, loader(), ckpt_path=path)
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+    loaded = Net.load_from_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+    assert torch.equal(loaded.net.weight, task.net.weight)
+
+
+class Built(Net):
+    def __init__(self, inner, make=functools.partial(torch.optim.SGD, lr=0.1), unit=nn.ReLU):  # noqa: B008
+        super().__init__()
+        self.save_hyperparameters(ignore="inner")
+        self.inner, self.unit = inner, unit()
+
+    def forward(self, x):
+        return self.inner(self.unit(x))
+
+    def configure_optimizers(self):
+        return self.hparams.make(params=self.parameters())
+
+
+def test_a_network_and_factories_among_the_hyperparameters(tmp_path):
+    trainer = lk.Trainer(max_epochs=1, default_root_dir=tmp_path, enable_progress_bar=False)
+    task = Built(nn.Linear(4, 1))
+    trainer.fit(task, loader(), loader(seed=2))
+    assert trainer.test(dataloaders=loader(), ckpt_path="best", verbose=False)
+    path = trainer.checkpoint_callback.best_model_path
+    with pytest.raises(CheckpointError, match=r"inner, make \(functools.partial\). Pass them"):
+        Built.load_from_checkpoint(path)
+    # `unit` is a class that was left at its default: its name is enough.
+    loaded = Built.load_from_checkpoint(path, inner=nn.Linear(4, 1), make=torch.optim.SGD)
+    assert torch.equal(loaded.inner.weight, task.inner.weight)
+    assert loaded.hparams.unit is nn.ReLU
+    other = Built(nn.Linear(4, 1), unit=nn.Tanh)
+    trainer.fit(other, loader())
+    with pytest.raises(CheckpointError, match=r"unit \(torch.nn.modules.activation.Tanh\)"):
+        trainer_path = trainer.checkpoint_callback.best_model_path
+        Built.load_from_checkpoint(trainer_path, inner=nn.Linear(4, 1), make=torch.optim.SGD)
+
+
+def test_a_logger_as_it_was_written_elsewhere(tmp_path):
+    class Rows(lk.loggers.Logger):
+        def __init__(self):
+            super().__init__()
+            self.rows, self.params, self.status = [], None, None
+
+        @property
+        def name(self):
+            return "rows"
+
+        @property
+        def version(self):
+            return 3
+
+        @lk.rank_zero_only
+        def log_hyperparams(self, params, *args, **kwargs):
+            self.params = dict(params)
+
+        @lk.rank_zero_only
+        def log_metrics(self, metrics, step):
+            self.rows.append((step, metrics["train_loss"]))
+
+        @lk.rank_zero_only
+        def finalize(self, status):
+            self.status = status
+
+    logger = Rows()
+    trainer = lk.Trainer(max_epochs=1, logger=logger, log_every_n_steps=1,
+                         default_root_dir=tmp_path, enable_progress_bar=False)  # fmt: skip
+    trainer.fit(Net(), loader())
+    assert [step for step, _ in logger.rows] == [1, 2, 3, 4, 5]
+    assert (logger.params, logger.status) == ({"width": 4}, "success")
+
+
+def test_data_as_they_were_given(quiet):
+    trainer, task = quiet(max_epochs=1), Net()
+    train, val, test = loader(), loader(seed=2), [loader(seed=3), loader(seed=4)]
+
+    class Watch(lk.Callback):
+        def on_train_start(self, trainer, pl_module):
+            assert trainer.train_dataloader is train
+            assert trainer.val_dataloaders is val
+
+    trainer.callbacks.append(Watch())
+    assert trainer.val_dataloaders is None
+    trainer.fit(task, train, val)
+    trainer.test(task, test, verbose=False)
+    trainer.predict(task, test[0])
+    assert trainer.val_dataloaders is val
+    assert trainer.test_dataloaders is test
+    assert trainer.predict_dataloaders is test[0]
+
+
+def test_an_error_in_a_property_stays_itself():
+    class Mine(lk.Trainer):
+        @property
+        def speed(self):
+            return self.model.no_such_thing
+
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        _ = Mine().speed
+
+
+def test_a_function_without_a_module_is_a_hook(quiet):
+    seen = eval("lambda trainer, task: calls.append(1)", {"calls": (calls := [])})
+    quiet(max_epochs=1, callbacks=[lk.callbacks.LambdaCallback(on_fit_end=seen)]).fit(
+        Net(), loader()
+    )
+    assert calls == [1]
