@@ -26,8 +26,8 @@ if typing.TYPE_CHECKING:
     from lightkit.distributed.fsdp import FSDPStrategy
     from lightkit.finetuning import param_groups
     from lightkit.freezing import freeze, is_frozen, unfreeze
-    from lightkit.rates import one_cycle, warmup, warmup_cosine
     from lightkit.functional import evaluate, fit, predict
+    from lightkit.rates import one_cycle, warmup, warmup_cosine
     from lightkit.supervised import SupervisedTask
     from lightkit.trainer import Trainer
     from lightkit.tuning import lr_find, scale_batch_size

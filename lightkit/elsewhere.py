@@ -67,9 +67,9 @@ ARGUMENTS: dict[str, str] = {
     "reload_dataloaders_every_epoch": "reload_dataloaders_every_n_epochs=1",
     "replace_sampler_ddp": "use_distributed_sampler",
     "resume_from_checkpoint": "fit(..., ckpt_path=...)",
-    "stochastic_weight_avg": "callbacks=[SWA()]",
+    "stochastic_weight_avg": "callbacks=[SWA(swa_lrs=...)]",
     "tpu_cores": "accelerator and devices",
-    "track_grad_norm": "gradient_clip_val (the norm is logged as grad_norm)",
+    "track_grad_norm": "callbacks=[Statistics()]",
     "train_percent_check": "limit_train_batches",
     "truncated_bptt_steps": "manual optimization in training_step",
     "val_percent_check": "limit_val_batches",
@@ -83,6 +83,7 @@ STRATEGIES: dict[str, str] = {
         "'ddp' and start the program by torchrun",
     ),
     **dict.fromkeys(("deepspeed", "deepspeed_stage_2", "deepspeed_stage_3"), "'fsdp'"),
+    "ddp_find_unused_parameters_false": "'ddp'",
     "single_device": "'auto'",
 }
 #: Of ``trainer.fit(...)``, ``validate``, ``test`` and ``predict``.
@@ -140,6 +141,16 @@ STRATEGY: dict[str, str] = {
     "broadcast": "trainer.strategy.ranks.share(value, 'what it is')",
     "reduce": "trainer.strategy.ranks.total(tensor)",
     "root_device": _DEVICE,
+}
+#: Of a checkpoint.
+CHECKPOINT: dict[str, str] = {
+    "epoch": "checkpoint['lightkit']['epoch']",
+    "global_step": "checkpoint['lightkit']['global_step']",
+    "hyper_parameters": "checkpoint['hparams']",
+    "loops": "checkpoint['loop']",
+    "lr_schedulers": "checkpoint['schedulers']",
+    "optimizer_states": "checkpoint['optimizers']",
+    "state_dict": "checkpoint['model']",
 }
 #: Arguments of hooks that nobody gives.
 HOOK_ARGUMENTS: dict[str, str] = {

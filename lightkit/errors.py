@@ -75,6 +75,13 @@ class NotRunningError(LightkitError, RuntimeError):
     """An attribute that exists only while an entry point of the Trainer runs."""
 
 
+def some(names: Iterable[object], most: int = 5) -> str:
+    """Returns ``"a, b, c and 4 more"``: names in a row, no more than ``most`` of them."""
+    words = [str(name) for name in names]
+    more = f" and {len(words) - most} more" if len(words) > most else ""
+    return ", ".join(words[:most]) + more
+
+
 def did_you_mean(given: str, valid: Iterable[str]) -> str:
     """Returns ``" Did you mean 'max_epochs'?"``, or ``""`` where nothing is near.
 

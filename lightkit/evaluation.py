@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lightkit.data import BatchStream
-from lightkit.freezing import kept_in_eval
+from lightkit.freezing import modes_kept
 from lightkit.hooks import Callback, of_user
 
 if TYPE_CHECKING:
@@ -43,9 +43,8 @@ def evaluate(
         Whether it was completed; otherwise no hook of its end was called.
     """
     metrics = run.metrics
-    modes = modes_of(run.task)
-    run.task.eval()
-    try:
+    with modes_kept(run.task):
+        run.task.eval()
         if run.prefix is None:
             metrics.close("in predict")
         else:
@@ -63,8 +62,6 @@ def evaluate(
         metrics.close(f"in or after on_{run.stage}_end")
         _fire(run, "end")
         return True
-    finally:
-        restore_modes(modes)
 
 
 def listening(fit: FitRun, run: EvalRun) -> dict[str, Any]:
@@ -171,13 +168,8 @@ def _log_returned(run: EvalRun, outputs: Any) -> None:
         run.metrics.add_returned(run.prefix, "loss", outputs)
 
 
-def train_mode(task: TaskModule) -> list[tuple[torch.nn.Module, bool]]:
-    """Puts a task into train mode, but for what is frozen in eval mode on purpose.
-
-    Returns:
-        All modules with the modes that they had, for `restore_modes`.
-    """
-    modes = modes_of(task)
+def train_mode(task: TaskModule) -> None:
+    """Puts a task into train mode, but for what is frozen in eval mode on purpose."""
     kept = [
         name
         for name, module in task.named_modules()
@@ -187,20 +179,3 @@ def train_mode(task: TaskModule) -> list[tuple[torch.nn.Module, bool]]:
         task.train()
     elif kept:
         _log.info("%d modules stay in eval mode, as they were: %s", len(kept), ", ".join(kept[:5]))
-    return modes
-
-
-def modes_of(task: TaskModule) -> list[tuple[torch.nn.Module, bool]]:
-    """Returns pairs of (module, training) for `restore_modes`.
-
-    What `lightkit.freeze` keeps in eval mode has the task's: it holds where that ends meanwhile.
-    """
-    own = task.training
-    return [(module, own if kept_in_eval(module) else module.training) for module in task.modules()]
-
-
-def restore_modes(modes: list[tuple[torch.nn.Module, bool]]) -> None:
-    """Puts modules back into the modes that they had, as pairs of (module, training)."""
-    for module, training in modes:
-        if module.training is not training and not kept_in_eval(module):
-            module.training = training

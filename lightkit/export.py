@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lightkit.data import batch_size_of, move_to_device
 from lightkit.data.move import members_of, with_members
 from lightkit.errors import ExportError, UsageError, did_you_mean
-from lightkit.rng import preserved
+from lightkit.freezing import at_rest
 
 _log = logging.getLogger("lightkit")
 
@@ -244,7 +244,7 @@ def _samples(
     batch = torch.export.Dim("batch")
     # Torch takes a size of 1 for a fixed one, so it follows the larger batch.
     twice = _mapped(sample, lambda item: torch.cat([item, item]) if item.dim() else item)
-    args, kwargs = _arguments(sample)
+    args, kwargs = arguments(sample)
     shapes = _mapped(kwargs or args, lambda item: {0: batch} if item.dim() else None, None)
     return [sample, twice], shapes
 
@@ -258,24 +258,25 @@ def _mapped(sample: Any, change: Callable[[Tensor], Any], *other: Any) -> Any:
     return with_members(sample, lambda item: _mapped(item, change, *other))
 
 
-def _arguments(sample: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def arguments(sample: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Returns what ``forward`` is called with: a tuple by position, a mapping by name."""
     if isinstance(sample, Mapping):
         return (), dict(sample)
     return tuple(sample) if isinstance(sample, tuple) else (sample,), {}
 
 
-def _tensors(item: Any) -> list[Tensor]:
+def tensors_of(item: Any) -> list[Tensor]:
     """Returns the tensors of a tree, in its order."""
     if isinstance(item, Tensor):
         return [item]
-    return [tensor for _, member in members_of(item) or () for tensor in _tensors(member)]
+    return [tensor for _, member in members_of(item) or () for tensor in tensors_of(member)]
 
 
 def _outputs(task: nn.Module, sample: Any, what: str, hint: str) -> list[Tensor]:
     """Returns what forward gives, or says what is wrong with the sample."""
-    args, kwargs = _arguments(sample)
+    args, kwargs = arguments(sample)
     try:
-        found = _tensors(task(*args, **kwargs))
+        found = tensors_of(task(*args, **kwargs))
     except Exception as error:  # whatever the user's code raises
         raise UsageError(
             f"forward of {type(task).__name__} fails on {what}: {type(error).__name__}: {error}\n  "
@@ -290,40 +291,28 @@ def _outputs(task: nn.Module, sample: Any, what: str, hint: str) -> list[Tensor]
 def _in_use(task: nn.Module) -> Iterator[None]:
     """Eval mode, no gradients, every tensor on the CPU; at its end all is as it was.
 
-    Parameters share the task's memory where it is the CPU's. Buffers are copied: a forward may
-    write to them.
+    Parameters share the task's memory where it is the CPU's.
     """
-    held = [
-        (module, name, tensor)
-        for module in task.modules()
-        for name, tensor in (*module._parameters.items(), *module._buffers.items())
-        if tensor is not None
-    ]
-    modes = [(module, module.training) for module in task.modules()]
-    link = getattr(task, "_link", None)
-    tied = link.held() if link is not None else ()
-    ours: dict[int, Tensor] = {}  # one for each tensor, so that tied weights stay tied
-    for _, _, tensor in held:
-        copy = tensor.detach().cpu()
-        parameter = isinstance(tensor, nn.Parameter)
-        ours[id(tensor)] = nn.Parameter(copy, tensor.requires_grad) if parameter else copy.clone()
-    with preserved(), torch.no_grad(), warnings.catch_warnings():
+    with at_rest(task), warnings.catch_warnings():
         for message in _NEEDLESS:
             warnings.filterwarnings("ignore", message)
+        held = [
+            (module, name, tensor)
+            for module in task.modules()
+            for name, tensor in (*module._parameters.items(), *module._buffers.items())
+            if tensor is not None
+        ]
+        ours: dict[int, Tensor] = {}  # one for each tensor, so that tied weights stay tied
+        for _, _, tensor in held:
+            copy, parameter = tensor.detach().cpu(), isinstance(tensor, nn.Parameter)
+            ours[id(tensor)] = nn.Parameter(copy, tensor.requires_grad) if parameter else copy
         try:
-            task.eval()
-            if link is not None:
-                link.hold(link.trainer)  # what forward logs is nobody's batch
             for module, name, tensor in held:
                 setattr(module, name, ours[id(tensor)])
             yield
         finally:
             for module, name, tensor in held:
                 setattr(module, name, tensor)
-            for module, training in modes:
-                module.training = training
-            if link is not None:
-                link.hold(*tied)
 
 
 @contextlib.contextmanager
@@ -397,8 +386,8 @@ def _torch_export(
     module = torch.export.load(file).module()
 
     def run(sample: Any) -> list[Tensor]:
-        args, kwargs = _arguments(sample)
-        return _tensors(module(*args, **kwargs))
+        args, kwargs = arguments(sample)
+        return tensors_of(module(*args, **kwargs))
 
     return run
 
@@ -431,7 +420,7 @@ def _onnx(task: nn.Module, sample: Any, shapes: Any, file: Path, options: dict[s
         names = list(session.input_names)
 
     def run(sample: Any) -> list[Tensor]:
-        feeds = zip(names, _tensors(sample), strict=True)  # what is no tensor became a constant
+        feeds = zip(names, tensors_of(sample), strict=True)  # what is no tensor became a constant
         found = session.run(None, {name: tensor.numpy() for name, tensor in feeds})
         return [torch.from_numpy(array.copy()) for array in found]
 
@@ -439,7 +428,7 @@ def _onnx(task: nn.Module, sample: Any, shapes: Any, file: Path, options: dict[s
 
 
 def _traced(task: nn.Module, sample: Any, shapes: Any, options: dict[str, Any]) -> Any:
-    args, kwargs = _arguments(sample)
+    args, kwargs = arguments(sample)
     return torch.export.export(
         task, args, kwargs, dynamic_shapes=shapes, **{"strict": False, **options}
     )

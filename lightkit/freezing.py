@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
 
+from lightkit import rng
 from lightkit.errors import ConfigError, did_you_mean
 
 #: What batch norms of a frozen module do; `freeze` describes them.
@@ -67,6 +71,53 @@ def norms(module: nn.Module) -> Iterator[nn.Module]:
 def kept_in_eval(module: nn.Module) -> bool:
     """Tells whether `freeze` keeps a module itself in eval mode."""
     return "train" in vars(module)
+
+
+@contextlib.contextmanager
+def modes_kept(module: nn.Module) -> Iterator[None]:
+    """Puts a module and those below it back into train or eval mode at its end, as they were.
+
+    What `freeze` keeps in eval mode has the module's own: it holds where that ends meanwhile.
+    """
+    own = module.training
+    modes = [(part, own if kept_in_eval(part) else part.training) for part in module.modules()]
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            if part.training is not training and not kept_in_eval(part):
+                part.training = training
+
+
+@contextlib.contextmanager
+def at_rest(module: nn.Module) -> Iterator[None]:
+    """Is for a look at what ``forward`` does: in eval mode, without gradients, and without a trace.
+
+    Modes, buffers and random states are afterwards as they were, and what a task logs goes nowhere.
+    Buffers are copied for that time, on their device.
+    """
+    buffers = [
+        (part, name, tensor)
+        for part in module.modules()
+        for name, tensor in part._buffers.items()
+        if tensor is not None and not is_lazy(tensor)
+    ]
+    copies = {id(tensor): tensor.clone() for _, _, tensor in buffers}
+    link: Any = getattr(module, "_link", None)  # of a task, to its trainer
+    tied = () if link is None else link.held()
+    with modes_kept(module), rng.preserved(), torch.no_grad():
+        try:
+            module.eval()
+            if link is not None:
+                link.hold(link.trainer)
+            for part, name, tensor in buffers:
+                part._buffers[name] = copies[id(tensor)]
+            yield
+        finally:
+            for part, name, tensor in buffers:
+                part._buffers[name] = tensor
+            if link is not None:
+                link.hold(*tied)
 
 
 def _keep_in_eval(module: nn.Module) -> None:

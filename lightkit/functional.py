@@ -77,7 +77,7 @@ def fit(
         optimizer: Name, class, function of the parameters, or object.
         lr: The learning rate.
         metrics: Names, objects or functions.
-        scheduler: A function of the optimizer.
+        scheduler: A function of the optimizer, or one such as ``lightkit.one_cycle``.
         epochs: Epochs to train; default: the Trainer's.
         batch_size: Samples in a batch, where loaders are made here; default 32.
         plot: Whether the curves are drawn at the end: ``curves.png`` in the folder of the run, and

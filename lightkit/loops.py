@@ -20,7 +20,8 @@ from lightkit.closure import Closure
 from lightkit.data import END, generators
 from lightkit.data.groups import groups
 from lightkit.errors import UsageError
-from lightkit.evaluation import evaluate, listening, restore_modes, train_mode
+from lightkit.evaluation import evaluate, listening, train_mode
+from lightkit.freezing import modes_kept
 from lightkit.losses import (
     Weighing,
     added,
@@ -53,23 +54,23 @@ def fit(run: FitRun) -> None:
         hook()
     if run.sanity_batches and run.validation is not None:
         sanity_check(run)
-    modes = train_mode(run.task)
-    run.metrics.begin_epoch()
-    try:
-        for hook in hooks.on_train_start:
-            hook()
-        run.settle_switches()
-        _agree(run, "the start of training")
-        if flow.signal is not None:
-            _stop(run)  # nothing was trained that could be saved
-        if run.state.batch_idx and over(run):
-            _end_epoch_cut_off(run)
-        while not over(run):
-            train_epoch(run)
-        run.set_rng()  # a checkpoint after which nothing was left to train
-    finally:
-        run.metrics.close("after training")
-        restore_modes(modes)
+    with modes_kept(run.task):
+        train_mode(run.task)
+        run.metrics.begin_epoch()
+        try:
+            for hook in hooks.on_train_start:
+                hook()
+            run.settle_switches()
+            _agree(run, "the start of training")
+            if flow.signal is not None:
+                _stop(run)  # nothing was trained that could be saved
+            if run.state.batch_idx and over(run):
+                _end_epoch_cut_off(run)
+            while not over(run):
+                train_epoch(run)
+            run.set_rng()  # a checkpoint after which nothing was left to train
+        finally:
+            run.metrics.close("after training")
     for hook in hooks.on_train_end:
         hook()
     for hook in hooks.on_fit_end:

@@ -5,8 +5,9 @@ torchmetrics is never imported here: whoever has such an object has imported it.
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -131,6 +132,19 @@ def load_states(metrics: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
             setattr(metric, key, on_device(device, value))
         metric._update_count = state["updates"]
         metric._computed = None
+
+
+@contextlib.contextmanager
+def kept(task: nn.Module) -> Iterator[None]:
+    """Gives the metrics of a task the states back at its end that they had."""
+    metrics = objects(task)
+    counts = {name: metric.update_count for name, metric in metrics.items()}
+    before = copied(states(metrics))
+    try:
+        yield
+    finally:
+        used = {n: metric for n, metric in metrics.items() if metric.update_count != counts[n]}
+        load_states(used, before)
 
 
 def on_device(device: Any, value: Any) -> Any:

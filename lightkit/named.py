@@ -175,6 +175,36 @@ def _optimizer_class(name: str) -> type[Optimizer]:
     return known[_plain(name)][1]
 
 
+def scheduler_of(given: Any) -> Callable[..., Any] | None:
+    """Returns a function of optimizer and trainer that makes what ``scheduler=`` means.
+
+    Args:
+        given: A function of the optimizer, or of the optimizer and the trainer, such as
+            ``lightkit.one_cycle``; None for none.
+
+    Raises:
+        ConfigError: Something else, or a class that has to be told more.
+    """
+    if given is None:
+        return None
+    if not callable(given):
+        raise ConfigError(
+            f"scheduler={given!r:.80}: give a function of the optimizer, such as "
+            f"lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 10), or lk.one_cycle."
+        )
+    needed = [
+        name
+        for name, one in inspect.signature(given).parameters.items()
+        if one.default is one.empty and one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)
+    ]
+    if isinstance(given, type) and needed[1:]:
+        raise ConfigError(
+            f"scheduler={given.__name__} has to be told {' and '.join(needed[1:])}: "
+            f"functools.partial({given.__name__}, {needed[1]}=...)."
+        )
+    return given if needed[1:] else lambda optimizer, trainer: given(optimizer)
+
+
 def metric_class(name: str) -> type:
     """Returns the class of torchmetrics that a name means: "accuracy", "f1_score", "AUROC".
 

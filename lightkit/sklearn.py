@@ -82,7 +82,7 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no ty
         found = {n.removeprefix(part): v for n, v in vars(self).items() if n.startswith(part)}
         known, any_name = arguments(make)
         for name in () if any_name else found.keys() - known.keys():
-            raise ConfigError(f"{part}{name}: {make} has no {name!r}.{did_you_mean(name, known)}")
+            raise ConfigError(f"There is no argument {part}{name}.{did_you_mean(name, known)}")
         return found
 
     def fit(self, X: Any, y: Any) -> Self:  # noqa: N803  scikit-learn's name
@@ -112,8 +112,7 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no ty
             make = functools.partial(make, **self._part("optimizer__", make))
             how = {"metrics": self.metrics, "scheduler": self.scheduler}
             how["loss"] = self.loss or ("cross_entropy" if is_classifier(self) else "mse")
-            how["epochs"] = 1 if more else self.epochs
-            how |= {"optimizer": make, "callbacks": callbacks}
+            how |= {"optimizer": make, "callbacks": callbacks, "epochs": 1 if more else self.epochs}
             rows = functional.fit(module, train, val, **how, **self._options())
             self._random: dict[str, Any] = rng.rng_state()
         self.module_: nn.Module = module.cpu()
@@ -138,10 +137,11 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no ty
 
     def _new_module(self, inputs: int, outputs: int) -> nn.Module:
         make = mlp if self.module is None else self.module
-        if isinstance(make, nn.Module):
-            for name in self._part("module__", dict):
-                raise ConfigError(f"module__{name} needs a class or function as module, no object.")
+        if isinstance(make, nn.Module) and not self._part("module__", dict):
             return copy.deepcopy(make)
+        if isinstance(make, nn.Module) or not callable(make):
+            what = "a class, a function, or without arguments module__... a module"
+            raise ConfigError(f"module is {make!r:.40}, but allowed is {what}.")
         sizes = {"in_features": inputs, "out_features": outputs}
         asked = {name: sizes[name] for name in sizes.keys() & arguments(make)[0]}
         return make(**asked | self._part("module__", make))

@@ -11,7 +11,15 @@ from torch import Tensor, nn
 
 from lightkit import metric_objects, targets
 from lightkit.errors import ConfigError, DataError, UsageError
-from lightkit.named import check_order, kind_of_loss, loss_of, metric_class, optimizer_of, snake
+from lightkit.named import (
+    check_order,
+    kind_of_loss,
+    loss_of,
+    metric_class,
+    optimizer_of,
+    scheduler_of,
+    snake,
+)
 from lightkit.task import TaskModule
 
 
@@ -36,8 +44,12 @@ class SupervisedTask(TaskModule):
         metrics: Names of torchmetrics ("accuracy", "f1_score", "auroc", "r2_score"), objects of
             torchmetrics, functions of output and target whose mean over samples is logged, or a
             mapping of names to these. What a named metric has to know (the task, the number of
-    XX        scheduler: A function of the optimizer that returns what ``configure_optimizers`` may give
-            as "lr_scheduler": a scheduler, or a dict with "scheduler", "interval", "monitor".
+            classes) is found with the first batch. Named metrics are means over the classes
+            ("macro", as in "micro" all of them are the accuracy), but for the accuracy, which counts
+            samples; their other settings are torchmetrics' defaults.
+        scheduler: A function of the optimizer, or of the optimizer and the trainer such as
+            ``lightkit.one_cycle``. It returns what ``configure_optimizers`` may give as
+            "lr_scheduler": a scheduler, or a dict with "scheduler", "interval", "monitor".
 
     Attributes:
         net: The network.
@@ -66,12 +78,7 @@ class SupervisedTask(TaskModule):
         self.lr = lr
         self._kind = kind_of_loss(self.loss)
         self._make_optimizer = optimizer_of(optimizer, lr)
-        if scheduler is not None and not callable(scheduler):
-            raise ConfigError(
-                f"scheduler={scheduler!r:.80}: give a function of the optimizer, such as "
-                f"lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 10)."
-            )
-        self._scheduler = scheduler
+        self._make_scheduler = scheduler_of(scheduler)
         self._measured, self._functions = _told_apart(metrics)
         self.measures = [*self._measured, *self._functions]
         self.metrics = nn.ModuleDict()
@@ -130,9 +137,10 @@ class SupervisedTask(TaskModule):
     def configure_optimizers(self) -> Any:
         """Returns the optimizer, with the scheduler if there is one."""
         optimizer = self._make_optimizer(self.parameters())
-        if self._scheduler is None:
+        if self._make_scheduler is None:
             return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": self._scheduler(optimizer)}
+        schedule = self._make_scheduler(optimizer, self.trainer)
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     # --- how it is done --------------------------------------------------------------------------
 
@@ -194,10 +202,9 @@ class SupervisedTask(TaskModule):
         with torch.no_grad():
             for name, function in self._functions.items():
                 self.log(f"{stage}_{name}", function(output, target), on_step=False, on_epoch=True)
-            if not self._measured:
-                return
-            if self._found is None:
+            if self._measured and self._found is None:
                 self._found = targets.task_of(self._kind, self.loss, output, target)
+            output, target = targets.lined_up(output, target)
             for name in self._measured:
                 metric = self._metric(stage, name)
                 self._update(name, metric, output, target)
@@ -214,11 +221,8 @@ class SupervisedTask(TaskModule):
     def _update(self, name: str, metric: Any, output: Any, target: Any) -> None:
         try:
             if type(metric).__module__.startswith("torchmetrics.classification"):
-                metric.update(*targets.for_classes(self._kind, output, target))
-            elif isinstance(output, Tensor) and output.ndim == 2 and output.shape[1] == 1:
-                metric.update(output.float().squeeze(1), target.squeeze(1))
-            else:
-                metric.update(output, target)
+                output, target = targets.for_classes(self._kind, output, target)
+            metric.update(output, target)
         except (RuntimeError, ValueError, TypeError, AttributeError) as error:
             raise UsageError(
                 f"The metric {name!r} ({type(metric).__name__}) cannot compare the output "
@@ -283,8 +287,8 @@ def _made(name: str, kind: Any, found: dict[str, Any]) -> Any:
         return kind()
     if not found:
         raise UsageError(
-            f"The metric {name!r} is one of classes, and this loss with these targets does not say "
-            f"how they are meant. Give an object, such as "
+            f"The metric {name!r} is one of classes, and how outputs and targets are meant is not "
+            f"known without a loss of torch for classes. Give one, or an object such as "
             f"torchmetrics.{kind.__name__}(task='multiclass', num_classes=10)."
         )
     how = dict(found)

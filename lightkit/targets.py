@@ -161,17 +161,18 @@ def task_of(kind: Any, loss: Any, output: Any, target: Any) -> dict[str, Any]:
     if not isinstance(output, Tensor) or not isinstance(target, Tensor):
         return {}
     numbers = not target.is_floating_point()
-    if kind in _CLASSES or (kind is None and numbers and output.ndim == target.ndim + 1):
-        found = {"task": "multiclass", "num_classes": output.shape[1]}
+    classes = output.shape[1] if output.ndim > 1 else 1
+    if kind in _CLASSES or (
+        kind is None and numbers and classes > 1 and output.ndim == target.ndim + 1
+    ):
+        found = {"task": "multiclass", "num_classes": classes}
         ignored = getattr(loss, "ignore_index", -100)
         # Leaving out waits for the device, so it is done only where something may be ignored.
         if kind in _CLASSES[:2] and (ignored != -100 or target.ndim > 1):
             found["ignore_index"] = ignored
         return found
     if output.shape == target.shape and (kind in _BINARY or (kind is None and numbers)):
-        if output.ndim == 1 or output.shape[1] == 1:
-            return {"task": "binary"}
-        return {"task": "multilabel", "num_labels": output.shape[1]}
+        return {"task": "multilabel", "num_labels": classes} if classes > 1 else {"task": "binary"}
     return {}
 
 
@@ -180,7 +181,6 @@ def for_classes(kind: Any, output: Tensor, target: Tensor) -> tuple[Tensor, Tens
 
     torchmetrics guesses from each batch's values whether it got logits; the loss knows it.
     """
-    output = output.float()
     if kind in _LOGITS:
         output = output.sigmoid()
     elif kind is nn.CrossEntropyLoss:
@@ -191,8 +191,17 @@ def for_classes(kind: Any, output: Tensor, target: Tensor) -> tuple[Tensor, Tens
         output = output.exp()
     if kind in _BINARY:
         target = (target > 0.5).long()
-    if output.shape == target.shape and output.ndim == 2 and output.shape[1] == 1:
-        return output.squeeze(1), target.squeeze(1)
+    return output, target
+
+
+def lined_up(output: Any, target: Any) -> tuple[Any, Any]:
+    """Returns one number per sample as ``(N,)``, and of at least 32 bits; all else as it is."""
+    if not isinstance(output, Tensor) or not isinstance(target, Tensor):
+        return output, target
+    if output.is_floating_point() and output.element_size() < 4:
+        output = output.float()
+    if output.ndim and output.numel() == target.numel() == len(output):
+        return output.flatten(), target.flatten()
     return output, target
 
 

@@ -110,6 +110,20 @@ def test_S2_10_callbacks_and_schedules_control_it():
     assert seen[0].param_groups[0]["lr"] < 1e-12
 
 
+def test_a_schedule_that_lasts_as_long_as_the_fit():
+    made = []
+
+    def schedule(optimizer, trainer):
+        made.append((optimizer, trainer.estimated_stepping_batches))
+        return lk.one_cycle(optimizer, trainer)
+
+    fitted((X, Y), scheduler=schedule)
+    ((optimizer, steps),) = made
+    assert steps == 4
+    assert optimizer.param_groups[0]["lr"] < 1e-6  # the end of the cycle
+    assert fitted((X, Y), scheduler=lk.one_cycle)[0].isfinite().all()
+
+
 def test_the_order_of_validation_and_of_iterable_data_sets():
     class Stream(IterableDataset):
         def __iter__(self):
@@ -286,3 +300,15 @@ def test_a_private_split_is_never_made():
     _, history = fitted(parts[0], val=parts[1], batch_size=10)
     assert [row["step"] for row in history] == [4, 8]
     assert len(parts[0]) == 40
+
+
+def test_metrics_alone_where_the_loss_would_say_how_they_are_meant():
+    found = lk.evaluate(network(1), (X, X.sum(1)), metrics=["mae"], **QUIET)
+    with torch.no_grad():
+        errors = network(1)(torch.from_numpy(X))[:, 0] - torch.from_numpy(X).sum(1)
+    assert found["mae"] == pytest.approx(float(errors.abs().mean()), rel=1e-6)
+    with pytest.raises(UsageError, match="not known without a loss of torch"):
+        lk.evaluate(network(1), (X, Y), metrics=["accuracy"], **QUIET)
+    assert (
+        lk.evaluate(network(1), (X, Y), loss="bce_with_logits", metrics="acc", **QUIET)["acc"] > 0
+    )

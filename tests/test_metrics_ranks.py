@@ -507,14 +507,18 @@ def test_a_value_between_two_flushes_is_reduced_on_request():
         rank.task.log("mean", float(rank.rank), batch_size=1 + rank.rank)
         rank.task.log("sum", float(rank.rank + 1), reduce_fx="sum")
         rank.task.log("low", float(rank.rank + 1), reduce_fx="min")
-        names = ("mean", "sum", "low", "none")
+        rank.task.log("std", float(rank.rank), reduce_fx="std")
+        rank.task.log("last", float(rank.rank), reduce_fx="last")
+        rank.task.log("running", float(rank.rank), reduce_fx="running:9")
+        names = ("mean", "sum", "low", "std", "last", "running", "none")
         values = [rank.log.reduced(name) for name in names]
         found.append([None if v is None else float(v) for v in values])
         assert float(rank.log.callback_metrics["mean"]) == rank.rank  # its own
 
     ranks(2, lambda rank: rank.train(batches(4 * 24), step))
     assert len(found) == 24
-    assert all(one == [pytest.approx(2 / 3), 3.0, 1.0, None] for one in found)
+    expected = [pytest.approx(2 / 3), 3.0, 1.0, pytest.approx(0.5**0.5), 1.0, 1.0, None]
+    assert all(one == expected for one in found)
 
 
 def test_what_was_reduced_already_is_the_same_object():

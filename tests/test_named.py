@@ -11,7 +11,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightkit.errors import ConfigError
-from lightkit.named import kind_of_loss, loss_of, metric_class, optimizer_of, snake
+from lightkit.named import (
+    kind_of_loss,
+    loss_of,
+    metric_class,
+    optimizer_of,
+    scheduler_of,
+    snake,
+)
 
 
 @pytest.mark.parametrize(
@@ -117,3 +124,16 @@ def test_names_as_they_are_written():
         "r2_score",
         "smooth_l1",
     ]
+
+
+def test_schedules_take_the_optimizer_and_perhaps_the_trainer():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(2))], 0.1)
+    steps = torch.optim.lr_scheduler.StepLR
+    assert type(scheduler_of(functools.partial(steps, step_size=2))(optimizer, None)) is steps
+    assert scheduler_of(lambda optimizer: optimizer)(optimizer, None) is optimizer
+    assert scheduler_of(lambda optimizer, trainer: trainer)(optimizer, "trainer") == "trainer"
+    assert scheduler_of(None) is None
+    with pytest.raises(ConfigError, match=r"told step_size: functools.partial\(StepLR, step_size="):
+        scheduler_of(steps)
+    with pytest.raises(ConfigError, match="'cosine': give a function of the optimizer"):
+        scheduler_of("cosine")

@@ -132,6 +132,17 @@ def test_manual_optimization_works_without_data(trainer):
     assert torch.equal(task.x, by_hand(20))
 
 
+def test_a_compiled_step_takes_no_batch_either(trainer):
+    task = Bowl()
+    trainer(compile={"backend": "eager"}).fit(task, max_steps=20)
+    assert torch.equal(task.x, by_hand(20))
+
+
+def test_a_data_module_without_training_data_is_no_wish(trainer):
+    with pytest.raises(DataError, match="no training loader"):
+        trainer().fit(Noisy(), datamodule=lk.DataModule(), max_steps=3)
+
+
 def test_a_forgotten_loader_is_still_noticed(trainer):
     with pytest.raises(DataError, match=r"no training loader.*fit\(task, max_steps=1000\)"):
         trainer(max_steps=5).fit(Noisy())

@@ -231,6 +231,13 @@ def test_a_factory_gets_the_sizes_that_it_has_names_for():
     assert len(fixed.module_) == 1
 
 
+def test_numbers_of_numpy_as_a_search_draws_them():
+    X, y = flowers()
+    drawn = {"batch_size": np.int64(60), "epochs": np.int64(2), "module__hidden": np.int64(4)}
+    net = LightkitClassifier(Net, lr=np.float64(0.01), **drawn).fit(X, y)
+    assert net.history_["step"] == [2, 4]
+
+
 def test_images_and_indices():
     images, y = load_digits(n_class=3, return_X_y=True)
     images = images[:60].reshape(-1, 1, 8, 8) / 16
@@ -328,8 +335,10 @@ def test_wrong_names_name_the_nearest():
         LightkitClassifier(trainer__max_epochs=3).fit(X, y)
     with pytest.raises(TypeError, match="callbacks"):
         LightkitClassifier(trainer__callbacks=[]).fit(X, y)
-    with pytest.raises(ConfigError, match="module__hidden needs a class"):
+    with pytest.raises(ConfigError, match=r"module is Net(?s:.*) a class, a function"):
         LightkitClassifier(Net(6, 3), module__hidden=3).fit(X, y)
+    with pytest.raises(ConfigError, match=r"module is 5, but allowed is a class"):
+        LightkitClassifier(5).fit(X, y)
 
 
 def test_wrong_sizes_classes_and_losses():

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import lightkit as lk
 from lightkit.errors import ConfigError, DataError, UsageError
 from lightkit.testing import assert_resumes_exactly
+from tests.gpu.waiting import NoWaiting
 
 X = torch.randn(22, 4, generator=torch.Generator().manual_seed(0))
 Y = (X.sum(1) > 0).long() + (X[:, 0] > 0.5)
@@ -233,7 +234,7 @@ def test_data_that_do_not_fit_say_what_to_write(quiet, x, y, loss, message):
 @pytest.mark.parametrize(
     ("metrics", "loss", "message"),
     [
-        ("accuracy", "mse", "'accuracy' is one of classes.*torchmetrics.Accuracy"),
+        ("accuracy", "mse", "'accuracy' is one of classes.*a loss of torch.*torchmetrics.Accuracy"),
         ("mae", "cross_entropy", r"'mae' .*cannot compare .*\(5, 3\).*\(5,\)"),
     ],
 )
@@ -284,3 +285,23 @@ def test_it_can_be_pickled():
     again = pickle.loads(pickle.dumps(task))
     assert again.measures == ["f1", "mse"]
     assert torch.equal(again.eval()(X), task.eval()(X))
+
+
+@pytest.mark.parametrize(
+    ("device", "loss", "names"),
+    [
+        ("cpu", "cross_entropy", ["accuracy", "f1_score"]),
+        ("cpu", "mse", ["mae", "r2_score"]),
+        # On the CPU, where nothing waits, torchmetrics looks at the values of these.
+        pytest.param("cuda", "cross_entropy", ["accuracy", "auroc"], marks=pytest.mark.gpu),
+        pytest.param("cuda", "bce_with_logits", ["accuracy", "auroc"], marks=pytest.mark.gpu),
+    ],
+)
+def test_metrics_do_not_wait_for_the_device(quiet, device, loss, names):
+    target = {"cross_entropy": Y, "mse": X[:, 0]}.get(loss, (Y > 0).long())
+    net = network(3 if loss == "cross_entropy" else 1)
+    data = DataLoader(TensorDataset(X, target), 2, pin_memory=device == "cuda")
+    guard = NoWaiting(device, 2, len(data) - 2)
+    trainer = quiet(callbacks=[guard], accelerator=device, log_every_n_steps=100)
+    trainer.fit(lk.SupervisedTask(net, loss=loss, metrics=names), data)
+    assert guard.batches == len(data) - 3

@@ -70,6 +70,7 @@ def test_what_metrics_of_classes_have_to_know():
     assert found(bce, bce(), logits, torch.zeros(2, 5)) == labels
     assert found(nn.MSELoss, nn.MSELoss(), logits, torch.zeros(2, 5)) == {}
     assert found(None, None, [], row) == {}
+    assert found(None, None, logits[:, :1], row) == {}  # probabilities or logits? nobody knows
 
 
 def test_metrics_of_classes_get_probabilities_and_class_numbers():
@@ -78,11 +79,9 @@ def test_metrics_of_classes_get_probabilities_and_class_numbers():
     assert torch.equal(scores, logits.softmax(1))
     shares = torch.tensor([[0.1, 0.9], [0.8, 0.2]])
     assert targets.for_classes(nn.CrossEntropyLoss, logits, shares)[1].tolist() == [1, 0]
-    column = logits[:, :1].half()
-    scores, numbers = targets.for_classes(
-        nn.BCEWithLogitsLoss, column, torch.tensor([[0.1], [0.9]])
-    )
-    assert torch.equal(scores, column[:, 0].float().sigmoid())
+    given = targets.lined_up(logits[:, :1].half(), torch.tensor([[0.1], [0.9]]))
+    scores, numbers = targets.for_classes(nn.BCEWithLogitsLoss, *given)
+    assert torch.equal(scores, logits[:, 0].half().float().sigmoid())
     assert numbers.tolist() == [0, 1]
     assert torch.equal(
         targets.for_classes(nn.NLLLoss, logits.log(), numbers)[0], logits.log().exp()

@@ -141,12 +141,20 @@ def test_loaders_and_a_data_module_at_once(quiet):
 
 
 def test_saving_outside_a_fit(quiet, tmp_path):
+    class Saves(lk.Callback):
+        def on_validation_start(self, trainer, task):
+            trainer.save_checkpoint(tmp_path / "x.ckpt")
+
     t = quiet()
-    with pytest.raises(NotRunningError, match="while fit runs"):
+    with pytest.raises(NotRunningError, match="while fit runs and when it has ended"):
         t.save_checkpoint(tmp_path / "x.ckpt")
     t.fit(Net(), loader())
-    with pytest.raises(NotRunningError):
-        t.save_checkpoint(tmp_path / "x.ckpt")
+    t.callbacks.append(Saves())
+    with pytest.raises(NotRunningError):  # in the middle of an evaluation
+        t.validate(Net(), loader())
+    assert not (tmp_path / "x.ckpt").exists()
+    t.save_checkpoint(tmp_path / "x.ckpt")
+    assert (tmp_path / "x.ckpt").exists()
 
 
 # --- how it ends ---------------------------------------------------------------------------------

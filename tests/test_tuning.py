@@ -338,7 +338,7 @@ def sized(size: int) -> DataLoader:
     ("mode", "start", "most", "wanted", "tried"),
     [
         ("power", 2, None, 16, [2, 4, 8, 16, 32]),
-        ("binsearch", 2, None, 21, [2, 4, 8, 16, 32, 24, 20, 22, 21]),
+        ("binsearch", 8, None, 21, [8, 16, 32, 24, 20, 22, 21]),
         ("power", 3, 12, 12, [3, 6, 12]),
         ("binsearch", 3, 14, 14, [3, 6, 12, 14]),
         ("power", 8, 10, 8, [8]),
@@ -355,8 +355,8 @@ def test_the_largest_batch_that_fits(quiet, mode, start, most, wanted, tried):
 def test_the_data_set_is_a_limit_too(quiet, monkeypatch):
     monkeypatch.setattr(Hungry, "room", 1000)
     Hungry.tried.clear()
-    assert lk.scale_batch_size(quiet(), Hungry(), sized, steps=1) == 32
-    assert lk.scale_batch_size(quiet(), Hungry(), sized, mode="binsearch", steps=1) == 48
+    assert lk.scale_batch_size(quiet(), Hungry(), sized, start=16, steps=1) == 32
+    assert lk.scale_batch_size(quiet(), Hungry(), sized, mode="binsearch", start=32, steps=1) == 48
     assert max(Hungry.tried) == 48
 
 
@@ -370,7 +370,7 @@ def test_the_data_set_is_a_limit_too(quiet, monkeypatch):
 )
 def test_the_ways_in_which_memory_ends(quiet, monkeypatch, error):
     monkeypatch.setattr(Hungry, "error", error)
-    assert lk.scale_batch_size(quiet(), Hungry(), sized, steps=1) == 16
+    assert lk.scale_batch_size(quiet(), Hungry(), sized, start=16, steps=1) == 16
 
 
 def test_other_errors_and_impossible_things_are_told(quiet, monkeypatch):

@@ -16,7 +16,7 @@ from lightkit import rng
 from lightkit.averages import Averages
 from lightkit.data import BatchStream, generators
 from lightkit.errors import ConfigError, did_you_mean
-from lightkit.evaluation import restore_modes
+from lightkit.freezing import modes_kept
 from lightkit.hooks import Callback
 from lightkit.run import FitRun
 from lightkit.schedules import SchedulerEntry
@@ -205,7 +205,11 @@ class WeightAveraging(Callback):
 
     def _begin(self, task: nn.Module) -> Averages:
         """Makes the averages: by now every parameter has its place and its size."""
-        return Averages(self._averaged(task), self._beside(task), self.device, self._how)
+        return Averages(self._averaged(task), self._beside(task), self.device, self._functions())
+
+    def _functions(self) -> dict[str, Callable[..., Any] | None]:
+        """Returns how to average, as AveragedModel takes it."""
+        return self._how
 
     def _averaged(self, task: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
         """Yields names and tensors that are averaged, and whether each is a buffer."""
@@ -284,8 +288,7 @@ class EMA(WeightAveraging):
                 raise ConfigError(f"EMA({name}={value!r}): it is a number of steps, from {least}.")
         self.decay, self.update_every_n_steps = decay, update_every_n_steps
         self.update_starting_at_step = update_starting_at_step
-        function = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
-        super().__init__(use_buffers=use_buffers, device=device, multi_avg_fn=function)
+        super().__init__(use_buffers=use_buffers, device=device)
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
         """Tells whether this is one of the steps; see `WeightAveraging.should_update`."""
@@ -293,6 +296,10 @@ class EMA(WeightAveraging):
             return False
         done = step_idx + 1 - self.update_starting_at_step
         return done > 0 and done % self.update_every_n_steps == 0
+
+    def _functions(self) -> dict[str, Callable[..., Any] | None]:
+        # Made here: torch's function cannot be pickled, and the callback shall be.
+        return {"multi_avg_fn": get_ema_multi_avg_fn(self.decay)}  # type: ignore[no-untyped-call]
 
 
 class SWA(WeightAveraging):
@@ -462,16 +469,18 @@ class SWA(WeightAveraging):
         assert isinstance(run, FitRun)
         feed = run.feed.fresh()
         feed.share.even = True  # the mean over ranks is that of all batches
-        modes = [(module, module.training) for module in task.modules()]
         loader, limit = run.train_loader, run.train_limit
         try:
-            with rng.preserved(*generators(loader)), run.autocast or nullcontext():
+            with (
+                modes_kept(task),
+                rng.preserved(*generators(loader)),
+                run.autocast or nullcontext(),
+            ):
                 stream = BatchStream(loader, limit=limit, feed=feed, name="training loader")
                 move = run.transfer
                 update_bn((b if move is None else move(b, 0) for b in stream), task)
                 stream.close()
         finally:
             feed.close()
-            restore_modes(modes)
         means = [b for _, b in self._beside(task) if b.is_floating_point()]
         run.strategy.ranks.average(means)

@@ -59,7 +59,9 @@ class BaseFinetuning(Callback):
             follow(optimizer, before, [entry.scheduler for entry in trainer.lr_schedulers])
             new = optimizer.param_groups[len(before) :]
             names = {id(p): name for name, p in task.named_parameters()} if new else {}
-            self._added += [(number, [names[id(p)] for p in group["params"]]) for group in new]
+            for group in new:  # what is not the task's own is in no checkpoint
+                held = [names[id(p)] for p in group["params"] if id(p) in names]
+                self._added.append((number, held))
 
     def on_load_checkpoint(
         self, trainer: Trainer, task: TaskModule, checkpoint: dict[str, Any]

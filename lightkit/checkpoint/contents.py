@@ -26,7 +26,7 @@ import functools
 import importlib.metadata
 import logging
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -35,12 +35,20 @@ from lightkit.checkpoint import spread
 from lightkit.checkpoint.files import FORMAT
 from lightkit.checkpoint.storable import storable_hparams
 from lightkit.checkpoint.weights import apply_weights, weights_of
+from lightkit.elsewhere import CHECKPOINT, refusal
 from lightkit.errors import CheckpointError, ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     from lightkit.run import FitRun
 
 _log = logging.getLogger("lightkit")
+
+
+class Contents(dict[str, Any]):
+    """A checkpoint as hooks get it: a dict that says for names of other trainers what to write."""
+
+    def __missing__(self, key: str) -> NoReturn:
+        raise KeyError(refusal("a checkpoint has no key", str(key), CHECKPOINT, self))
 
 
 def collect(
@@ -63,18 +71,18 @@ def collect(
     parts = spread.gathered(run.strategy.ranks, own, problem)
     # Ranks that get the same batches, as in tensor parallelism, know the same.
     parts = parts[:: len(parts) // run.strategy.data_ranks[1]]
-    checkpoint: dict[str, Any] = {
-        "lightkit": {
+    checkpoint = Contents(
+        lightkit={
             "format": FORMAT,
             "version": _version(),
             "epoch": state.epoch,
             "global_step": state.global_step,
             "run": run.run_id,
         },
-        "model": run.strategy.model_state(task),
-        "task_class": f"{type(task).__module__}.{type(task).__qualname__}",
-        "hparams": storable_hparams(task.hparams),
-    }
+        model=run.strategy.model_state(task),
+        task_class=f"{type(task).__module__}.{type(task).__qualname__}",
+        hparams=storable_hparams(task.hparams),
+    )
     datamodule_hparams = getattr(run.datamodule, "hparams", None)
     if datamodule_hparams:
         checkpoint["datamodule_hparams"] = storable_hparams(datamodule_hparams)
@@ -123,13 +131,15 @@ def restore(run: FitRun, checkpoint: dict[str, Any]) -> None:
         from lightkit.checkpoint import placing
 
         checkpoint = placing.settled(checkpoint, run.task, run.plan.optimizers)
+    checkpoint = Contents(checkpoint)
     for hook in run.hooks.on_load_checkpoint:
         hook(checkpoint)
     saved_class = checkpoint.get("task_class", "a task")
     source = f"the checkpoint (step {checkpoint['loop'].get('global_step', '?')}, {saved_class})"
     apply_weights(run.task, weights_of(checkpoint, source), source)
     # Schedulers after optimizers: torch's schedulers keep rates that the optimizer must have.
-    run.plan.load_state_dict(checkpoint)
+    own = ("optimizers", "schedulers", "stepped")
+    run.plan.load_state_dict({name: checkpoint[name] for name in own if name in checkpoint})
     run.precision.load_state_dict(checkpoint["precision"])
     run.state.load_state_dict(spread.counters(checkpoint, run.strategy.data_ranks[1]))
     # Saved only where a hook changed it; else the Trainer's own number holds, also a new one.

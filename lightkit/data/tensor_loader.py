@@ -6,6 +6,7 @@ import math
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -304,7 +305,7 @@ def _check_samples(samples: dict[Any, int], least: int) -> None:
 
 def _check_options(batch_size: Any, generator: Any, **switches: Any) -> None:
     """Raises `ConfigError` for arguments that cannot work by themselves."""
-    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
+    if isinstance(batch_size, bool) or not isinstance(batch_size, Integral) or batch_size < 1:
         raise ConfigError(f"batch_size={batch_size!r}: allowed is a whole number of at least 1.")
     for name, value in switches.items():
         if not isinstance(value, bool):

@@ -156,7 +156,7 @@ class Logger:
             metrics: Accepted for ported code and needless: curves are found by themselves.
         """
 
-    def log_graph(self, task: Any, batch: Any = None) -> None:
+    def log_graph(self, task: Any) -> None:
         """Writes the graph of the network, where asked for. Does nothing by default."""
 
     def log_histogram(self, name: str, values: Tensor, step: int) -> None:

@@ -9,12 +9,13 @@ import re
 import struct
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lightkit.freezing import at_rest
 from lightkit.loggers.base import Logger, cut, flatten, warn_unmarked
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class TensorBoardLogger(Logger):
         name: Folder below ``save_dir``; None or "" for none.
         version: A number N for ``version_N``, or the folder's name; None: the next free number.
         log_graph: Write the graph of the network too, traced on the task's
-            ``example_input_array`` or on the first batch. If that fails, a warning says so.
+            ``example_input_array``. If that fails, a warning says so.
         default_hp_metric: Accepted and without effect: no placeholder metric is ever written.
         prefix: Put before every scalar's name, with a "-" between.
         sub_dir: Folder inside the run folder for the event files.
@@ -167,23 +168,20 @@ class TensorBoardLogger(Logger):
         _, start, _ = make(plain, {})
         self.experiment._get_file_writer().add_summary(start, 0)
 
-    def log_graph(self, task: nn.Module, batch: Any = None) -> None:
+    def log_graph(self, task: nn.Module) -> None:
         """Writes the graph of ``task.forward`` if it was asked for; a failure is one warning.
 
         Args:
-            task: The network. Its modes and the random state are left as they were.
-            batch: Traced on this where the task has no ``example_input_array``; the first element
-                of a tuple or list.
+            task: The network, with an ``example_input_array`` to trace it on. Its modes, its
+                buffers and the random state are left as they were.
         """
         if not self.graph_wanted:
             return
         inputs = getattr(task, "example_input_array", None)
-        if inputs is None:
-            inputs = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
         try:
             if inputs is None:
                 raise ValueError("there is no input to trace it on")
-            with _tracing(task), warnings.catch_warnings():
+            with at_rest(task), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the tracer warns about every python number
                 self.experiment.add_graph(task, inputs)
         except Exception as error:  # noqa: BLE001  whatever the tracer meets in the user's code
@@ -327,18 +325,3 @@ def _plain(value: Any) -> int | float | str | None:
         return value  # (the summary would show True as 1)
     text = str(value)
     return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 3] + "..."
-
-
-@contextlib.contextmanager
-def _tracing(task: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; modes and random states come back afterwards."""
-    modes = [(module, module.training) for module in task.modules()]
-    devices = {p.device for p in task.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
-        for module, _ in modes:
-            module.training = False
-        try:
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training

@@ -28,7 +28,7 @@ PACKAGES: dict[str, set[str]] = {
     # checkpoint/sharded: the parts of sharded checkpoints, by torch.distributed.checkpoint
     "torch.distributed": {"distributed/", "checkpoint/sharded.py"},
     "torch._dynamo": {"compiling.py", "compile_report.py"},
-    "sklearn": set(),
+    "sklearn": {"sklearn.py"},
     # checkpoint: its errors; processes: tries whether a value can be sent before all wait for it
     "pickle": {"checkpoint/", "distributed/processes.py"},
 }

@@ -75,7 +75,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "trainer",
         "view",
     ),
-    ("config_types", "config", "cli", "testing", "tuning", "__main__", ""),
+    ("config_types", "config", "cli", "sklearn", "testing", "tuning", "__main__", ""),
 )
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import os
+import pickle
 import signal
 
 import pytest
@@ -246,7 +247,7 @@ def test_a_signal_in_a_validation_leaves_both(tmp_path):
 
 
 def test_the_best_checkpoint_is_an_average(tmp_path):
-    """What is monitored, kept, restored and tested is the same network."""
+    """S0-18: what is monitored, kept, restored and tested is the same network."""
     checkpoint = ModelCheckpoint(monitor="val_loss", save_top_k=-1, every_n_epochs=1)
     stopping = EarlyStopping("val_loss", restore_best=True, patience=10)
     task = Net()
@@ -381,6 +382,13 @@ def test_what_cannot_be_is_said(make, match):
         make()
 
 
+def test_a_trial_run_and_a_copy_of_what_was_used():
+    for callback in (EMA(), SWA(0.1)):
+        trainer(callback, fast_dev_run=True).fit(Net(), loader(), loader(9))
+        assert callback.updates == 1
+        assert pickle.loads(pickle.dumps(callback)).updates == 1
+
+
 def test_the_names_of_others():
     assert lk.callbacks.EMAWeightAveraging is EMA
     assert lk.callbacks.StochasticWeightAveraging is SWA
@@ -411,6 +419,8 @@ def test_it_is_that_of_one_process(ranks, kind, tmp_path):
     alone = averaged(1, "ema", tmp_path)
     found = ranks[0][kind]
     assert found["history"] == pytest.approx(alone["history"], rel=1e-5)
+    assert len(found["norms"]) == 4  # and so are the norms of `Statistics`
+    assert found["norms"] == pytest.approx(alone["norms"], rel=1e-4)
     for name, value in alone["weights"].items():
         torch.testing.assert_close(found["weights"][name], value, rtol=1e-5, atol=1e-6)
 

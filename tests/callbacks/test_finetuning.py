@@ -103,17 +103,18 @@ def test_S0_09_it_equals_a_run_that_had_every_group_from_the_start(quiet):
         torch.testing.assert_close(value, finals[1][name], rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("fused", [False, None])
 @pytest.mark.parametrize(
-    "schedule", [None, by_step, lambda o: StepLR(o, 1)], ids=["none", "steps", "epochs"]
+    ("schedule", "fused"),
+    [(None, None), (by_step, False), (lambda o: StepLR(o, 1), None)],
+    ids=["none", "steps", "epochs"],
 )
 def test_it_resumes_exactly(schedule, fused):
     assert_resumes_exactly(
         Net(schedule),
         loader(),
         loader(8),
-        max_epochs=4,
-        at=[2, 5, 8, 11, 12, 14],
+        max_epochs=3,
+        at=[2, 5, 8, 10],
         callbacks=lambda: [Unfreeze(UNFREEZE)],
         fused=fused,
     )

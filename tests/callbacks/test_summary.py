@@ -1,11 +1,15 @@
 from __future__ import annotations
 
 import logging
+import re
 from types import SimpleNamespace
 
 import torch
+import torchmetrics
 from torch import nn
 
+import lightkit as lk
+from lightkit import callbacks
 from lightkit.callbacks.summary import ModelSummary, summarize
 
 
@@ -72,3 +76,89 @@ def test_the_callback_logs_it_once_on_rank_zero(caplog):
     ModelSummary(max_depth=0).on_fit_start(SimpleNamespace(is_global_zero=True), Net())
     (record,) = caplog.records
     assert record.message == summarize(Net(), 0)
+
+
+def test_the_name_of_ported_code():
+    assert callbacks.RichModelSummary is ModelSummary
+
+
+class Shaped(lk.TaskModule):
+    """Everything that a pass could leave a trace in; S4-02."""
+
+    def __init__(self):
+        super().__init__()
+        self.example_input_array = torch.zeros(8, 10)
+        self.net = nn.Sequential(nn.Linear(10, 6), nn.BatchNorm1d(6), nn.Dropout())
+        self.rnn = nn.LSTM(6, 4, batch_first=True)
+        self.unused = nn.Linear(2, 2)
+        self.score = torchmetrics.MeanMetric()
+        self.register_buffer("calls", torch.zeros(()))
+        self.net[2].eval()
+
+    def forward(self, x):
+        self.calls += 1
+        y = self.net(x) + torch.rand(8, 6)
+        self.log("made", y.mean())
+        self.score(y)
+        return self.rnn(y.unsqueeze(1))[0]
+
+    def training_step(self, batch, batch_idx):
+        return self(batch[0]).mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_S4_02_shapes_of_one_pass_with_the_example(quiet, caplog):
+    caplog.set_level(logging.INFO, logger="lightkit")
+    data = [(torch.randn(8, 10),)] * 2
+
+    def fitted(example, **options):
+        torch.manual_seed(5)
+        task = Shaped()
+        task.example_input_array = example
+        task.score.update(3.0)
+        quiet(enable_model_summary=True, **options).fit(task, data)
+        return task
+
+    task = fitted(torch.zeros(8, 10))
+    (table,) = [r.message for r in caplog.records if r.message.startswith("name ")]
+    assert [re.split("  +", line) for line in table.splitlines()[:6]] == [
+        ["name", "type", "params", "trainable", "in", "out"],
+        [table.splitlines()[1]],
+        ["net", "Sequential", "78", "yes", "[8, 10]", "[8, 6]"],
+        ["rnn", "LSTM", "192", "yes", "[8, 1, 6]", "[8, 1, 4], [1, 8, 4], [1, 8, 4]"],
+        ["unused", "Linear", "6", "yes", "-", "-"],
+        ["score", "MeanMetric", "0", "-", "[8, 6]", "[]"],
+    ]
+    plain = fitted(None)  # the same fit without the pass
+    assert all(torch.equal(v, plain.state_dict()[k]) for k, v in task.state_dict().items())
+    assert task.calls == 2
+    assert task.score.compute() == plain.score.compute()
+    assert not any(module._forward_hooks for module in task.modules())
+    caplog.clear()
+    fitted(torch.zeros(8, 10), precision="bf16-true")
+    assert not [r for r in caplog.records if r.levelno == logging.WARNING]
+    assert "[8, 10]" in caplog.text
+
+
+def test_S4_02_a_failing_pass_is_one_line_and_the_table_goes_without(quiet, caplog):
+    caplog.set_level(logging.INFO, logger="lightkit")
+    task = Shaped()
+    task.example_input_array = torch.zeros(8, 3)
+    trainer = quiet(enable_model_summary=True)
+    trainer.fit(task, [(torch.randn(8, 10),)])
+    (warning,) = [r.message for r in caplog.records if r.levelno == logging.WARNING]
+    assert warning.startswith("no shapes in the summary: forward(example_input_array) failed: mat1")
+    assert summarize(task) in caplog.messages
+    assert not any(module._forward_hooks for module in task.modules())
+
+
+def test_no_pass_for_layers_without_sizes(quiet, caplog):
+    caplog.set_level(logging.INFO, logger="lightkit")
+    task = Shaped()
+    task.net = nn.Sequential(nn.LazyLinear(6))
+    said = SimpleNamespace(is_global_zero=True, world_size=1, strategy=quiet().strategy)
+    ModelSummary().on_fit_start(said, task)
+    assert caplog.messages == [summarize(task)]
+    assert "lazy" in caplog.text

@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightkit as lk
-from lightkit.callbacks import EMA, SWA, ModelCheckpoint
+from lightkit.callbacks import EMA, SWA, ModelCheckpoint, Statistics
 from lightkit.checkpoint import read_checkpoint
 from tests.distributed.quiet import quiet_trainer
 
@@ -47,13 +47,14 @@ def averaged(world, kind, root, strategy="auto"):
         saver = ModelCheckpoint(f"{root}/{folder}", monitor="val_loss")
         trainer = quiet_trainer(
             max_epochs=epochs, strategy=strategy, enable_checkpointing=True,
-            callbacks=[callback, saver], default_root_dir=f"{root}/{folder}",
+            callbacks=[callback, saver, Statistics(1)], default_root_dir=f"{root}/{folder}",
         )  # fmt: skip
         task = Net(norm)
         train, val = DataLoader(data(), 8 // world), DataLoader(data(20), 4)
         history = trainer.fit(task, train, val, ckpt_path=ckpt_path)
         full = {k: v.full_tensor() if hasattr(v, "full_tensor") else v
                 for k, v in task.state_dict().items()}  # fmt: skip
+        found["norms"] = {k: float(v) for k, v in trainer.callback_metrics.items() if "norm/" in k}
         return {k: v.clone() for k, v in full.items()}, history, saver
 
     found["weights"], history, saver = fit("whole", 3)

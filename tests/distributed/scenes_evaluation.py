@@ -17,7 +17,7 @@ from torchmetrics.classification import (
 )
 
 import lightkit as lk
-from lightkit.callbacks import PredictionWriter
+from lightkit.callbacks import BasePredictionWriter, PredictionWriter
 from tests.distributed.quiet import quiet_trainer
 
 COUNTS = (21, 23, 499)
@@ -146,6 +146,20 @@ def everything(folder: str) -> dict:
     return found
 
 
+class Places(BasePredictionWriter):
+    """Keeps which samples it was given, and which the batch says that they are."""
+
+    def __init__(self):
+        super().__init__("batch")
+        self.told, self.true = [], []
+
+    def write_on_batch_end(
+        self, trainer, pl_module, prediction, batch_indices, batch, batch_idx, dataloader_idx
+    ):
+        self.told += batch_indices
+        self.true += batch[2].tolist()
+
+
 def measured(count: int, folder: str) -> dict:
     """All numbers and predictions of one number of samples."""
     with Syncs() as syncs:
@@ -156,7 +170,8 @@ def measured(count: int, folder: str) -> dict:
         tested = plain(one.test(task, loader(count), verbose=False))
         predicted = one.predict(task, loader(count))
         writer = PredictionWriter(Path(folder) / f"predictions_{count}", batches_per_file=7)
-        two = trainer(callbacks=[writer])
+        places = Places()
+        two = trainer(callbacks=[writer, places])
         nothing = two.predict(task, loader(count), return_predictions=False)
         return {
             "history": fitted,
@@ -165,6 +180,7 @@ def measured(count: int, folder: str) -> dict:
             "metrics": {name: float(v) for name, v in one.callback_metrics.items()},
             "predictions": predicted,
             "nothing": nothing,
+            "places": (places.told, places.true),
             "written": PredictionWriter.load(writer.output_dir),
             "in_steps": task.in_steps,
             "by_itself": syncs.count,

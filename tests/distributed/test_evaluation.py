@@ -73,6 +73,9 @@ def test_predictions_are_complete_and_in_order_on_every_rank(ranks, alone, count
         assert found["nothing"] == []
         indices = torch.cat([one["index"] for one in found["predictions"]])
         assert indices.tolist() == list(range(count))
+        told, true = found["places"]
+        assert told == true
+    assert sorted(n for rank in ranks for n in rank[count]["places"][0]) == list(range(count))
 
 
 def test_ranks_without_a_batch_have_the_results_of_the_others(ranks, alone):

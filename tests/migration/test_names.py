@@ -13,8 +13,10 @@ from lightkit import elsewhere, optim
 from lightkit.data import DATA_NAMES
 from lightkit.errors import ConfigError, HookNameError
 from lightkit.hook_names import CALLBACK_NAMES, OLD_NAMES, TASK_NAMES
-from tests.small import Net
+from tests.small import Net, loader
 
+#: What `configure_optimizers` may return stands in the table of a task's attributes.
+KEYS = {*optim._OUTER_KEYS, *optim._INNER_KEYS, "configure_optimizers"}
 PAGE = Path(__file__).parents[2] / "docs" / "migrate-from-lightning.md"
 
 #: Names of Lightning's that at least two of 35 public projects use, by the table they stand in.
@@ -167,7 +169,8 @@ def test_methods_of_a_task():
     assert set(works(title)) - TASK_NAMES == set()
     hooks = {name for name in works(title) if name.startswith("on_")}
     assert hooks - {"on_before_batch_transfer", "on_after_batch_transfer"} <= CALLBACK_NAMES
-    assert refused(title) == OLD_NAMES
+    keys = {f"checkpoint.{key}": text for key, text in elsewhere.CHECKPOINT.items()}
+    assert refused(title) == {**OLD_NAMES, **keys}
     for name, instead in OLD_NAMES.items():
         for base in (lk.TaskModule, lk.Callback):
             with pytest.raises(HookNameError, match=re.escape(f"Write {instead}.")):
@@ -178,19 +181,36 @@ def test_methods_of_a_task():
 
 def test_attributes_of_a_task():
     title, task = "`self.` in a task", Net()
-    keys = {*optim._OUTER_KEYS, *optim._INNER_KEYS}
-    for name in works(title):
-        if "(" not in name and name not in keys | {"configure_optimizers", "trainer"}:
-            getattr(task, name)
-    assert keys - set(works(title)) == set()
-
-    def find(call):
-        return getattr(lk.TaskModule, call.removeprefix("self."))
-
-    assert missing_arguments(works(title), find) == []
+    assert KEYS - set(works(title)) == set()
+    methods = [name.removeprefix("self.") for name in works(title)]
+    assert missing_arguments(methods, lambda call: getattr(lk.TaskModule, call)) == []
     assert list(refused(title)) == ["to_torchscript"]
     with pytest.raises(lk.errors.UsageError, match="Write task.export"):
         task.to_torchscript()
+
+
+def test_the_attributes_are_there_while_a_fit_runs_and_after_it(quiet):
+    names = set(works("`trainer.`"))
+    own = {name for name in works("`self.` in a task") if "(" not in name} - KEYS
+
+    class Watch(lk.Callback):
+        looked = 0
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            for name in names:
+                getattr(trainer, name)
+            for name in own:
+                getattr(pl_module, name)
+            self.looked += 1
+
+        on_test_batch_end = on_train_batch_end
+
+    watch = Watch()
+    trainer, task = quiet(callbacks=[watch]), Net()
+    trainer.fit(task, loader(8), loader(8))
+    trainer.test(task, loader(8), verbose=False)
+    watch.on_train_batch_end(trainer, task, None, None, 0)
+    assert watch.looked == 5
 
 
 def test_a_data_module():

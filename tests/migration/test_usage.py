@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import re
 
 import pytest
 import torch
 from torch import nn
 
 import lightkit as lk
+from lightkit import elsewhere
 from lightkit.errors import CheckpointError, NotRunningError
 from tests.small import Net, loader
 
@@ -131,9 +133,32 @@ def test_a_network_and_factories_among_the_hyperparameters(tmp_path):
     assert loaded.hparams.unit is nn.ReLU
     other = Built(nn.Linear(4, 1), unit=nn.Tanh)
     trainer.fit(other, loader())
+    path = trainer.checkpoint_callback.best_model_path
     with pytest.raises(CheckpointError, match=r"unit \(torch.nn.modules.activation.Tanh\)"):
-        trainer_path = trainer.checkpoint_callback.best_model_path
-        Built.load_from_checkpoint(trainer_path, inner=nn.Linear(4, 1), make=torch.optim.SGD)
+        Built.load_from_checkpoint(path, inner=nn.Linear(4, 1), make=torch.optim.SGD)
+
+
+@pytest.mark.parametrize("key", elsewhere.CHECKPOINT)
+def test_keys_of_a_checkpoint(key, quiet, tmp_path):
+    class Saves(Net):
+        def on_save_checkpoint(self, checkpoint):
+            with pytest.raises(KeyError, match=re.escape(elsewhere.CHECKPOINT[key])):
+                checkpoint[key]
+            assert eval(elsewhere.CHECKPOINT[key]) is not None  # what it says is there
+            assert key not in checkpoint
+            checkpoint["mine"] = 3
+
+        def on_load_checkpoint(self, checkpoint):
+            assert eval(elsewhere.CHECKPOINT[key]) is not None
+            self.mine = checkpoint["mine"]
+
+    trainer = quiet(max_epochs=1)
+    trainer.fit(Saves(), loader(8))
+    path = trainer.save_checkpoint(tmp_path / "x.ckpt")
+    assert Saves.load_from_checkpoint(path).mine == 3
+    resumed = Saves()
+    quiet(max_epochs=2).fit(resumed, loader(8), ckpt_path=path)
+    assert resumed.mine == 3
 
 
 def test_a_logger_as_it_was_written_elsewhere(tmp_path):

@@ -250,6 +250,7 @@ def test_S0_08_transfer_learning(quiet):
     quiet(max_epochs=2).fit(task, train)
     changed = {n for n, value in task.state_dict().items() if not torch.equal(value, before[n])}
     assert changed == {"net.fc.weight", "net.fc.bias"}  # no running mean either
+    assert "lk.freeze(" in (ROOT / "templates/transfer/model.py").read_text(encoding="utf-8")
 
 
 def test_S0_09_freezing(quiet):

@@ -121,6 +121,13 @@ def test_S4_06_the_trained_code_is_exported_as_it_is(tmp_path):
 
     with pytest.raises(lk.LightkitError, match="Branches"):
         Branches().export(tmp_path / "bad.pt2", torch.ones(2, 4))
+
+    class Differs(Net):
+        def forward(self, x):
+            return super().forward(x) + float(torch.compiler.is_exporting())
+
+    with pytest.raises(lk.LightkitError, match="differ"):
+        Differs().export(tmp_path / "bad.pt2", torch.ones(2, 4))
     assert not (tmp_path / "bad.pt2").exists()
 
 

@@ -1,0 +1,72 @@
+"""The data: some kinds of the handwritten digits that ship inside scikit-learn, and few of each."""
+
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+import lightkit as lk
+
+
+class Pictures(Dataset):
+    """An ordinary dataset: grey pictures of 8 x 8 pixels in [0, 1], and their labels from 0 on."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.images[index], self.labels[index]
+
+
+class SomeDigits(lk.DataModule):
+    """Pictures of some digits: 30 % for testing, 30 % for validation, some of the rest to learn.
+
+    Args:
+        digits: Which ones; the first gets the label 0.
+        samples: Pictures to train on; None for all 40 %.
+        batch_size: Pictures per batch.
+        num_workers: Processes that load batches.
+        split_seed: Decides which picture goes where, whatever the seed of the run is.
+    """
+
+    def __init__(
+        self,
+        digits: list[int],
+        samples: int | None = None,
+        batch_size: int = 16,
+        num_workers: int = 0,
+        split_seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.digits, self.samples, self.split_seed = digits, samples, split_seed
+        self.loading = {"batch_size": batch_size, "num_workers": num_workers}
+
+    def setup(self, stage: str) -> None:
+        found = load_digits()
+        targets = torch.tensor(found.target)
+        chosen = torch.isin(targets, torch.tensor(self.digits)).nonzero().squeeze(1)
+        generator = torch.Generator().manual_seed(self.split_seed)
+        chosen = chosen[torch.randperm(len(chosen), generator=generator)]
+        images = torch.tensor(found.images, dtype=torch.float32).unsqueeze(1) / 16
+        labels = torch.tensor([self.digits.index(t) for t in targets[chosen]])
+        rest = len(chosen) * 3 // 10
+        parts = torch.arange(len(chosen)).split([rest, rest, len(chosen) - 2 * rest])
+        self.test, self.val, self.train = (
+            Pictures(images[chosen[part]], labels[part])
+            for part in (*parts[:2], parts[2][: self.samples])
+        )
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self.train, shuffle=True, **self.loading)
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(self.val, **self.loading)
+
+    def test_dataloader(self) -> DataLoader:
+        return DataLoader(self.test, **self.loading)
+
+    def predict_dataloader(self) -> DataLoader:
+        return DataLoader(self.test, **self.loading)
