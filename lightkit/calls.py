@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from torch.nn.parameter import is_lazy
+
 from lightkit import announce, console, opening, places, resuming, rng, saving, signals
 from lightkit.data import DataModule
 from lightkit.distributed import launched
@@ -25,6 +27,10 @@ if TYPE_CHECKING:
     from lightkit.trainer import Trainer
 
 _log = logging.getLogger("lightkit")
+
+#: A fit of no more optimizer steps and numbers in parameters than these needs no collection of
+#: garbage before it; a search over hyperparameters makes hundreds of such fits.
+SMALL_STEPS, SMALL_SIZE = 1000, 1_000_000
 
 
 @contextlib.contextmanager
@@ -66,13 +72,15 @@ def open_fit(
             rng.for_rank(session.strategy.data_ranks[0])  # dropout differs over ranks
         elif run.reload is not None and run.state.batch_idx:
             run.reload(run)  # those that were made before know nothing of the epoch
-        run.plan.check_horizon(*announce.planned(trainer))
+        planned = announce.planned(trainer)
+        run.plan.check_horizon(*planned)
         announce.say_start(trainer, run, resumed)
         try:
             # A full collection costs a tenth of a second with all that is imported; what is there
             # now stays for the whole fit, so later ones need not look at it.
-            gc.collect()
-            gc.freeze()
+            if not _is_small(run, planned[0]):
+                gc.collect()
+                gc.freeze()
             if run.agree is not None:
                 run.agree.reach("the time at which the fit begins")  # a collective
             run.flow.validated_at = run.flow.clock()
@@ -88,6 +96,17 @@ def open_fit(
             session.ended = run
         finally:
             gc.unfreeze()
+
+
+def _is_small(run: FitRun, steps: int | None) -> bool:
+    """Tells whether a fit is over before a collection is due, and what it leaves is little."""
+    parameters = [p for p in run.task.parameters() if not is_lazy(p)]
+    return (
+        steps is not None
+        and steps <= SMALL_STEPS
+        and sum(p.numel() for p in parameters) <= SMALL_SIZE
+        and all(p.device.type == "cpu" for p in parameters)
+    )
 
 
 def _needs_of_fit(trainer: Trainer, task: Any) -> dict[str, str]:

@@ -15,7 +15,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from lightkit.errors import OptimizerError
+from lightkit.errors import OptimizerError, some
 from lightkit.optim import nothing_to_train
 
 if TYPE_CHECKING:
@@ -113,18 +113,12 @@ def check_parameters(task: nn.Module, plan: OptimizerPlan) -> list[str]:
     if missed and plan.optimizers and plan.automatic:
         found.append(
             f"{len(missed)} trainable parameters are in no optimizer and will never change: "
-            f"{_list(missed)}. Give them to the optimizer, or set requires_grad_(False) on them."
+            f"{some(missed)}. Give them to the optimizer, or set requires_grad_(False) on them."
         )
     shared = [name for key, name in names.items() if seen.get(key, 0) > 1]
     if shared:
         found.append(
             f"{len(shared)} parameters are in more than one optimizer and are stepped by each: "
-            f"{_list(shared)}. Split the parameters between the optimizers."
+            f"{some(shared)}. Split the parameters between the optimizers."
         )
     return found
-
-
-def _list(names: Iterable[str]) -> str:
-    every = list(names)
-    more = f" and {len(every) - _NAMED} more" if len(every) > _NAMED else ""
-    return ", ".join(every[:_NAMED]) + more

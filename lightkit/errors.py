@@ -20,7 +20,7 @@ A message says what was given, what is allowed and what to change.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class LightkitError(Exception):
@@ -73,6 +73,23 @@ class PeerError(LightkitError, RuntimeError):
 
 class NotRunningError(LightkitError, RuntimeError):
     """An attribute that exists only while an entry point of the Trainer runs."""
+
+
+def one_of(
+    what: str, value: object, allowed: Sequence[object], kind: type[LightkitError] = ConfigError
+) -> None:
+    """Raises ``kind`` unless ``value`` is one of those allowed.
+
+    Args:
+        what: Whose argument it is, and its name: "Timer: interval".
+        value: What was given.
+        allowed: Two values or more.
+        kind: The error.
+    """
+    if value not in allowed:
+        *first, last = map(repr, allowed)
+        hint = did_you_mean(str(value), [word for word in allowed if isinstance(word, str)])
+        raise kind(f"{what}={value!r}; allowed are {', '.join(first)} and {last}.{hint}")
 
 
 def some(names: Iterable[object], most: int = 5) -> str:

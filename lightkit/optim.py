@@ -17,7 +17,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
 
-from lightkit.errors import CheckpointError, OptimizerError, did_you_mean
+from lightkit.errors import CheckpointError, OptimizerError, did_you_mean, one_of
 from lightkit.fused import FusedChoice
 from lightkit.schedules import Interval, SchedulerEntry, no_such_metric
 
@@ -380,11 +380,7 @@ def _entry(
         raise OptimizerError(_unusable(scheduler, "what stands for a scheduler"))
     by_step = isinstance(scheduler, (OneCycleLR, CyclicLR))
     interval = values.setdefault("interval", "step" if by_step else "epoch")
-    if interval not in ("step", "epoch"):
-        raise OptimizerError(
-            f"{name}: interval={interval!r} is not known; it is 'step' (optimizer steps) or "
-            f"'epoch'.{did_you_mean(str(interval), ('step', 'epoch'))}"
-        )
+    one_of(f"{name}: interval", interval, ("step", "epoch"), OptimizerError)
     frequency = values.get("frequency", 1)
     if type(frequency) is not int or frequency < 1:
         raise OptimizerError(

@@ -14,7 +14,7 @@ import torch
 from lightkit import checkpoint
 from lightkit.checkpoint import writer
 from lightkit.checkpoint.savers import at_an_end, in_validation
-from lightkit.errors import CheckpointError, NonFiniteError
+from lightkit.errors import CheckpointError, NonFiniteError, some
 from lightkit.evaluation import may_break_off
 from lightkit.places import keyed
 
@@ -148,10 +148,9 @@ def check_finite(run: FitRun) -> None:
         return
     bad = [name for name, value in named if not bool(value.isfinite().all())]
     if bad:
-        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
         raise NonFiniteError(
             f"Parameters are nan or inf after step {run.state.global_step} (epoch "
-            f"{run.state.epoch + 1}) though the loss was finite: {', '.join(bad[:3])}{more}. This "
+            f"{run.state.epoch + 1}) though the loss was finite: {some(bad, most=3)}. This "
             f"state is not saved. Lower the learning rate, clip gradients (gradient_clip_val=1.0), "
             f"or look for the operation with detect_anomaly=True. Trainer(terminate_on_nan=False) "
             f"trains on."

@@ -139,7 +139,7 @@ class SupervisedTask(TaskModule):
         optimizer = self._make_optimizer(self.parameters())
         if self._make_scheduler is None:
             return optimizer
-        schedule = self._make_scheduler(optimizer, self.trainer)
+        schedule = self._make_scheduler(optimizer, self._link.trainer)
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     # --- how it is done --------------------------------------------------------------------------
@@ -149,7 +149,7 @@ class SupervisedTask(TaskModule):
             if isinstance(inputs, (tuple, list)):
                 return self(*inputs)
             return self(**inputs) if isinstance(inputs, Mapping) else self(inputs)
-        except (RuntimeError, TypeError) as error:
+        except (RuntimeError, TypeError, ValueError) as error:
             hint = targets.about_inputs(self.net, inputs, str(error))
             if not hint:
                 raise

@@ -99,9 +99,19 @@ def about_inputs(net: nn.Module, inputs: Any, error: str) -> str:
             f"{error}. Give them as {own}: X.astype('{own}') for an array or a data frame, "
             f"X.to(torch.{own}) for a tensor."
         )
-    if "shape" in error or "size" in error or "channels" in error:
-        return f"{name} cannot take the inputs ({seen(inputs)}): {error}"
-    return ""
+    if "shape" not in error and "size" not in error and "channels" not in error:
+        return ""
+    hint = ""
+    if "channels" in error and inputs.ndim == 4 and inputs.shape[-1] in (1, 3, 4):
+        hint = (
+            ". torch takes images as (N, channels, height, width): X.transpose(0, 3, 1, 2) for an "
+            "array, X.permute(0, 3, 1, 2) for a tensor"
+        )
+    elif "more than 1 value per channel" in error:
+        hint = (
+            ". A last batch of one sample has no variance: choose another batch_size, or drop_last"
+        )
+    return f"{name} cannot take the inputs ({seen(inputs)}): {error}{hint}"
 
 
 def about_target(kind: Any, output: Any, target: Any, error: str) -> str:

@@ -26,7 +26,7 @@ from lightkit import opening, optim, rng
 from lightkit.callbacks import BaseFinetuning, GradientAccumulationScheduler
 from lightkit.data import DataModule, generators
 from lightkit.distributed import launched
-from lightkit.errors import ConfigError, UsageError, did_you_mean
+from lightkit.errors import ConfigError, UsageError, one_of
 from lightkit.hooks import Callback, listens
 from lightkit.options import listed
 from lightkit.run import FitRun
@@ -283,9 +283,7 @@ def scale_batch_size(
         ConfigError: For numbers or a mode that are not possible.
         UsageError: Not even ``start`` fits, there are several processes, or ``loader`` is neither.
     """
-    if mode not in ("power", "binsearch"):
-        hint = did_you_mean(str(mode), ("power", "binsearch"))
-        raise ConfigError(f"scale_batch_size: mode={mode!r}; 'power' and 'binsearch' exist.{hint}")
+    one_of("scale_batch_size: mode", mode, ("power", "binsearch"))
     if not (start >= 1 and steps >= 1 and (most is None or most >= start)):
         raise ConfigError(
             f"scale_batch_size: start={start!r}, most={most!r}, steps={steps!r} is not possible: "

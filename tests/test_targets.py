@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -86,6 +88,22 @@ def test_metrics_of_classes_get_probabilities_and_class_numbers():
     assert torch.equal(
         targets.for_classes(nn.NLLLoss, logits.log(), numbers)[0], logits.log().exp()
     )
+
+
+@pytest.mark.parametrize(
+    ("layer", "inputs", "message"),
+    [
+        (nn.Conv2d(3, 4, 3), torch.zeros(2, 8, 8, 3), r"X.transpose\(0, 3, 1, 2\) for an array"),
+        (nn.BatchNorm1d(3), torch.zeros(1, 3), "last batch of one sample has no variance"),
+        (nn.Conv2d(3, 4, 3), torch.zeros(2, 3, 8, 8, dtype=torch.uint8), r"uint8 .*are float32"),
+        (nn.Linear(3, 4), [1.0], "batches hold tensors"),
+    ],
+)
+def test_inputs_that_a_network_cannot_take(layer, inputs, message):
+    with pytest.raises((RuntimeError, TypeError, ValueError)) as caught:
+        layer(inputs)
+    assert re.search(message, targets.about_inputs(layer, inputs, str(caught.value)))
+    assert targets.about_inputs(layer, torch.zeros(1), "a mistake in the user's network") == ""
 
 
 def test_a_softmax_that_the_loss_brings_already_is_told(caplog):

@@ -15,7 +15,7 @@ from torch.optim.swa_utils import SWALR, get_ema_multi_avg_fn, update_bn
 from lightkit import rng
 from lightkit.averages import Averages
 from lightkit.data import BatchStream, generators
-from lightkit.errors import ConfigError, did_you_mean
+from lightkit.errors import ConfigError, one_of
 from lightkit.freezing import modes_kept
 from lightkit.hooks import Callback
 from lightkit.run import FitRun
@@ -356,11 +356,7 @@ class SWA(WeightAveraging):
             )
         if type(annealing_epochs) is not int or annealing_epochs < 0:
             raise ConfigError(f"SWA(annealing_epochs={annealing_epochs!r}): a number from 0.")
-        if annealing_strategy not in ("cos", "linear"):
-            raise ConfigError(
-                f"SWA(annealing_strategy={annealing_strategy!r}): it is 'cos' or 'linear'."
-                f"{did_you_mean(str(annealing_strategy), ('cos', 'linear'))}"
-            )
+        one_of("SWA: annealing_strategy", annealing_strategy, ("cos", "linear"))
         self.swa_lrs, self.swa_epoch_start = swa_lrs, swa_epoch_start
         self.annealing = {"anneal_epochs": annealing_epochs, "anneal_strategy": annealing_strategy}
         self.update_bn = update_bn

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightkit.checkpoint.weights import apply_weights
-from lightkit.errors import ConfigError, LoggingError, did_you_mean
+from lightkit.errors import ConfigError, LoggingError, one_of
 from lightkit.hooks import Callback
 from lightkit.schedules import no_such_metric
 
@@ -69,9 +69,7 @@ class EarlyStopping(Callback):
         check_on_train_epoch_end: bool | None = None,
         restore_best: bool = False,
     ) -> None:
-        if mode not in ("min", "max"):
-            hint = did_you_mean(str(mode), ("min", "max"))
-            raise ConfigError(f"EarlyStopping(mode={mode!r}): it is 'min' or 'max'.{hint}")
+        one_of("EarlyStopping: mode", mode, ("min", "max"))
         if type(patience) is not int or patience < 0:
             raise ConfigError(
                 f"EarlyStopping(patience={patience!r}): it is a number of checks, 0 or more."

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from lightkit.errors import ConfigError, did_you_mean
+from lightkit.errors import one_of
 from lightkit.hooks import Callback
 
 if TYPE_CHECKING:
@@ -38,12 +38,8 @@ class LearningRateMonitor(Callback):
     """
 
     def __init__(self, logging_interval: str | None = None, log_momentum: bool = False) -> None:
-        if logging_interval not in (None, "step", "epoch"):
-            hint = did_you_mean(str(logging_interval), ("step", "epoch"))
-            raise ConfigError(
-                f"LearningRateMonitor(logging_interval={logging_interval!r}): it is 'step', "
-                f"'epoch' or None.{hint}"
-            )
+        where = "LearningRateMonitor: logging_interval"
+        one_of(where, logging_interval, ("step", "epoch", None))
         self.logging_interval = logging_interval
         self.log_momentum = log_momentum
         self._by_step: list[tuple[str, Optimizer]] = []

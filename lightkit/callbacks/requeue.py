@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from lightkit import signals
 from lightkit.distributed import slurm_job
-from lightkit.errors import ConfigError, did_you_mean
+from lightkit.errors import one_of
 from lightkit.hooks import Callback
 from lightkit.state import Stage
 
@@ -36,11 +36,7 @@ class RequeueJob(Callback):
     """
 
     def __init__(self, signal: str = "SIGUSR1") -> None:
-        if signal not in signals.WATCHED:
-            raise ConfigError(
-                f"RequeueJob(signal={signal!r}): allowed are {', '.join(signals.WATCHED)}."
-                f"{did_you_mean(str(signal), signals.WATCHED)}"
-            )
+        one_of("RequeueJob: signal", signal, signals.WATCHED)
         self.signal = signal
 
     def on_exception(self, trainer: Trainer, task: TaskModule, exception: BaseException) -> None:

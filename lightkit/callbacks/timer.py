@@ -7,7 +7,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from lightkit.errors import ConfigError, did_you_mean
+from lightkit.errors import one_of
 from lightkit.hooks import Callback
 from lightkit.limits import parse_duration
 
@@ -39,9 +39,7 @@ class Timer(Callback):
         duration: str | timedelta | dict[str, int] | None = None,
         interval: str = "step",
     ) -> None:
-        if interval not in ("step", "epoch"):
-            hint = did_you_mean(str(interval), ("step", "epoch"))
-            raise ConfigError(f"Timer(interval={interval!r}): it is 'step' or 'epoch'.{hint}")
+        one_of("Timer: interval", interval, ("step", "epoch"))
         self._limit = parse_duration(duration, "Timer(duration=)")
         self._interval = interval
         self._done = dict.fromkeys(_STAGES, 0.0)
@@ -50,9 +48,7 @@ class Timer(Callback):
 
     def time_elapsed(self, stage: str = "train") -> float:
         """Returns the seconds spent so far in "train", "validate", "test" or "predict"."""
-        if stage not in _STAGES:
-            hint = did_you_mean(str(stage), _STAGES)
-            raise ConfigError(f"time_elapsed({stage!r}): it is one of {_STAGES}.{hint}")
+        one_of("Timer.time_elapsed: stage", stage, _STAGES)
         started = self._started.get(stage)
         running = 0.0 if started is None else self._clock() - started
         return self._done[stage] + running

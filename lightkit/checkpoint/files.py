@@ -33,7 +33,7 @@ from lightkit.checkpoint.disk import (
     written_at,
 )
 from lightkit.checkpoint.storable import storable
-from lightkit.errors import CheckpointError, did_you_mean
+from lightkit.errors import CheckpointError, did_you_mean, some
 
 _log = logging.getLogger("lightkit")
 
@@ -394,8 +394,7 @@ def _others(path: Path) -> str:
     if not others:
         return f" (there is no other {SUFFIX} file in {path.parent})."
     others.sort(key=written_at, reverse=True)
-    more = f" and {len(others) - 8} more" if len(others) > 8 else ""
-    return f": {', '.join(p.name for p in others[:8])}{more}."
+    return f": {some((p.name for p in others), most=8)}."
 
 
 def _check_format(header: Any, path: Path) -> None:

@@ -16,7 +16,7 @@ from lightkit.checkpoint.disk import point, prepare_folder, remove
 from lightkit.checkpoint.files import SUFFIX
 from lightkit.checkpoint.names import check_template, render
 from lightkit.checkpoint.newest import orphans
-from lightkit.errors import CheckpointError, ConfigError, NonFiniteError, did_you_mean
+from lightkit.errors import CheckpointError, ConfigError, NonFiniteError, did_you_mean, one_of
 
 if TYPE_CHECKING:
     from lightkit.callbacks import ModelCheckpoint
@@ -32,16 +32,8 @@ _NO_HOOKS = {"end_steps", "reduce", "due_after_epoch", "validate", "end_epoch"}
 
 def check_settings(given: ModelCheckpoint) -> None:
     """Raises `ConfigError` for arguments that are out of range or contradict each other."""
-    if given.mode not in ("min", "max"):
-        raise ConfigError(
-            f"mode={given.mode!r}; allowed are 'min' and 'max'."
-            f"{did_you_mean(str(given.mode), ('min', 'max'))}"
-        )
-    if given.on_error not in ("raise", "warn"):
-        raise ConfigError(
-            f"on_error={given.on_error!r}; allowed are 'raise' and 'warn'."
-            f"{did_you_mean(str(given.on_error), ('raise', 'warn'))}"
-        )
+    one_of("ModelCheckpoint: mode", given.mode, ("min", "max"))
+    one_of("ModelCheckpoint: on_error", given.on_error, ("raise", "warn"))
     for name, least in (("save_top_k", -1), ("every_n_epochs", 0), ("every_n_train_steps", 0)):
         value = getattr(given, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:

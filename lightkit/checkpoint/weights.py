@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightkit.checkpoint.files import read_any
-from lightkit.errors import CheckpointError
+from lightkit.errors import CheckpointError, some
 
 _log = logging.getLogger("lightkit")
 
@@ -52,7 +52,7 @@ def weights_of(checkpoint: Any, source: object) -> Mapping[str, Any]:
                 return candidate
         raise CheckpointError(
             f"{source} holds no weights: neither 'model' nor 'state_dict' is in it, and it is no "
-            f"state dict itself. Its keys are {_few(map(str, checkpoint))}."
+            f"state dict itself. Its keys are {some(checkpoint)}."
         )
     raise CheckpointError(f"{source} holds a {type(checkpoint).__name__}, not weights.")
 
@@ -76,7 +76,7 @@ def apply_weights(
     chosen = _without_prefix(weights, prefix)
     if prefix and not chosen:
         raise CheckpointError(
-            f"No name in {source} begins with {prefix!r}. The names are {_few(weights)}."
+            f"No name in {source} begins with {prefix!r}. The names are {some(weights)}."
         )
     chosen = _as_held(chosen, module)
     mismatch = _Mismatch(module, chosen)
@@ -144,7 +144,7 @@ class _Mismatch:
             (list(self.shapes.values()), "of another shape"),
         ):
             if names:
-                parts.append(f"{len(names)} {what}: {_few(names)}")
+                parts.append(f"{len(names)} {what}: {some(names)}")
         return "; ".join(parts)
 
     def hint(self) -> str:
@@ -185,10 +185,3 @@ def _is_state_dict(candidate: Mapping[Any, Any]) -> bool:
         not candidate
         or any(isinstance(value, Tensor) or hasattr(value, "whole") for value in candidate.values())
     )
-
-
-def _few(names: Iterable[str]) -> str:
-    """Returns the first names of a list, and how many more there are."""
-    every = list(names)
-    more = f" and {len(every) - 5} more" if len(every) > 5 else ""
-    return ", ".join(every[:5]) + more

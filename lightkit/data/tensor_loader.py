@@ -67,7 +67,7 @@ class TensorLoader:
         pin_memory: bool = False,
     ) -> None:
         _check_options(batch_size, generator, shuffle=shuffle, drop_last=drop_last, pin=pin_memory)
-        self.batch_size, self.shuffle, self.drop_last = batch_size, shuffle, drop_last
+        self.batch_size, self.shuffle, self.drop_last = int(batch_size), shuffle, drop_last
         self.generator, self.device, self.pin_memory = generator, _device(device), pin_memory
         named = tensors[0] if len(tensors) == 1 and isinstance(tensors[0], Mapping) else None
         self._keys = None if named is None else list(named)

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lightkit import freezing
 from lightkit.distributed.ranks import Ranks
 from lightkit.distributed.strategies import Strategy, check_alike, to_device
-from lightkit.errors import ConfigError, OptimizerError, UsageError
+from lightkit.errors import ConfigError, OptimizerError, UsageError, some
 
 if TYPE_CHECKING:
     from lightkit.distributed.strategies import Compiled
@@ -237,10 +237,9 @@ class DDPStrategy(Strategy):
             raise self._unused([self._trained[int(i)][0] for i in unused[1].split()]) from None
 
     def _unused(self, names: Sequence[str]) -> UsageError:
-        shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
         return UsageError(
-            f"training_step on rank {self.ranks.rank} did not use {shown}, so gradients cannot be "
-            f"averaged over ranks. Use them in every step, freeze them (requires_grad_(False)), or "
+            f"training_step on rank {self.ranks.rank} did not use {some(names, most=10)}, so "
+            f"gradients cannot be averaged over ranks. Use them in every step, freeze them (requires_grad_(False)), or "
             f'allow it with Trainer(strategy="ddp_find_unused_parameters_true").'
         )
 

@@ -20,6 +20,11 @@ from tests.distributed.harness import torchrun
 from tests.distributed.scenes_averaging import averaged, data
 
 
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # run folders go there
+
+
 class Net(lk.TaskModule):
     """Batch norm, a schedule, and what the validations saw."""
 

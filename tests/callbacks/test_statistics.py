@@ -16,6 +16,11 @@ from lightkit.testing import assert_resumes_exactly
 from tests.small import Net, loader
 
 
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # run folders go there
+
+
 class Lines(Logger):
     def __init__(self):
         super().__init__()

@@ -211,8 +211,20 @@ def test_the_hundredth_epoch_calls_what_the_third_does():
 # --- what a fit leaves behind --------------------------------------------------------------------
 
 
-def test_nothing_of_a_fit_stays_frozen(tmp_path):
+def test_a_small_fit_collects_no_garbage(tmp_path, monkeypatch):
+    """A search over hyperparameters makes hundreds of them."""
+    found = []
+    for most in (1, 2):
+        before = gc.get_stats()[2]["collections"]
+        monkeypatch.setattr("lightkit.calls.SMALL_STEPS", most)
+        lk.Trainer(max_steps=2, default_root_dir=tmp_path, **OFF).fit(Net(), data(2))
+        found.append(gc.get_stats()[2]["collections"] - before)
+    assert found == [1, 0]
+
+
+def test_nothing_of_a_fit_stays_frozen(tmp_path, monkeypatch):
     """Garbage of the first fit is collected by the second, and nothing by ``gc.freeze`` for ever."""
+    monkeypatch.setattr("lightkit.calls.SMALL_STEPS", 0)
     before, gone = gc.get_freeze_count(), []
     for _ in range(3):
         task = Net()

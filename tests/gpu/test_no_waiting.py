@@ -11,7 +11,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightkit as lk
 from lightkit import metrics, opening
-from lightkit.callbacks import LearningRateMonitor
+from lightkit.callbacks import (
+    EMA,
+    DeviceStatsMonitor,
+    LearningRateMonitor,
+    Statistics,
+    ThroughputMonitor,
+)
 from lightkit.loggers import CSVLogger
 from lightkit.precision import ScaledPrecision, resolve_precision
 from tests.gpu.waiting import NoWaiting
@@ -44,6 +50,11 @@ class Net(lk.TaskModule):
         optimizer = self.make(self.parameters(), lr=0.01)
         plan = LambdaLR(optimizer, lambda moves: 1.0 / (1 + moves))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plan, "interval": "step"}}
+
+
+class Plain(Net):
+    def training_step(self, batch, batch_idx):
+        return functional.cross_entropy(self.net(batch[0]), batch[1])
 
 
 def loader(device):
@@ -126,3 +137,35 @@ def test_the_guard_sees_what_waits(device):
     finally:
         guard.end()
     assert float(value[0]) == 1.0
+
+
+@EVERYWHERE
+def test_averages_statistics_and_monitors_wait_for_nothing(tmp_path, monkeypatch, device):
+    """The first average is a copy, by which torch reads its counter; after that nothing is read."""
+    guard = NoWaiting(device, 3, STEPS - 1)
+
+    def read(values, real=metrics.read):
+        with guard.allowed():
+            return real(values)
+
+    monkeypatch.setattr(metrics, "read", read)
+    ema = EMA(0.9, use_buffers=True)
+    trainer = lk.Trainer(
+        accelerator=device,
+        max_epochs=1,
+        log_every_n_steps=EVERY,
+        logger=CSVLogger(tmp_path),
+        callbacks=[guard, ema, Statistics(2), ThroughputMonitor(), DeviceStatsMonitor()],
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    try:
+        trainer.fit(Plain(), loader(device))
+    finally:
+        guard.end()
+    assert ema.updates == STEPS
+    assert guard.batches == STEPS - 3
+    rows = (tmp_path / "version_0" / "metrics.csv").read_text()
+    assert "grad_norm/net" in rows
+    assert "throughput/samples_per_second" in rows

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_S4_02_a_trial_of_everything_in_one_batch(quiet, tmp_path, monkeypatch):
-    """Shapes in the summary and errors that explain shapes are not there yet: see README.md."""
+    """Shapes in the summary are tested in tests/callbacks/test_summary.py."""
     monkeypatch.chdir(tmp_path)
     called = []
 
