@@ -35,23 +35,16 @@ SMALL_STEPS, SMALL_SIZE = 1000, 1_000_000
 
 @contextlib.contextmanager
 def open_fit(
-    trainer: Trainer,
-    task: TaskModule,
-    train: Any,
-    val: Any,
-    datamodule: Any,
-    ckpt_path: Any,
-    *,
-    max_epochs: int | None,
-    max_steps: int | None,
+    trainer: Trainer, task: TaskModule, data: tuple[Any, ...], ckpt_path: Any, **own: int | None
 ) -> Iterator[FitRun]:
-    """Opens a fit; see `Trainer.fit`."""
+    """Opens a fit; see `Trainer.fit`. ``own`` has the limits of this call, or None for each."""
     console.install(launched().rank)
+    train, val, datamodule = data
     train, datamodule = opening.as_datamodule(train, datamodule)
     opening.check_task(task, _needs_of_fit(trainer, task))
     session = Session(task=task, datamodule=datamodule, stage=Stage.FIT, given_train=train)
-    session.limits = make_limits(trainer.options, max_epochs=max_epochs, max_steps=max_steps)
-    session.bare = max_steps is not None
+    session.limits = make_limits(trainer.options, **own)
+    session.bare = own["max_steps"] is not None
     session.flow.accumulate = trainer.options.accumulate_grad_batches
     session.loggers = [] if trainer.options.fast_dev_run else [*trainer._loggers]
     opening.meet(trainer, session)
@@ -76,11 +69,7 @@ def open_fit(
         run.plan.check_horizon(*planned)
         announce.say_start(trainer, run, resumed)
         try:
-            # A full collection costs a tenth of a second with all that is imported; what is there
-            # now stays for the whole fit, so later ones need not look at it.
-            if not _is_small(run, planned[0]):
-                gc.collect()
-                gc.freeze()
+            _collect_garbage(run, planned[0])
             if run.agree is not None:
                 run.agree.reach("the time at which the fit begins")  # a collective
             run.flow.validated_at = run.flow.clock()
@@ -98,15 +87,17 @@ def open_fit(
             gc.unfreeze()
 
 
-def _is_small(run: FitRun, steps: int | None) -> bool:
-    """Tells whether a fit is over before a collection is due, and what it leaves is little."""
-    parameters = [p for p in run.task.parameters() if not is_lazy(p)]
-    return (
-        steps is not None
-        and steps <= SMALL_STEPS
-        and sum(p.numel() for p in parameters) <= SMALL_SIZE
-        and all(p.device.type == "cpu" for p in parameters)
-    )
+def _collect_garbage(run: FitRun, steps: int | None) -> None:
+    """Collects what earlier calls left behind, unless the fit is small.
+
+    A full collection costs a tenth of a second with all that is imported; what is there after it
+    stays for the whole fit, so later ones need not look at it.
+    """
+    own = [p for p in run.task.parameters() if not is_lazy(p)]
+    little = sum(p.numel() for p in own) <= SMALL_SIZE and all(p.device.type == "cpu" for p in own)
+    if steps is None or steps > SMALL_STEPS or not little:
+        gc.collect()
+        gc.freeze()
 
 
 def _needs_of_fit(trainer: Trainer, task: Any) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -21,7 +21,6 @@ from lightkit.optim import nothing_to_train
 if TYPE_CHECKING:
     from lightkit.optim import OptimizerPlan
 
-_NAMED = 5
 _WHOLE = (SequentialSampler, RandomSampler, WeightedRandomSampler, DistributedSampler)
 
 

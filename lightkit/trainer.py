@@ -202,7 +202,7 @@ class Trainer(TrainerView):
             refuse_unknown(self.fit, unknown)
         data = (train_dataloaders, val_dataloaders, datamodule)
         own = {"max_epochs": max_epochs, "max_steps": max_steps}
-        with calls.open_fit(self, model, *data, ckpt_path, **own) as run:
+        with calls.open_fit(self, model, data, ckpt_path, **own) as run:
             loops.fit(run)
         return self.session.history
 

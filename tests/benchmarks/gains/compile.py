@@ -101,7 +101,7 @@ def quiet_run(
         enable_model_summary=False,
         **options,
     )
-    opened = calls.open_fit(trainer, task, [group.batch], None, None, None)
+    opened = calls.open_fit(trainer, task, ([group.batch], None, None), None, max_steps=None)
     run = stack.enter_context(opened)
     run.metrics.begin_epoch()
     run.metrics.begin_steps()
