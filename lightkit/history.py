@@ -137,10 +137,7 @@ class History(list[dict[str, float]]):
             ImportError: matplotlib is not installed.
             KeyError: No epoch has one of the names.
         """
-        try:
-            from matplotlib import pyplot
-        except ImportError as error:
-            raise ImportError("History.plot needs matplotlib: pip install matplotlib") from error
+        pyplot = pyplot_for("History.plot")
         groups: dict[str, list[str]] = {}
         for name in self.names() if names is None else names:
             groups.setdefault(_subject(name), []).append(name)
@@ -163,11 +160,26 @@ class History(list[dict[str, float]]):
             axis.remove()
         if path is None and self.folder is not None:
             path = self.folder / "curves.png"
-        if path is not None:
-            figure.savefig(path, dpi=150)
-        if close or "inline" in pyplot.get_backend():
-            pyplot.close(figure)  # a notebook shows what is returned; open it would be shown twice
-        return figure
+        return finished(figure, path, close=close)
+
+
+def pyplot_for(who: str) -> Any:
+    """Returns ``matplotlib.pyplot``; raises `ImportError` with the name of who needs it."""
+    try:
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise ImportError(f"{who} needs matplotlib: pip install matplotlib") from error
+    return pyplot
+
+
+def finished(figure: Figure, path: str | Path | None, *, close: bool = False) -> Figure:
+    """Returns a figure that is drawn, after it was saved where there is a path."""
+    pyplot = pyplot_for("A figure")
+    if path is not None:
+        figure.savefig(path, dpi=150)
+    if close or "inline" in pyplot.get_backend():
+        pyplot.close(figure)  # a notebook shows what is returned; open it would be shown twice
+    return figure
 
 
 def _subject(name: str) -> str:

@@ -97,11 +97,7 @@ class RateSweep:
         Raises:
             ImportError: matplotlib is not installed.
         """
-        try:
-            from matplotlib import pyplot
-        except ImportError as error:
-            raise ImportError("RateSweep.plot needs matplotlib: pip install matplotlib") from error
-        figure, axis = pyplot.subplots(layout="constrained")
+        figure, axis = pyplot_for("RateSweep.plot").subplots(layout="constrained")
         axis.plot(self.rates, self.losses, color="lightgray", label="loss")
         axis.plot(self.rates, self.smoothed, label="smoothed")
         with contextlib.suppress(UsageError):
@@ -110,11 +106,7 @@ class RateSweep:
             axis.plot([rate], [loss], "o", label=f"steepest: {rate:.3g}")
         axis.set(xscale="log", xlabel="learning rate", ylabel="loss")
         axis.legend()
-        if path is not None:
-            figure.savefig(path, dpi=150)
-        if "inline" in pyplot.get_backend():
-            pyplot.close(figure)  # a notebook shows what is returned; open it would be shown twice
-        return figure
+        return finished(figure, path)
 
 
 def lr_find(

@@ -45,20 +45,10 @@ class SimpleProfiler(Callback):
         self._before: dict[Part, tuple[float, int]] = {}  # what was measured before
 
     def on_fit_start(self, trainer: Trainer, task: TaskModule) -> None:
-        """Begins to measure."""
+        """Begins to measure; not at a validation within a fit."""
         self._begin(trainer)
 
-    def on_validation_start(self, trainer: Trainer, task: TaskModule) -> None:
-        """Begins to measure, if it is none within a fit."""
-        self._begin(trainer)
-
-    def on_test_start(self, trainer: Trainer, task: TaskModule) -> None:
-        """Begins to measure."""
-        self._begin(trainer)
-
-    def on_predict_start(self, trainer: Trainer, task: TaskModule) -> None:
-        """Begins to measure."""
-        self._begin(trainer)
+    on_validation_start = on_test_start = on_predict_start = on_fit_start
 
     def teardown(self, trainer: Trainer, task: TaskModule, stage: str) -> None:
         """Shows the table, also after an exception."""

@@ -125,6 +125,8 @@ class ProgressBar(Callback):
         """Looks at the clock."""
         self._tick_round(trainer)
 
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
+
     def on_validation_end(self, trainer: Trainer, task: TaskModule) -> None:
         """Takes the second bar away, and keeps a row for the case that the epoch goes on."""
         if self._end_round(trainer) and self._in_epoch:
@@ -137,41 +139,15 @@ class ProgressBar(Callback):
         """Begins the bar of ``test``."""
         self._begin_round(trainer, "testing", trainer.num_test_batches)
 
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        task: TaskModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Looks at the clock."""
-        self._tick_round(trainer)
-
     def on_test_end(self, trainer: Trainer, task: TaskModule) -> None:
-        """Takes the bar away; the results are shown by the trainer."""
+        """Takes the bar away; predictions leave a line behind, results are the trainer's to show."""
         self._end_round(trainer)
+
+    on_predict_end = on_test_end
 
     def on_predict_start(self, trainer: Trainer, task: TaskModule) -> None:
         """Begins the bar of ``predict``."""
         self._begin_round(trainer, "predicting", trainer.num_predict_batches)
-
-    def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        task: TaskModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Looks at the clock."""
-        self._tick_round(trainer)
-
-    def on_predict_end(self, trainer: Trainer, task: TaskModule) -> None:
-        """Leaves a line behind."""
-        self._end_round(trainer)
 
     def _open(self, trainer: Trainer) -> None:
         self._close()

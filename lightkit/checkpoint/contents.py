@@ -107,7 +107,7 @@ def collect(
         checkpoint["history"] = _packed(run.history)
     for hook in run.hooks.on_save_checkpoint:
         hook(checkpoint)
-    return checkpoint
+    return dict(checkpoint)  # what divides and copies it knows plain containers
 
 
 def restore(run: FitRun, checkpoint: dict[str, Any]) -> None:

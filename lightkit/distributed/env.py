@@ -149,16 +149,18 @@ def check_nodes(num_nodes: int | None, env: LaunchEnv) -> None:
     )
 
 
-def rank_zero_info(message: object) -> None:
-    """Says a line by the logger "lightkit", on rank zero alone."""
+def rank_zero_info(message: object, *args: object) -> None:
+    """Says a line by the logger "lightkit", on rank zero alone; ``args`` are put into it."""
     if launched().rank == 0:
-        _log.info("%s", message)
+        _log.info(message, *args)
 
 
-def rank_zero_warn(message: object, category: type[Warning] = UserWarning) -> None:
-    """Warns of the line that calls, on rank zero alone."""
+def rank_zero_warn(
+    message: object, *, category: type[Warning] = UserWarning, stacklevel: int = 1
+) -> None:
+    """Warns on rank zero alone: of the line that calls, or of one ``stacklevel`` - 1 calls above."""
     if launched().rank == 0:
-        warnings.warn(str(message), category, stacklevel=2)
+        warnings.warn(str(message), category, stacklevel=stacklevel + 1)
 
 
 def rank_zero_only(call: Callable[P, R]) -> Callable[P, R | None]:

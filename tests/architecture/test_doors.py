@@ -17,7 +17,7 @@ PACKAGES: dict[str, set[str]] = {
     "wandb": {"loggers/wandb.py"},
     "torchmetrics": {"named.py"},
     # tuning: the picture of its sweep
-    "matplotlib": {"history.py", "tuning.py"},
+    "matplotlib": {"history.py"},
     "pandas": {"history.py"},
     "onnx": {"export.py"},
     "onnxruntime": {"export.py"},

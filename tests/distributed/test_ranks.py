@@ -59,13 +59,14 @@ def test_every_collective(tmp_path, world) -> None:
 def test_lines_and_warnings_of_rank_zero_alone(monkeypatch, caplog) -> None:
     caplog.set_level("INFO")
     lk.rank_zero_info("a line")
+    lk.rank_zero_info("%d more", 2)
     with pytest.warns(DeprecationWarning, match="old") as found:
         lk.rank_zero_warn("old", category=DeprecationWarning)
     assert found[0].filename == __file__
     monkeypatch.setenv("RANK", "1")
     lk.rank_zero_info("another")
     lk.rank_zero_warn("nothing")
-    assert caplog.messages == ["a line"]
+    assert caplog.messages == ["a line", "2 more"]
 
 
 def test_rank_zero_only(monkeypatch) -> None:
