@@ -228,22 +228,6 @@ def _earlier_seed(trainer: Any, config: Config) -> int:
     return drawn if seed is None else seed
 
 
-def instantiate(spec: Any, base: Any = object) -> Any:
-    """Makes one object of ``{"class_path": ..., "init_args": {...}}`` or an import path.
-
-    Args:
-        spec: What stands in a file.
-        base: The class that it must be of, or any annotation.
-
-    Raises:
-        ConfigError: The class is not found or its arguments do not fit.
-    """
-    try:
-        return make(convert(spec, base))
-    except MisfitError as problem:
-        raise Sources().error(problem) from None
-
-
 def resolve(sources: Sources, trainer_class: type | None = None) -> Config:
     """Checks the overlaid values against the classes. See `load_config`."""
     try:

@@ -99,6 +99,11 @@ def some(names: Iterable[object], most: int = 5) -> str:
     return ", ".join(words[:most]) + more
 
 
+def ranks_named(numbers: Sequence[int]) -> str:
+    """Returns ``"rank 1"`` or ``"ranks 1, 2"``."""
+    return f"rank{'' if len(numbers) == 1 else 's'} {', '.join(map(str, numbers))}"
+
+
 def did_you_mean(given: str, valid: Iterable[str]) -> str:
     """Returns ``" Did you mean 'max_epochs'?"``, or ``""`` where nothing is near.
 

@@ -174,7 +174,8 @@ def pyplot_for(who: str) -> Any:
 
 def finished(figure: Figure, path: str | Path | None, *, close: bool = False) -> Figure:
     """Returns a figure that is drawn, after it was saved where there is a path."""
-    pyplot = pyplot_for("A figure")
+    from matplotlib import pyplot
+
     if path is not None:
         figure.savefig(path, dpi=150)
     if close or "inline" in pyplot.get_backend():

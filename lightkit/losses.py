@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightkit.errors import UsageError
+from lightkit.errors import UsageError, ranks_named
 
 if TYPE_CHECKING:
     from lightkit.run import FitRun
@@ -184,9 +184,9 @@ class Weighing:
         """Raises where only some ranks have weights: the others would not come to their sum."""
         given = [row[0] for row in self._ranks.exchange([self._total is not None], "weights")]
         if len(set(given)) > 1:
-            ranks = ", ".join(str(rank) for rank, has in enumerate(given) if not has)
+            lack = [rank for rank, has in enumerate(given) if not has]
             raise UsageError(
-                f"training_step returned no 'weight' on rank {ranks}, but on the others it did. "
+                f"training_step returned no 'weight' on {ranks_named(lack)}, but on the others it did. "
                 f"Return it on all ranks and for all batches, or never."
             )
 

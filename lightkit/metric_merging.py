@@ -24,7 +24,7 @@ from torch import Tensor
 from lightkit import metric_objects
 from lightkit.columns import Column
 from lightkit.distributed import Ranks
-from lightkit.errors import LoggingError
+from lightkit.errors import LoggingError, ranks_named
 from lightkit.readings import read
 
 _ATTRIBUTES = ("_reductions", "_to_sync", "_is_synced")
@@ -185,9 +185,9 @@ def _value(column: Column, parts: Sequence[dict[str, Any] | None]) -> Tensor | N
     metric = column.metric
     there = [part for part in parts if part is not None]
     if any(part["own"] for part in there):
-        if len(there) < len(parts):
+        if lack := [rank for rank, part in enumerate(parts) if part is None]:
             raise LoggingError(
-                f"self.log({column.name!r}): {_lacking(parts)} had no batch and does not know the "
+                f"self.log({column.name!r}): {ranks_named(lack)} had no batch and does not know the "
                 f"metric object, which synchronises by itself. Keep it as an attribute of the "
                 f"task, so that every rank has it."
             )
@@ -256,10 +256,6 @@ def _holding(
             for key, value in states_before.items():
                 setattr(one, key, value)
             one._computed = None
-
-
-def _lacking(parts: Sequence[Any]) -> str:
-    return "rank " + ", ".join(str(rank) for rank, part in enumerate(parts) if part is None)
 
 
 def _first(values: Sequence[float | None]) -> float | None:

@@ -14,6 +14,7 @@ from lightkit import checkpoint
 from lightkit.checkpoint.disk import same
 from lightkit.errors import CheckpointError, ConfigError, UsageError, did_you_mean
 from lightkit.ledger import Ledger, Record, read
+from lightkit.loggers.base import last_version, version_of
 
 if TYPE_CHECKING:
     from lightkit.loggers.base import Logger
@@ -48,7 +49,7 @@ def run_folder(trainer: Trainer, session: Session) -> Path | None:
 
 def _next_version(parent: Path) -> Path:
     """Makes the folder of the next free number; two runs that start at once get two."""
-    number = max(map(int, _versions(parent)), default=-1)
+    number = last_version(parent)
     parent.mkdir(parents=True, exist_ok=True)
     while True:
         number += 1
@@ -58,10 +59,6 @@ def _next_version(parent: Path) -> Path:
         except FileExistsError:
             continue
         return folder
-
-
-def _versions(parent: Path) -> list[str]:
-    return [p.name[8:] for p in parent.glob("version_*") if p.name[8:].isdigit()]
 
 
 def run_folders(trainer: Trainer, name: str) -> list[Path]:
@@ -225,8 +222,8 @@ def find_checkpoint(trainer: Trainer, task: TaskModule, given: str | Path) -> Pa
 
 def _age(folder: Path) -> tuple[float, int]:
     """Returns what sorts run folders by age: when they began, else their number."""
-    record, number = read(folder), folder.name.removeprefix("version_")
-    return (0.0 if record is None else record.began, int(number) if number.isdigit() else -1)
+    record, number = read(folder), version_of(folder)
+    return (0.0 if record is None else record.began, -1 if number is None else number)
 
 
 def _named(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightkit.data import move_to_device
+from lightkit.data.move import with_members
 
 if TYPE_CHECKING:
     from lightkit.run import EvalRun
@@ -69,8 +70,4 @@ def _small(item: Any) -> Any:
             or item.untyped_storage().nbytes() <= item.numel() * item.element_size()
         )
         return item if whole else item.clone()
-    if type(item) in (list, tuple):
-        return type(item)(map(_small, item))
-    if type(item) is dict:
-        return {key: _small(value) for key, value in item.items()}
-    return item
+    return with_members(item, _small)

@@ -9,7 +9,7 @@ from typing import Any
 
 from lightkit.columns import NOTHING, Column
 from lightkit.distributed import Ranks
-from lightkit.errors import LoggingError
+from lightkit.errors import LoggingError, ranks_named
 
 #: How a rank that had no batch takes in a column of the others, given its description.
 Adopt = Callable[[dict[str, Any]], Column]
@@ -101,7 +101,7 @@ class Totals:
         if len({row[0] for row in found}) > 1:
             with_it = [rank for rank, row in enumerate(found) if row[0]]
             raise LoggingError(
-                f"{name!r} is monitored, but it was logged on {_ranks(with_it)} only, or not in the "
+                f"{name!r} is monitored, but it was logged on {ranks_named(with_it)} only, or not in the "
                 f"same epoch on all ranks. Log it on every rank, and without rank_zero_only=True."
             )
         if column is None or here != 2:
@@ -161,12 +161,12 @@ class Totals:
             lack = [r for r in lack if not excused(r, described["loader"])]
             have = [r for r, one in enumerate(known) if name in one]
             if lack:
-                text.append(f"{_ranks(lack)} did not log {name!r}, but {_ranks(have)} did")
+                text.append(f"{ranks_named(lack)} did not log {name!r}, but {ranks_named(have)} did")
             ways = [[r for r in have if _way(known[r][name]) == way] for way in _ways(known, name)]
             if len(ways) > 1:
                 text.append(
                     f"{name!r} was logged in different ways: "
-                    + "; ".join(f"{_ranks(way)} {_way(known[way[0]][name])}" for way in ways)
+                    + "; ".join(f"{ranks_named(way)} {_way(known[way[0]][name])}" for way in ways)
                 )
         if text or adopt is None:
             raise LoggingError(
@@ -214,6 +214,3 @@ def _ways(known: Sequence[dict[str, Any]], name: str) -> list[str]:
     return list(dict.fromkeys(_way(one[name]) for one in known if name in one))
 
 
-def _ranks(numbers: Sequence[int]) -> str:
-    """Returns "rank 1" or "ranks 1, 2"."""
-    return f"rank{'' if len(numbers) == 1 else 's'} {', '.join(map(str, numbers))}"

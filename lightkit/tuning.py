@@ -27,6 +27,7 @@ from lightkit.callbacks import BaseFinetuning, GradientAccumulationScheduler
 from lightkit.data import DataModule, generators
 from lightkit.distributed import launched
 from lightkit.errors import ConfigError, UsageError, one_of
+from lightkit.history import finished, pyplot_for
 from lightkit.hooks import Callback, listens
 from lightkit.options import listed
 from lightkit.run import FitRun

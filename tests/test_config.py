@@ -15,7 +15,7 @@ import torch
 import yaml
 
 import lightkit as lk
-from lightkit.config import build, instantiate, load_config, read_sources
+from lightkit.config import build, load_config, read_sources
 from lightkit.config_types import MisfitError, convert, describe, make, plain
 from lightkit.errors import ConfigError
 from lightkit.signatures import argument_texts, arguments
@@ -331,18 +331,19 @@ def test_the_error_tells_what_is_wrong_inside_a_union(here):
 
 def test_a_factory_is_a_class_with_some_arguments_set():
     spec = {"class_path": "torch.optim.SGD", "init_args": {"momentum": 0.5}}
-    factory = instantiate(spec, Callable[..., torch.optim.Optimizer])
+    factory = make(convert(spec, Callable[..., torch.optim.Optimizer]))
     optimizer = factory([torch.nn.Parameter(torch.zeros(1))], lr=0.25)
     assert optimizer.defaults["lr"] == 0.25
     assert optimizer.defaults["momentum"] == 0.5
-    activation = instantiate({"class_path": "torch.nn.ReLU"}, Callable[[Any], Any])
+    activation = make(convert({"class_path": "torch.nn.ReLU"}, Callable[[Any], Any]))
     assert isinstance(activation, torch.nn.ReLU)
 
 
-def test_instantiate(here):
-    assert instantiate({"class_path": "here.Inner", "init_args": {"size": 3}}).size == 3
-    with pytest.raises(ConfigError, match="argument 'size' of Inner is missing"):
-        instantiate("here.Inner", Inner)
+def test_an_object_of_its_class_path(here):
+    spec = {"class_path": "here.Inner", "init_args": {"size": 3}}
+    assert make(convert(spec, object)).size == 3
+    with pytest.raises(MisfitError, match="argument 'size' of Inner is missing"):
+        convert("here.Inner", Inner)
 
 
 def test_arguments_follow_kwargs_to_the_class_that_names_them():

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightkit import rng
 from lightkit.data.loaders import parts
-from lightkit.errors import DataError
+from lightkit.errors import DataError, ranks_named
 
 if TYPE_CHECKING:
     from lightkit.distributed import Ranks
@@ -211,7 +211,7 @@ class Together:
         if ended:
             _log.info(
                 "The epoch ends here on all ranks, because the training loader has ended on %s.",
-                "rank " + ", ".join(map(str, ended)),
+                ranks_named(ended),
             )
             raise StopIteration
         return batch

@@ -21,7 +21,7 @@ from lightkit.distributed.board import FOLLOWED, PATIENCE, Board, connect
 from lightkit.distributed.env import LaunchEnv
 from lightkit.distributed.ranks import TIMEOUT, Ranks
 from lightkit.distributed.watchdog import TICK, Watchdog
-from lightkit.errors import LightkitError, PeerError, UsageError
+from lightkit.errors import LightkitError, PeerError, UsageError, ranks_named
 
 T = TypeVar("T")
 #: Heartbeats that a process may miss before it counts as gone.
@@ -310,7 +310,7 @@ class ProcessRanks(Ranks):
         after = self._board.look()
         silent = [r for r, seen in after.items() if seen.beat == before[r].beat and r not in ends]
         if silent:
-            return f"{_listed(silent)} fell silent: killed, out of memory, or cut off?"
+            return f"{ranks_named(silent)} fell silent: killed, out of memory, or cut off?"
         late = _LATE.search(str(error)) is not None
         waited = f" within {self._timeout.total_seconds():.0f} s" if late else ""
         behind = [
@@ -401,13 +401,6 @@ def _ending(end: str) -> str:
     """Returns how a process ended, in words."""
     text = end.removeprefix(FOLLOWED)
     return text if text.startswith("ended ") else f"ended with {text}"
-
-
-def _listed(ranks: list[int]) -> str:
-    """Returns the numbers of processes in words."""
-    if len(ranks) == 1:
-        return f"rank {ranks[0]}"
-    return f"ranks {', '.join(map(str, ranks))}"
 
 
 def open_processes(env: LaunchEnv, device: torch.device, timeout: timedelta) -> ProcessRanks:

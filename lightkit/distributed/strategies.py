@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from lightkit.distributed.ranks import Ranks
-from lightkit.errors import ConfigError, UsageError
+from lightkit.errors import ConfigError, UsageError, ranks_named
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -228,7 +228,7 @@ def check_alike(ranks: Ranks, state: Sequence[tuple[str, Tensor]]) -> None:
     others = [rank for rank, mark in enumerate(marks) if mark != marks[0]]
     if others:
         raise UsageError(
-            f"The task of rank {', '.join(map(str, others))} has other parameters than that of "
+            f"The task of {ranks_named(others)} has other parameters than that of "
             f"rank 0, or has frozen others. All processes must build the same model: look for sizes "
             f"that are drawn, or that are read from data which the ranks split."
         )

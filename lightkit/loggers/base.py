@@ -83,7 +83,7 @@ class Logger:
         folder = self._run_dir or self._followed or self.next_dir()
         if folder is None or self._version is not None:
             return self._version
-        number = _number(folder)
+        number = version_of(folder)
         return folder.name if number is None else number
 
     @property
@@ -99,7 +99,7 @@ class Logger:
         """
         if self._save_dir is not None and self._next_dir is None:
             parent = self._save_dir / self._name if self._name else self._save_dir
-            version = _next_version(parent) if self._version is None else self._version
+            version = last_version(parent) + 1 if self._version is None else self._version
             folder = f"version_{version}" if isinstance(version, int) else version
             self._next_dir = parent / folder
         return self._next_dir
@@ -223,12 +223,13 @@ def warn_unmarked(path: Path) -> None:
     )
 
 
-def _next_version(parent: Path) -> int:
-    taken = [_number(folder) for folder in parent.glob("version_*")]
-    return max((number for number in taken if number is not None), default=-1) + 1
+def last_version(parent: Path) -> int:
+    """Returns the highest N of the folders ``version_N`` in a folder; -1 where there is none."""
+    taken = [version_of(folder) for folder in parent.glob("version_*")]
+    return max((number for number in taken if number is not None), default=-1)
 
 
-def _number(folder: Path) -> int | None:
+def version_of(folder: Path) -> int | None:
     """Returns N of a folder called ``version_N``."""
     word, _, number = folder.name.partition("_")
     return int(number) if word == "version" and number.isdigit() else None
