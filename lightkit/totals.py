@@ -161,7 +161,9 @@ class Totals:
             lack = [r for r in lack if not excused(r, described["loader"])]
             have = [r for r, one in enumerate(known) if name in one]
             if lack:
-                text.append(f"{ranks_named(lack)} did not log {name!r}, but {ranks_named(have)} did")
+                text.append(
+                    f"{ranks_named(lack)} did not log {name!r}, but {ranks_named(have)} did"
+                )
             ways = [[r for r in have if _way(known[r][name]) == way] for way in _ways(known, name)]
             if len(ways) > 1:
                 text.append(
@@ -212,5 +214,3 @@ def _way(described: dict[str, Any]) -> str:
 def _ways(known: Sequence[dict[str, Any]], name: str) -> list[str]:
     """Returns the different ways in which the ranks log a name."""
     return list(dict.fromkeys(_way(one[name]) for one in known if name in one))
-
-

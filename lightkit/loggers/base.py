@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -198,6 +198,42 @@ class Logger:
 
     def finalize(self, status: str) -> None:
         """Called by `close` with "success": the name of ported loggers for it. Does nothing."""
+
+
+class FileLogger(Logger):
+    """A logger with one file in the run folder, open while a run is; FILE is its name."""
+
+    FILE: str
+    _file: IO[Any] | None = None
+
+    @property
+    def path(self) -> Path:
+        """The file; it exists once a run has begun."""
+        return Path(self.log_dir or ".") / self.FILE
+
+    def open(self, run_dir: str | Path, purge_step: int | None = None) -> None:
+        """See `Logger.open`: makes the folder, and opens no file yet."""
+        self.close()
+        super().open(run_dir, purge_step)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+
+    def flush(self) -> None:
+        """Hands what is buffered to the operating system."""
+        if self._file is not None:
+            self._file.flush()
+
+    def mark(self) -> dict[str, Any]:
+        """See `Logger.mark`: the length of the file."""
+        self.flush()
+        if self._file is None:
+            return {}
+        return {"files": {self.FILE: os.fstat(self._file.fileno()).st_size}}
+
+    def close(self) -> None:
+        """Writes what is buffered and closes the file."""
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
 
 
 def cut(path: Path, size: int) -> None:

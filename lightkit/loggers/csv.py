@@ -9,15 +9,15 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from lightkit.loggers.base import Logger, warn_unmarked
+from lightkit.loggers.base import FileLogger, warn_unmarked
 
 _log = logging.getLogger("lightkit")
 _FIRST = ["step", "epoch"]
 
 
-class CSVLogger(Logger):
+class CSVLogger(FileLogger):
     """Writes ``metrics.csv`` (a column per name, a row per flush) and ``hparams.json``.
 
     The first columns are "step" and "epoch". A cell is empty where a row has no such value; nan
@@ -31,21 +31,13 @@ class CSVLogger(Logger):
     """
 
     FILE = _target = "metrics.csv"
-    _file: IO[str] | None = None
     _columns: list[str]
     _rows = 0
 
     def open(self, run_dir: str | Path, purge_step: int | None = None) -> None:
         """See `Logger.open`. An existing table is continued; an unfinished last row is cut off."""
-        self.close()
         super().open(run_dir, purge_step)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         self._rewrite(*self._read())
-
-    @property
-    def path(self) -> Path:
-        """The file; it exists once a run has begun."""
-        return Path(self.log_dir or ".") / self.FILE
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Appends one row."""
@@ -69,18 +61,11 @@ class CSVLogger(Logger):
             text = json.dumps(dict(params), indent=2, default=str)
             self.path.with_name("hparams.json").write_text(text + "\n", encoding="utf-8")
 
-    def flush(self) -> None:
-        """Writes what is buffered."""
-        if self._file is not None:
-            self._file.flush()
-
     def mark(self) -> dict[str, Any]:
         """See `Logger.mark`: the size, the number of rows, and the header, which may grow."""
-        self.flush()
         if self._file is None:
             return {}
-        files = {self.FILE: os.fstat(self._file.fileno()).st_size}
-        return {"files": files, "rows": self._rows, "columns": list(self._columns)}
+        return {**super().mark(), "rows": self._rows, "columns": list(self._columns)}
 
     def rewind(self, mark: dict[str, Any]) -> None:
         """See `Logger.rewind`: the table gets the rows and the header that it had."""
@@ -98,12 +83,6 @@ class CSVLogger(Logger):
                 mark["rows"],
             )
         self._rewrite(mark["columns"], rows[: mark["rows"]])
-
-    def close(self) -> None:
-        """Writes what is buffered and closes the file."""
-        file, self._file = self._file, None
-        if file is not None:
-            file.close()
 
     def _read(self) -> tuple[list[str], list[dict[str, str]]]:
         """Returns the columns and the whole rows of the table."""

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from lightkit.loggers.base import Logger, cut, warn_unmarked
+from lightkit.loggers.base import FileLogger, cut, warn_unmarked
 
 _TOGETHER_SECS = 0.5
 
 
-class JSONLLogger(Logger):
+class JSONLLogger(FileLogger):
     """Appends one JSON object per row to ``metrics.jsonl`` in the run folder.
 
     A line is ``{"step": 50, "epoch": 0, "train_loss": 0.69}``. JSON has no nan and no infinity:
@@ -30,22 +29,14 @@ class JSONLLogger(Logger):
     """
 
     FILE = _target = "metrics.jsonl"
-    _file: IO[bytes] | None = None
     _flushed: float = 0.0
 
     def open(self, run_dir: str | Path, purge_step: int | None = None) -> None:
         """See `Logger.open`. An unfinished last line (a full disk, a kill) is cut off."""
-        self.close()
         super().open(run_dir, purge_step)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("ab")
         with self.path.open("rb") as file:
             self._file.truncate(sum(len(line) for line in file if line.endswith(b"\n")))
-
-    @property
-    def path(self) -> Path:
-        """The file; it exists once a run has begun."""
-        return Path(self.log_dir or ".") / self.FILE
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Appends one line."""
@@ -64,18 +55,6 @@ class JSONLLogger(Logger):
             self._file.flush()
             self._flushed = now
 
-    def flush(self) -> None:
-        """Hands the last lines to the operating system."""
-        if self._file is not None:
-            self._file.flush()
-
-    def mark(self) -> dict[str, Any]:
-        """See `Logger.mark`: the length of the file."""
-        self.flush()
-        if self._file is None:
-            return {}
-        return {"files": {self.FILE: os.fstat(self._file.fileno()).st_size}}
-
     def rewind(self, mark: dict[str, Any]) -> None:
         """See `Logger.rewind`: cuts the file to the length that it had."""
         self.flush()
@@ -83,9 +62,3 @@ class JSONLLogger(Logger):
             cut(self.path, mark["files"][self.FILE])
         elif self.path.stat().st_size:
             warn_unmarked(self.path)
-
-    def close(self) -> None:
-        """Closes the file."""
-        file, self._file = self._file, None
-        if file is not None:
-            file.close()
