@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 
@@ -143,3 +144,58 @@ def test_sync_batchnorm_is_kept_in_eval_mode_too():
 def test_another_policy_is_refused():
     with pytest.raises(ConfigError, match="Did you mean 'eval'"):
         lk.freeze(network(), bn="evl")
+
+
+def test_modes_come_back_but_what_was_frozen_meanwhile_stays_so():
+    net = network()
+    net[2].eval()
+    with freezing.modes_kept(net):
+        net.eval()
+        net[2].train()
+        lk.freeze(net[1])
+    assert [part.training for part in net] == [True, False, False, True]
+    with contextlib.suppress(ZeroDivisionError), freezing.modes_kept(net):
+        net.eval()
+        raise ZeroDivisionError
+    assert net.training
+
+
+def test_a_look_at_forward_leaves_no_trace():
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = network()
+            self.register_buffer("calls", torch.zeros(()))
+            self.same = nn.Module()
+            self.same.register_buffer("calls", self.calls)
+
+        def forward(self, x):
+            self.calls += 1
+            return self.net(x) + torch.rand(())
+
+    net, x = Counts(), torch.ones(2, 4)
+    state, calls = torch.get_rng_state(), net.calls
+    with freezing.at_rest(net):
+        assert not net(x).requires_grad
+        assert not net.training
+        assert net.calls == 1
+        assert net.same.calls is net.calls
+    assert net.calls is calls
+    assert net.same.calls is calls
+    assert calls == 0
+    assert net.training
+    assert torch.equal(torch.get_rng_state(), state)
+    assert net(x).requires_grad
+    lazy = nn.Sequential(nn.LazyBatchNorm1d())
+    with freezing.at_rest(lazy):
+        pass
+
+
+def test_what_a_task_logs_in_a_look_goes_nowhere():
+    task = Net()
+    metrics = object()  # would fail at the first call
+    task._link.hold("trainer", metrics)
+    with freezing.at_rest(task):
+        assert task._link.trainer == "trainer"
+        task.log("loss", 1.0)
+    assert task._link.metrics is metrics

@@ -189,11 +189,12 @@ def test_the_curves_are_drawn_in_the_folder_of_the_run(tmp_path, monkeypatch):
     pyplot = pytest.importorskip("matplotlib.pyplot")
     monkeypatch.setattr(pyplot, "get_backend", lambda: "agg")
     options = {**QUIET, "logger": True, "default_root_dir": tmp_path}
+    open_before = pyplot.get_fignums()
     _, history = fitted((X, Y), plot=True, **options)
     (picture,) = tmp_path.rglob("curves.png")
     assert picture.read_bytes()[:4] == b"\x89PNG"
     assert picture.parent == history.folder
-    assert pyplot.get_fignums() == []  # nothing waits for pyplot.show()
+    assert pyplot.get_fignums() == open_before  # nothing waits for pyplot.show()
 
 
 def test_a_notebook_shows_the_curves(monkeypatch):
