@@ -18,7 +18,8 @@ class Averages:
     Args:
         averaged: Names and tensors, parameters first, each with whether it is a buffer. A shared
             tensor comes under each of its names.
-        beside: Names and tensors that belong to the averages but are not averaged.
+        beside: Names and tensors that belong to the averages but are not averaged; shared ones
+            likewise.
         device: Where the averages are kept; None: where the tensors are.
         how: The functions of AveragedModel by name.
 
@@ -52,9 +53,11 @@ class Averages:
             group[1].append(live)
         self._groups = list(kinds.values())
         for name, tensor in beside:
-            self._names[name] = len(self._live)
-            self._live.append(tensor)
-            self._held.append(tensor.clone())
+            if id(tensor) not in numbers:
+                numbers[id(tensor)] = len(self._live)
+                self._live.append(tensor)
+                self._held.append(tensor.clone())
+            self._names[name] = numbers[id(tensor)]
 
     @torch.no_grad()
     def update(self) -> None:

@@ -16,8 +16,9 @@ from lightkit.data import DataModule
 from lightkit.distributed import launched
 from lightkit.errors import UsageError
 from lightkit.flow import Flow
-from lightkit.hooks import listens
+from lightkit.hooks import Callback, listens
 from lightkit.limits import make_limits
+from lightkit.options import listed
 from lightkit.session import Session
 from lightkit.state import Stage
 from lightkit.task import TaskModule
@@ -41,6 +42,7 @@ def open_fit(
     console.install(launched().rank)
     train, val, datamodule = data
     train, datamodule = opening.as_datamodule(train, datamodule)
+    _adopt(trainer)
     opening.check_task(task, _needs_of_fit(trainer, task))
     session = Session(task=task, datamodule=datamodule, stage=Stage.FIT, given_train=train)
     session.limits = make_limits(trainer.options, **own)
@@ -100,6 +102,16 @@ def _collect_garbage(run: FitRun, steps: int | None) -> None:
         gc.freeze()
 
 
+def _adopt(trainer: Trainer) -> None:
+    """Takes over how the user changed ``trainer.callbacks`` since the last call began."""
+    session = trainer.session
+    now, before = session.callbacks, session.assembled
+    kept = [c for c in trainer._callbacks if c in now or c not in before]
+    added = [c for c in now if c not in before and c not in kept]
+    trainer._callbacks = listed([*kept, *added], Callback, "callbacks")
+    session.assembled = tuple(now)
+
+
 def _needs_of_fit(trainer: Trainer, task: Any) -> dict[str, str]:
     """Returns the methods that a fit needs, and why; all of a loss may be what is added to it."""
     needs = {"configure_optimizers": "returns the optimizer"}
@@ -119,6 +131,7 @@ def open_evaluation(
     keep: bool = False,
 ) -> Iterator[EvalRun]:
     """Opens an evaluation; ``keep`` collects the outputs of its steps."""
+    _adopt(trainer)
     given, datamodule = opening.as_datamodule(given, datamodule)
     old = trainer.session
     task, ckpt_path = opening.task_of(trainer, stage, task, ckpt_path)

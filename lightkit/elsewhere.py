@@ -152,6 +152,12 @@ CHECKPOINT: dict[str, str] = {
     "optimizer_states": "checkpoint['optimizers']",
     "state_dict": "checkpoint['model']",
 }
+#: Of ``ModelCheckpoint(...)``.
+MODEL_CHECKPOINT: dict[str, str] = {
+    "filepath": "dirpath and filename",
+    "period": "every_n_epochs",
+    "prefix": "filename, which may begin with it",
+}
 #: Arguments of hooks that nobody gives.
 HOOK_ARGUMENTS: dict[str, str] = {
     "dataloader_idx": "leave it out: training has one loader",

@@ -6,6 +6,7 @@ The bodies of ``task.export``, ``task.to_onnx`` and ``task.to_torchscript``.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 import logging
 import shutil
@@ -50,6 +51,10 @@ _TRIED = (
 _HINTS = {
     "Constraints violated": _FIXED,
     "data-dependent": "forward branches on the values of a tensor: write torch.where there.",
+    "Must provide a tree_name": (
+        "Torch cannot free the batch of arguments that forward takes as **: name them in forward, or "
+        "export with dynamic_batch=False."
+    ),
 }
 
 
@@ -90,7 +95,7 @@ def export_task(
         The path of the file.
 
     Raises:
-        UsageError: An unknown format, or no sample that fits.
+        UsageError: An unknown format or argument, or no sample that fits.
         ExportError: torch cannot export ``forward``, the outputs differ, or the file cannot be
             written. What was there under this name is untouched.
         ImportError: A package of the extra ``lightkit[export]`` is not installed.
@@ -98,11 +103,18 @@ def export_task(
     path = Path(path)
     kind = _format(path, format)
     _require_whole(task)
+    if not (isinstance(tolerance, (int, float)) and tolerance >= 0):
+        raise UsageError(f"tolerance={tolerance!r} is not possible: a number from 0 on.")
     if kind in WEIGHTS:
+        if options:
+            raise UsageError(f"export has no argument {', '.join(options)} for the format {kind}.")
         return export_weights(task.state_dict(), path, format=kind)
-    samples, shapes = _samples(task, sample, dynamic_batch, options.pop("dynamic_shapes", None))
+    shapes = options.pop("dynamic_shapes", None)
+    samples = _samples(task, sample, dynamic_batch and shapes is None)
     with _in_use(task), _own_file(path) as file:
         expected = [_outputs(task, one, *how) for one, how in zip(samples, _TRIED, strict=False)]
+        if len(samples) > 1:
+            shapes = _any_batch(task, samples[-1])
         with _told(f"{type(task).__name__} cannot be exported ({kind})"):
             run = _WRITERS[kind](task, samples[-1], shapes, file, options)
             apart = [_apart(a, run(one)) for a, one in zip(expected, samples, strict=True)]
@@ -198,7 +210,7 @@ def _format(path: Path, given: str | None) -> str:
     if kind in known:
         return str(kind)
     if given is not None:
-        hint = did_you_mean(given, known)
+        hint = did_you_mean(str(given), known)
         raise UsageError(f"format={given!r} is unknown; it may be {', '.join(known)}.{hint}")
     raise UsageError(
         f"The name {path.name} says no format: let it end in {', '.join(SUFFIXES)}, or give "
@@ -220,10 +232,8 @@ def _require_whole(task: nn.Module) -> None:
             raise UsageError(f"{name} has no values yet, so there is nothing to export.")
 
 
-def _samples(
-    task: nn.Module, sample: Any, dynamic_batch: bool, shapes: Any
-) -> tuple[list[Any], Any]:
-    """Returns the inputs to try, the last of them to be traced, and torch's dynamic shapes."""
+def _samples(task: nn.Module, sample: Any, larger: bool) -> list[Any]:
+    """Returns the inputs to try, the last of them to be traced; ``larger``: one of twice the size."""
     if type(task).forward is nn.Module.forward:
         raise UsageError(f"{type(task).__name__} defines no forward, which is what is exported.")
     sample = getattr(task, "example_input_array", None) if sample is None else sample
@@ -233,20 +243,27 @@ def _samples(
             "example_input_array of the task."
         )
     sample = move_to_device(sample, "cpu")
-    if shapes is not None or not dynamic_batch:
-        return [sample], shapes
+    if not larger:
+        return [sample]
     if not batch_size_of(sample):
         raise UsageError(
             "The tensors of the sample have no dimension 0 of one size, so nothing says which is "
             "the batch. Give dynamic_shapes= as torch.export.export takes it, or "
             "dynamic_batch=False. A tuple holds the arguments of forward, without targets."
         )
-    batch = torch.export.Dim("batch")
     # Torch takes a size of 1 for a fixed one, so it follows the larger batch.
-    twice = _mapped(sample, lambda item: torch.cat([item, item]) if item.dim() else item)
+    return [sample, _mapped(sample, lambda item: torch.cat([item, item]) if item.dim() else item)]
+
+
+def _any_batch(task: nn.Module, sample: Any) -> dict[str, Any]:
+    """Returns torch's dynamic shapes, by the names of the arguments, where dimension 0 is free."""
     args, kwargs = arguments(sample)
-    shapes = _mapped(kwargs or args, lambda item: {0: batch} if item.dim() else None, None)
-    return [sample, twice], shapes
+    batch, given = torch.export.Dim("batch"), inspect.signature(task.forward)
+    by_name = given.bind(*args, **kwargs).arguments  # those of *args are one tuple
+    shapes: dict[str, Any] = _mapped(
+        by_name, lambda item: {0: batch} if item.dim() else None, None
+    )
+    return shapes
 
 
 def _mapped(sample: Any, change: Callable[[Tensor], Any], *other: Any) -> Any:

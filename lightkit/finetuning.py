@@ -6,12 +6,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
-from lightkit.errors import ConfigError
+from lightkit.errors import ConfigError, UsageError
 
 #: What a schedule keeps in a group of its optimizer: rates, and what moves against them.
-_RATES = ("initial_lr", "max_lr", "min_lr")
+_RATES = ("initial_lr", "max_lr", "min_lr", "swa_lr")
 _MOMENTA = ("base_momentum", "max_momentum", "momentum", "betas")
 #: Lists that schedules of torch have, with one element for each group: rates, and all others.
 _LISTS_OF_RATES = ("base_lrs", "max_lrs", "_last_lr")
@@ -33,8 +33,8 @@ def param_groups(
 
     Args:
         module: A module, whose children are the layers from the input to the output (children
-            without parameters do not count, parameters of its own belong to the first layer); or
-            the layers themselves.
+            without parameters do not count, parameters of its own belong to the first layer; the
+            children of an only child count in its place); or the layers themselves.
         lr: The rate of the last layer.
         decay: How many times lower the rate of each layer is than that of the next; 1 for equal
             rates.
@@ -46,10 +46,12 @@ def param_groups(
         as "name", by which ``LearningRateMonitor`` writes it.
 
     Raises:
-        ConfigError: ``decay`` is not positive.
+        ConfigError: ``lr`` or ``decay`` is not possible, or a layer is no module.
     """
-    if not decay > 0:
+    if not (isinstance(decay, (int, float)) and decay > 0):
         raise ConfigError(f"param_groups: decay={decay!r} is not possible. Allowed is more than 0.")
+    if not (isinstance(lr, (int, float)) and lr >= 0):
+        raise ConfigError(f"param_groups: lr={lr!r} is not possible. Allowed is 0 or more.")
     layers, seen = _layers(module), set[int]()
     groups: list[dict[str, Any]] = []
     for number, (name, members) in enumerate(layers, start=1):
@@ -73,10 +75,17 @@ def _layers(module: nn.Module | Sequence[nn.Module]) -> list[tuple[str, list[nn.
         named, own = list(module.named_children()), list(module.parameters(recurse=False))
     else:
         named = [(str(number), layer) for number, layer in enumerate(module)]
+        for _, layer in named:
+            if not isinstance(layer, nn.Module):
+                raise ConfigError(
+                    f"param_groups takes a module or a list of modules, the layers; got a "
+                    f"{type(layer).__name__} in the list."
+                )
     found = [(name, list(layer.parameters())) for name, layer in named]
     found = [(name, members) for name, members in found if members]
     if not own:
-        return found
+        only = dict(named)[found[0][0]] if len(found) == 1 and isinstance(module, nn.Module) else None
+        return _layers(only) if only is not None and any(only.children()) else found
     name, members = found[0] if found else (type(module).__name__, [])
     return [(name, [*own, *members]), *found[1:]]
 
@@ -97,7 +106,15 @@ def add_group(
         times: Its rate, as a multiple of the first group's.
         lr: The same as a number; it takes the place of ``times``.
         name: The "name" of the group.
+
+    Raises:
+        UsageError: The optimizer takes no groups.
     """
+    if isinstance(optimizer, LBFGS):
+        raise UsageError(
+            "No parameters can join an LBFGS, which has one group. Give it all that shall ever learn "
+            "from the start: it passes over those without a gradient."
+        )
     first = optimizer.param_groups[0]
     group: dict[str, Any] = {"params": list(parameters)}
     if "param_names" in first:  # made from named_parameters(), so each group must have names

@@ -34,8 +34,10 @@ def freeze(module: nn.Module, *, bn: BatchNorms = "eval") -> None:
             they go on learning.
 
     Raises:
-        ConfigError: For another ``bn``.
+        ConfigError: For another ``bn``, or what is no module.
     """
+    if not isinstance(module, nn.Module):
+        raise ConfigError(f"freeze takes a module, such as task.backbone; got {module!r:.80}.")
     if bn not in ("eval", "update", "train"):
         raise ConfigError(
             f"freeze: bn={bn!r} is not known. 'eval' keeps batch norms as they are, 'update' lets "

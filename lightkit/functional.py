@@ -120,7 +120,8 @@ def evaluate(
 
     Args:
         net: The network; or a `TaskModule`, whose ``test_step`` runs.
-        data: A loader, a data set, or ``(X, y)``.
+        data: A loader, a data set, or ``(X, y)``; or a dict of several, whose names come before
+            those of the metrics.
         loss: See `SupervisedTask`; None: metrics alone.
         metrics: Names, objects or functions.
         batch_size: Samples in a batch, where a loader is made here; default 32.
@@ -143,7 +144,7 @@ def evaluate(
     if is_array(data):
         raise DataError("data is an array without targets. Write evaluate(net, (X, y), ...).")
     rows = _quiet(options).test(task, _loader(data, "data", batch_size, False), verbose=False)
-    return {name.removeprefix("test_"): value for row in rows for name, value in row.items()}
+    return {_plain(name): value for row in rows for name, value in row.items()}
 
 
 def predict(net: nn.Module, data: Any, *, batch_size: int | None = None, **options: Any) -> Tensor:
@@ -233,6 +234,11 @@ def _is_pair(data: Any) -> bool:
     return isinstance(data, tuple) and not any(
         isinstance(one, (DataLoader, Dataset, TensorLoader)) for one in data
     )
+
+
+def _plain(name: str) -> str:
+    """Returns "loss" for "test_loss", and "new/loss" for "new/test_loss" of one of several."""
+    return name.removeprefix("test_").replace("/test_", "/", 1)
 
 
 def _quiet(options: dict[str, Any]) -> Trainer:

@@ -202,7 +202,8 @@ def end_epoch(run: FitRun) -> None:
     state, flow = run.state, run.flow
     run.plan.step_schedulers("epoch", state.epoch + 1)
     _step_plateau(run, "epoch", state.epoch + 1)
-    if run.cadence.unit == "batches" and state.batch_idx < run.cadence.every and not state.epoch:
+    missed = run.cadence.unit == "batches" and state.batch_idx < run.cadence.every
+    if missed and not state.epoch and run.validation is not None:
         _log.warning(
             "The epoch had %d batches, so val_check_interval=%d never comes. Lower it, or count "
             "over epochs with check_val_every_n_epoch=None.",

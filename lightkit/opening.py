@@ -137,6 +137,7 @@ def equip(trainer: Trainer, session: Session) -> None:
         if how is not None:
             session.compilation = compiling.Compilation(how, task, session.flow, session.device)
     session.callbacks = _all_callbacks(trainer, session)
+    session.assembled = tuple(session.callbacks)
     listeners = [*session.callbacks, *trainer._handlers, session.metrics, Advice()]
     session.hooks = HookTable(trainer, task, listeners, session.flow.times)
 

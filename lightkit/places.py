@@ -208,15 +208,20 @@ def find_checkpoint(trainer: Trainer, task: TaskModule, given: str | Path) -> Pa
         if path is not None:
             return path
     name = type(task).__name__
+    # Where the callbacks of this trainer name folders, those of other runs are not meant.
+    own_folders = [Path(c._given_dirpath) for c in trainer.checkpoint_callbacks if c._given_dirpath]
+    meant = {folder.resolve() for folder in own_folders}
     for folder in sorted(run_folders(trainer, name), key=_age, reverse=True):
         record = read(folder) or Record(checkpoints=["checkpoints"], settings={"task": name})
         for place in record.folders(folder) if record.settings.get("task") in (None, name) else ():
             path = _named(place, given, place / f"{given}.ckpt", record.id)
-            if path is not None:
+            if path is not None and (not meant or place.resolve() in meant):
                 return path
     raise UsageError(
         f"ckpt_path={given!r}: there is no {given}.ckpt, neither of this trainer's last fit nor in "
-        f"a run below {trainer.default_root_dir / name}. Give the path of a checkpoint."
+        f"a run below {trainer.default_root_dir / name}"
+        f"{' that wrote to the dirpath of its ModelCheckpoint' if meant else ''}. Give the path of "
+        f"a checkpoint, or 'auto', which begins a new run where there is none."
     )
 
 

@@ -68,10 +68,13 @@ def warmup_cosine(
         steps: Optimizer steps of the schedule; None for those of the fit.
 
     Raises:
-        OptimizerError: It is not known how many steps the fit has, or the warm-up is no part of it.
+        OptimizerError: It is not known how many steps the fit has, or the warm-up is no part of it,
+            or ``final`` none of the rate.
     """
     total = _steps(trainer, steps)
     rise = _warmup_steps(warmup, total)
+    if not (isinstance(final, (int, float)) and 0 <= final <= 1):
+        raise OptimizerError(f"final={final!r} is not possible: it is a part of the rate, 0 to 1.")
 
     def factor(step: int) -> float:
         if step < rise:
@@ -97,13 +100,18 @@ def warmup(
     Raises:
         OptimizerError: As by `warmup_cosine`.
     """
-    rise = warmup if type(warmup) is int else _warmup_steps(warmup, _steps(trainer, steps))
+    total = max(warmup, 0) + 1 if type(warmup) is int else _steps(trainer, steps)
+    rise = _warmup_steps(warmup, total)
     schedule = LambdaLR(optimizer, lambda step: min((step + 1) / (rise + 1), 1.0))
     return {"scheduler": schedule, "interval": "step"}
 
 
 def _steps(trainer: Trainer, given: int | None) -> int:
     """Returns how many optimizer steps a schedule lasts."""
+    if given is None and not hasattr(type(trainer), "estimated_stepping_batches"):
+        raise OptimizerError(
+            f"After the optimizer comes the trainer, self.trainer; got {type(trainer).__name__}."
+        )
     planned = trainer.estimated_stepping_batches if given is None else given
     if type(planned) is int and planned > 0:
         return planned
@@ -117,7 +125,8 @@ def _steps(trainer: Trainer, given: int | None) -> int:
 
 
 def _warmup_steps(given: int | float, total: int) -> int:
-    steps = round(given * total) if isinstance(given, float) else given
+    part = isinstance(given, float) and 0 <= given < 1
+    steps = round(given * total) if part else given
     if type(steps) is int and 0 <= steps < total and not isinstance(given, bool):
         return steps
     raise OptimizerError(

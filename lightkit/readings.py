@@ -75,5 +75,9 @@ class CallbackMetrics(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
+    def copy(self) -> dict[str, Tensor]:
+        """Returns a dict of what it holds now."""
+        return dict(self)
+
     def __repr__(self) -> str:
         return repr({name: self[name] for name in self})

@@ -135,6 +135,7 @@ class FitRun:
         cadence: When to validate.
         switches: What was frozen when the loop began.
         switched: What was frozen at the checkpoint that is continued, where hooks had changed it.
+        resting: The modules in eval mode when the validation under way, or the last one, began.
         run_id: Name of the run in its record and in its checkpoints; "" where nothing is written.
         writer: Writes the checkpoints.
         feed: What begins passes over the training loader.
@@ -190,6 +191,7 @@ class FitRun:
     run_id: str = ""
     switches: dict[str, list[str]] = field(default_factory=dict)
     switched: dict[str, list[str]] = field(default_factory=dict)
+    resting: list[str] = field(default_factory=list)
     data: dict[str, Any] = field(default_factory=dict)
     early: bool = False
     next_data: dict[str, Any] = field(default_factory=dict)
@@ -219,6 +221,8 @@ class FitRun:
         if not self.switches:
             return self.switched
         now = switches(self.task)
+        if self.flow.validating:  # all modules are in eval mode for now
+            now["eval"] = self.resting
         return {} if now == self.switches else now
 
     def completed(self) -> dict[str, Any]:
@@ -334,7 +338,8 @@ class FitRun:
         self._set_generators(state.get("generators", []))
 
     def before_validation(self) -> dict[str, Any]:
-        """Returns what a validation moves, for `undo_validation`."""
+        """Returns what a validation moves, for `undo_validation`; notes what is in eval mode."""
+        self.resting = switches(self.task)["eval"]
         state = {"rng": rng.rng_state(), "generators": self._generator_states()}
         state["next"] = self.next_data
         return {**state, "loaders": [feed.now() for feed in self._feeds()[1:]]}

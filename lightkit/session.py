@@ -45,6 +45,7 @@ class Session:
         given_train: The training data as the user gave it.
         given: The data of evaluations by stage, likewise.
         named_by_user: Whether evaluation loaders came as a dict, whose names prefix metrics.
+        assembled: The callbacks as the call began with them; the list is the user's to change.
         loggers: Those that this call writes to; none in evaluations and in fast_dev_run.
         loaded_at: Epochs completed when the loaders were made; -1 for those of a run that is
             continued, which were made before the epoch was known.
@@ -63,6 +64,7 @@ class Session:
     metrics: MetricLog | None = None
     hooks: HookTable | None = None
     callbacks: list[Callback] = field(default_factory=list)
+    assembled: tuple[Callback, ...] = ()
     loggers: list[Logger] = field(default_factory=list)
     run_dir: Path | None = None
     device: torch.device = field(default_factory=_cpu)

@@ -127,8 +127,10 @@ class SupervisedTask(TaskModule):
         return self.step(batch)
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
-        """Returns `step`; so does a test."""
-        return self.step(batch)
+        """Returns `step`, with "weight" where the loss is no mean over samples; so does a test."""
+        found = self.step(batch)
+        weight = targets.weight_of(self._kind, self.loss, found.get("target"))
+        return found if weight is None else {"weight": weight, **found}
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """Returns the output; of a batch that is a tuple or list the first part is the inputs."""
@@ -223,7 +225,7 @@ class SupervisedTask(TaskModule):
             if type(metric).__module__.startswith("torchmetrics.classification"):
                 output, target = targets.for_classes(self._kind, output, target)
             metric.update(output, target)
-        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
             raise UsageError(
                 f"The metric {name!r} ({type(metric).__name__}) cannot compare the output "
                 f"({targets.seen(output)}) with the target ({targets.seen(target)}): {error}"
@@ -253,13 +255,18 @@ def _told_apart(given: Any) -> tuple[dict[str, Any], dict[str, Callable[..., Any
                 raise ConfigError(
                     f"metrics: two of them are called {name!r}. Give a dict of names and metrics."
                 )
+            if metric_objects.is_collection(one):
+                raise ConfigError("metrics: give a MetricCollection alone, without a list of it.")
             named[name] = one
     kinds: dict[str, Any] = {}
     functions: dict[str, Callable[..., Any]] = {}
     for name, one in named.items():
+        if isinstance(one, str) and one == "loss":  # is logged anyway
+            continue
+        if name == "loss":
+            raise ConfigError("metrics: the loss is called 'loss'. Give a metric another name.")
         if isinstance(one, str):
-            if one != "loss":  # is logged anyway
-                kinds[name] = metric_class(one)
+            kinds[name] = metric_class(one)
         elif metric_objects.is_metric(one) or (isinstance(one, type) and hasattr(one, "update")):
             kinds[name] = one
         elif callable(one):

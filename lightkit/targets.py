@@ -98,6 +98,7 @@ def about_inputs(net: nn.Module, inputs: Any, error: str) -> str:
             f"{name} cannot compute with the inputs ({seen(inputs)}), as its weights are {own}: "
             f"{error}. Give them as {own}: X.astype('{own}') for an array or a data frame, "
             f"X.to(torch.{own}) for a tensor."
+            + (" Of arrays only a loader of your own keeps float64." if own == "float64" else "")
         )
     if "shape" not in error and "size" not in error and "channels" not in error:
         return ""
@@ -177,13 +178,34 @@ def task_of(kind: Any, loss: Any, output: Any, target: Any) -> dict[str, Any]:
     ):
         found = {"task": "multiclass", "num_classes": classes}
         ignored = getattr(loss, "ignore_index", -100)
-        # Leaving out waits for the device, so it is done only where something may be ignored.
-        if kind in _CLASSES[:2] and (ignored != -100 or target.ndim > 1):
+        # Leaving out waits for a GPU with each batch, so it is done only where something is ignored:
+        # of class numbers of one dimension the first batch tells, which waits once.
+        if kind in _CLASSES[:2] and (
+            ignored != -100
+            or target.ndim > 1
+            or target.device.type == "cpu"
+            or bool((target == ignored).any())
+        ):
             found["ignore_index"] = ignored
         return found
     if output.shape == target.shape and (kind in _BINARY or (kind is None and numbers)):
         return {"task": "multilabel", "num_labels": classes} if classes > 1 else {"task": "binary"}
     return {}
+
+
+def weight_of(kind: Any, loss: Any, target: Any) -> Tensor | None:
+    """Returns what the loss of a batch is the mean of, where that is not its samples; else None.
+
+    A loss of class numbers divides by the weights of the classes that are there, and leaves out
+    those to be ignored. No host sync.
+    """
+    if kind not in _CLASSES[:2] or target.is_floating_point():
+        return None
+    if getattr(loss, "reduction", "mean") != "mean":
+        return None
+    kept = target != getattr(loss, "ignore_index", -100)
+    weights = getattr(loss, "weight", None)
+    return kept.sum() if weights is None else (weights[target * kept] * kept).sum()
 
 
 def for_classes(kind: Any, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -210,7 +232,7 @@ def lined_up(output: Any, target: Any) -> tuple[Any, Any]:
         return output, target
     if output.is_floating_point() and output.element_size() < 4:
         output = output.float()
-    if output.ndim and output.numel() == target.numel() == len(output):
+    if output.numel() == target.numel() == (len(output) if output.ndim else 1):
         return output.flatten(), target.flatten()
     return output, target
 

@@ -14,7 +14,7 @@ import copy
 import gc
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -71,8 +71,14 @@ class RateSweep:
             skip_end: And so many at the end.
 
         Raises:
+            ConfigError: One of them is not a whole number from 0 on.
             UsageError: Fewer than three steps are left, or the loss fell nowhere.
         """
+        if any(type(skip) is not int or skip < 0 for skip in (skip_begin, skip_end)):
+            raise ConfigError(
+                f"suggestion: skip_begin={skip_begin!r}, skip_end={skip_end!r} is not possible: "
+                f"both are whole numbers from 0 on."
+            )
         losses = self.smoothed[skip_begin : len(self.smoothed) - skip_end]
         if len(losses) < 3:
             raise UsageError(
@@ -142,15 +148,18 @@ def lr_find(
         smoothing: What each smoothed loss keeps of the one before, from 0 to below 1.
 
     Raises:
-        ConfigError: The range, the number of steps or the smoothing is not possible.
-        UsageError: The trainer is at work, the task cannot be copied, the loader gives its batches
-            only once, or the step returned no loss.
+        ConfigError: The range or another number is not possible.
+        UsageError: The trainer is at work, the task cannot be copied or has no optimizer, the
+            loader gives its batches only once, or the step returned no loss.
     """
-    if not (0 < min_lr < max_lr < math.inf and steps >= 3 and 0 <= smoothing < 1):
+    numbers = (min_lr, max_lr, smoothing, 4.0 if stop_at is None else stop_at)
+    possible = type(steps) is int and all(isinstance(number, (int, float)) for number in numbers)
+    possible = possible and 0 < min_lr < max_lr < math.inf and 0 <= smoothing < 1
+    if not (possible and steps >= 3 and numbers[-1] > 1):
         raise ConfigError(
-            f"lr_find: min_lr={min_lr!r}, max_lr={max_lr!r}, steps={steps!r}, "
-            f"smoothing={smoothing!r} is not possible: rates rise from above 0, in at least 3 "
-            f"steps, and smoothing is from 0 to below 1."
+            f"lr_find: min_lr={min_lr!r}, max_lr={max_lr!r}, steps={steps!r}, stop_at={stop_at!r}, "
+            f"smoothing={smoothing!r} is not possible: rates rise from above 0, in a whole number "
+            f"of at least 3 steps, stop_at is above 1 or None, smoothing is from 0 to below 1."
         )
     grow = math.log(max_lr / min_lr) / (steps - 1)
     sweep = _Sweep([min_lr * math.exp(grow * step) for step in range(steps)], smoothing, stop_at)
@@ -206,12 +215,17 @@ class _Sweep(_Trial):
         self._group: list[float] = []
         self._shares: list[tuple[dict[str, Any], float]] = []
 
+    def on_train_start(self, trainer: Trainer, task: TaskModule) -> None:
+        if not trainer.optimizers:
+            raise UsageError(f"{type(task).__name__} has no optimizer, so it has no learning rate.")
+
     def on_train_batch_start(
         self, trainer: Trainer, task: TaskModule, batch: Any, batch_idx: int
     ) -> None:
         groups = [group for o in trainer.optimizers for group in o.param_groups]
         if len(groups) > len(self._shares):  # also those that joined in between
-            given = [float(group["lr"]) for group in groups]
+            # A schedule that was made has set its first rate, which may be 0, and kept the given.
+            given = [float(group.get("initial_lr", group["lr"])) for group in groups]
             highest = max(given) or 1.0
             self._shares = [(g, lr / highest) for g, lr in zip(groups, given, strict=True)]
         for group, share in self._shares:
@@ -269,18 +283,21 @@ def scale_batch_size(
             ``batch_size``, which is put back.
         mode: "power" doubles the size until memory ends; "binsearch" halves the gap from there on.
         start: The first size.
-        most: The largest size that is tried; None for the number of samples.
+        most: The largest size that is tried; the number of samples if that is smaller, or with
+            None. A data set without a length needs it.
         steps: Optimizer steps of each trial.
 
     Raises:
         ConfigError: For numbers or a mode that are not possible.
-        UsageError: Not even ``start`` fits, there are several processes, or ``loader`` is neither.
+        UsageError: Not even ``start`` fits, there are several processes, ``loader`` is neither, or
+            nothing says where to end.
     """
     one_of("scale_batch_size: mode", mode, ("power", "binsearch"))
-    if not (start >= 1 and steps >= 1 and (most is None or most >= start)):
+    whole = all(type(number) is int for number in (start, steps, start if most is None else most))
+    if not (whole and start >= 1 and steps >= 1 and (most is None or most >= start)):
         raise ConfigError(
             f"scale_batch_size: start={start!r}, most={most!r}, steps={steps!r} is not possible: "
-            f"sizes and steps are at least 1, and most is not below start."
+            f"sizes and steps are whole numbers from 1 on, and most is not below start."
         )
     if launched().world_size > 1:
         raise UsageError("scale_batch_size works in one process: call it without torchrun.")
@@ -288,9 +305,12 @@ def scale_batch_size(
     good, size, bad = 0, start, None
     while bad is None and size > good:
         if fits(size):
-            limit = most if most is not None else fits.samples
+            limits = [number for number in (most, fits.samples) if number is not None]
+            if not limits:  # a stream that ends would fit for ever
+                raise UsageError("The data set has no length, so say where to end: give most=.")
+            limit = max(size, min(limits))
             good, size = size, size * 2
-            if limit is not None and size > limit:
+            if size > limit:
                 size = limit if mode == "binsearch" else good
         else:
             bad = size
@@ -359,6 +379,9 @@ def _trial(
     trainer: Trainer, task: TaskModule, loader: Any, datamodule: Any, own: _Trial, steps: int
 ) -> None:
     """Trains a copy of the task for some steps; all that could be drawn from is put back."""
+    if not isinstance(trainer, Trainer):
+        raise UsageError(f"First comes the trainer, then the task; got {type(trainer).__name__} first.")
+    opening.check_task(task, {"configure_optimizers": "returns the optimizer"})
     if trainer.stage is not None:
         raise UsageError(
             f"The trainer is in the middle of {trainer.stage.value}. Look for a learning rate or a "
@@ -392,7 +415,7 @@ def _trial(
 def _twin_of(trainer: Trainer, own: Callback, steps: int) -> Trainer:
     """Returns a trainer with the same options that shows and writes nothing."""
     changed: dict[str, Any] = {
-        "max_epochs": -1,
+        "max_epochs": steps,  # enough, and a number from which a task may make its schedules
         "max_steps": steps,
         "callbacks": [*copy.deepcopy(_changing(trainer._callbacks)), own],
         "limit_val_batches": 0,
@@ -410,9 +433,20 @@ def _twin_of(trainer: Trainer, own: Callback, steps: int) -> Trainer:
 
 def _reduce(task: TaskModule) -> None:
     """Takes from a copy of the task what a trial does without: schedules, and some callbacks."""
-    optimizers, callbacks = task.configure_optimizers, task.configure_callbacks
+    configured, callbacks = task.configure_optimizers, task.configure_callbacks
     own: Any = vars(task)
-    own["configure_optimizers"] = lambda: optim.read(optimizers())[0] or None
+
+    def configure_optimizers() -> Any:
+        given = configured()
+        optimizers, schedules = optim.read(given)
+        if task.automatic_optimization:
+            return optimizers or None
+        for schedule, _, _ in schedules:  # the task itself moves them: they stay, and rest
+            of = schedule["scheduler"] if isinstance(schedule, Mapping) else schedule
+            of.step = lambda *_, **__: None
+        return given
+
+    own["configure_optimizers"] = configure_optimizers
     own["configure_callbacks"] = lambda: _changing(
         listed(callbacks(), Callback, "configure_callbacks")
     )

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim.swa_utils import SWALR, get_ema_multi_avg_fn, update_bn
+from torch.optim.swa_utils import SWALR, get_ema_multi_avg_fn
 
 from lightkit import rng
 from lightkit.averages import Averages
 from lightkit.data import BatchStream, generators
 from lightkit.errors import ConfigError, one_of
-from lightkit.freezing import modes_kept
+from lightkit.freezing import modes_kept, switches
 from lightkit.hooks import Callback
 from lightkit.run import FitRun
 from lightkit.schedules import SchedulerEntry
@@ -62,7 +62,7 @@ class WeightAveraging(Callback):
         updates: How many times weights were averaged in.
 
     Raises:
-        ConfigError: When a fit begins with two of them.
+        ConfigError: For both functions; when a fit begins with two of these callbacks.
     """
 
     # Behind the user's callbacks and before the checkpoints: all of them see the averages at the end
@@ -80,6 +80,8 @@ class WeightAveraging(Callback):
         avg_fn: Callable[..., Any] | None = None,
         multi_avg_fn: Callable[..., Any] | None = None,
     ) -> None:
+        if avg_fn is not None and multi_avg_fn is not None:
+            raise ConfigError("WeightAveraging takes avg_fn or multi_avg_fn, not both.")
         self.use_buffers = use_buffers
         self.device = None if device is None else torch.device(device)
         self._how = {"avg_fn": avg_fn, "multi_avg_fn": multi_avg_fn}
@@ -155,6 +157,8 @@ class WeightAveraging(Callback):
         if self._averages is not None:
             self._show(trainer, task)
             _log.info("the task has the mean of its weights now, of %d updates", self.updates)
+        else:
+            _log.warning("%s averaged nothing: the fit ended before that", type(self).__name__)
 
     def on_exception(self, trainer: Trainer, task: TaskModule, exception: BaseException) -> None:
         """Puts the weights of the training back."""
@@ -215,7 +219,7 @@ class WeightAveraging(Callback):
         """Yields names and tensors that are averaged, and whether each is a buffer."""
         for name, parameter in task.named_parameters(remove_duplicate=False):
             yield name, parameter, False
-        for name, buffer in task.named_buffers() if self.use_buffers else ():
+        for name, buffer in task.named_buffers(remove_duplicate=False) if self.use_buffers else ():
             # Host sync, once per fit: a mean with an infinity in it would be nan.
             if buffer.is_floating_point() and bool(buffer.isfinite().all()):
                 yield name, buffer, True
@@ -312,13 +316,15 @@ class SWA(WeightAveraging):
 
     Running means of batch norms belong to weights, so those of the mean have to be found by a pass
     over the training data (``torch.optim.swa_utils.update_bn``: forward only, in train mode). It
-    is made before each validation of a new mean, after the last epoch, and for networks with batch
-    norms alone. Random states are put back after it. With several ranks each takes its share of
-    the data.
+    is made for each new mean, before its validation or at the end of its epoch, and for networks
+    with batch norms alone. Those that are in eval mode while the task trains keep their means.
+    Random states are put back after it. With several ranks each takes its share of the data.
+
+    In manual optimization the task moves its schedules itself: from the start epoch on leave that.
 
     Args:
-        swa_lrs: The learning rate at the end of the annealing: a number, or one for each group.
-            None lets the task's own schedules go on.
+        swa_lrs: The learning rate at the end of the annealing: a number, or one for each group of
+            every optimizer. None lets the task's own schedules go on.
         swa_epoch_start: The first epoch that is averaged: its number from 0, or a share of
             ``max_epochs`` (0.8: the last fifth).
         annealing_epochs: Epochs until ``swa_lrs`` is reached.
@@ -329,7 +335,7 @@ class SWA(WeightAveraging):
 
     Raises:
         ConfigError: For arguments out of range; when a fit begins, where ``max_epochs`` or a
-            ``forward`` is missing.
+            ``forward`` is missing, and for rates that are not one for each group.
     """
 
     def __init__(
@@ -381,16 +387,13 @@ class SWA(WeightAveraging):
 
     def on_fit_start(self, trainer: Trainer, task: TaskModule) -> None:
         """Finds the epoch to begin with; goes on where a checkpoint left."""
-        if isinstance(self.swa_epoch_start, float) and trainer.max_epochs < 0:
+        start = self.swa_epoch_start
+        if isinstance(start, float) and trainer.max_epochs < 0:
             raise ConfigError(
-                f"SWA(swa_epoch_start={self.swa_epoch_start}) is a share of max_epochs, but this run "
-                f"has none. Give the number of an epoch, or set max_epochs."
+                f"SWA(swa_epoch_start={start}) is a share of max_epochs, but this run has none. Give "
+                f"the number of an epoch, or set max_epochs."
             )
-        self._start = (
-            int(trainer.max_epochs * self.swa_epoch_start)
-            if isinstance(self.swa_epoch_start, float)
-            else self.swa_epoch_start
-        )
+        self._start = int(trainer.max_epochs * start) if isinstance(start, float) else start
         if any(True for _ in self._beside(task)):
             plain = type(task).forward is nn.Module.forward
             if plain or trainer.strategy.sharded:
@@ -402,6 +405,14 @@ class SWA(WeightAveraging):
         super().on_fit_start(trainer, task)
         if self._saved_schedules:
             self._take_over(trainer)
+        elif isinstance(self.swa_lrs, Sequence):
+            for optimizer in trainer.optimizers:
+                if len(self.swa_lrs) not in (0, len(optimizer.param_groups)):
+                    raise ConfigError(
+                        f"SWA(swa_lrs={self.swa_lrs!r}): {type(optimizer).__name__} has "
+                        f"{len(optimizer.param_groups)} parameter groups. Give each a rate, or one "
+                        f"number for all."
+                    )
 
     def on_train_epoch_start(self, trainer: Trainer, task: TaskModule) -> None:
         """Lets SWALR take the place of the task's schedules at the start epoch."""
@@ -416,7 +427,9 @@ class SWA(WeightAveraging):
         saved, self._saved_schedules = self._saved_schedules, []
         for number, optimizer in enumerate(plan.optimizers):
             rates = [group["lr"] for group in optimizer.param_groups]
-            self._schedules.append(SWALR(optimizer, self.swa_lrs, **self.annealing))  # type: ignore[arg-type]
+            # A group may have joined since, with a rate of its own.
+            ends = [group["swa_lr"] for group in optimizer.param_groups] if saved else self.swa_lrs
+            self._schedules.append(SWALR(optimizer, ends, **self.annealing))  # type: ignore[arg-type]
             # Torch's mark for steps that were taken: those of before this schedule count.
             optimizer._opt_called = True  # type: ignore[attr-defined]
             if saved:
@@ -430,26 +443,25 @@ class SWA(WeightAveraging):
     def state_dict(self) -> dict[str, Any]:
         """Returns the counts and the states of SWALR."""
         schedules = [schedule.state_dict() for schedule in self._schedules]
-        own = {"schedules": schedules, "stale": self._stale}
-        return {"updates": self.updates, "epoch": self._epoch, **own}
+        return {"updates": self.updates, "epoch": self._epoch, "schedules": schedules}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes them back."""
         super().load_state_dict(state_dict)
-        self._saved_schedules, self._stale = state_dict["schedules"], state_dict["stale"]
+        self._saved_schedules = state_dict["schedules"]
 
     # --- batch norms -----------------------------------------------------------------------------
 
     def _beside(self, task: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        for name, module in task.named_modules() if self.update_bn else ():
+        for name, module in task.named_modules(remove_duplicate=False) if self.update_bn else ():
             if isinstance(module, _BatchNorm) and module.track_running_stats:
                 for own, buffer in module.named_buffers(recurse=False):
                     yield f"{name}.{own}" if name else own, buffer
 
     def on_train_epoch_end(self, trainer: Trainer, task: TaskModule) -> None:
-        """Averages, and finishes the mean of the last epoch, so that the last save has it whole."""
+        """Averages, and finishes a mean that no validation saw, so that each save has it whole."""
         super().on_train_epoch_end(trainer, task)
-        if self._stale and trainer.current_epoch + 1 == trainer.max_epochs:
+        if self._stale:
             self._show(trainer, task)
             self._hide()
 
@@ -460,23 +472,36 @@ class SWA(WeightAveraging):
             self._stale = False
 
     def _find_means(self, trainer: Trainer, task: TaskModule) -> None:
-        """Passes over the training data. With several ranks a collective at its end."""
+        """Passes over the training data. With several ranks a collective at its end.
+
+        This is ``torch.optim.swa_utils.update_bn``, but for norms that are in eval mode on purpose.
+        """
         run = trainer._run
         assert isinstance(run, FitRun)
+        resting = set(run.resting if run.flow.validating else switches(task)["eval"])
+        learning = [module for name, module in task.named_modules() if name not in resting]
+        norms = {norm: norm.momentum for norm in learning if isinstance(norm, _BatchNorm)}
+        if not norms:
+            return
         feed = run.feed.fresh()
         feed.share.even = True  # the mean over ranks is that of all batches
-        loader, limit = run.train_loader, run.train_limit
+        still = rng.preserved(*generators(run.train_loader))
         try:
-            with (
-                modes_kept(task),
-                rng.preserved(*generators(loader)),
-                run.autocast or nullcontext(),
-            ):
-                stream = BatchStream(loader, limit=limit, feed=feed, name="training loader")
-                move = run.transfer
-                update_bn((b if move is None else move(b, 0) for b in stream), task)
+            with modes_kept(task), still, run.autocast or nullcontext(), torch.no_grad():
+                for module in learning:
+                    module.training = True
+                for norm in norms:
+                    norm.reset_running_stats()
+                    norm.momentum = None  # the plain mean over batches
+                stream = BatchStream(
+                    run.train_loader, limit=run.train_limit, feed=feed, name="training loader"
+                )
+                for batch in stream:
+                    given = batch if run.transfer is None else run.transfer(batch, 0)
+                    task(given[0] if isinstance(given, (list, tuple)) else given)
                 stream.close()
         finally:
             feed.close()
-        means = [b for _, b in self._beside(task) if b.is_floating_point()]
-        run.strategy.ranks.average(means)
+            for norm, momentum in norms.items():
+                norm.momentum = momentum
+        run.strategy.ranks.average([b for n in norms for b in n.buffers() if b.is_floating_point()])

@@ -177,9 +177,10 @@ class BaseFinetuning(Callback):
 class BackboneFinetuning(BaseFinetuning):
     """Freezes ``task.backbone`` and lets it learn from an epoch on, at a rate that rises.
 
-    From its epoch on the backbone is a group of the optimizer. At the start of each epoch after
+    From its epoch on the backbone is a group of the optimizer (of several the first one). At the start of each epoch after
     that its rate is multiplied by ``lambda_func(epoch + 1)``, until it reaches that of the first
-    group. Batch norms of the backbone learn from the start.
+    group. Batch norms of the backbone learn from the start. An optimizer that holds the backbone
+    already keeps its rate, and a warning says so.
 
     Args:
         unfreeze_backbone_at_epoch: From which epoch (counted from 0) it learns.
@@ -193,6 +194,7 @@ class BackboneFinetuning(BaseFinetuning):
         rounding: Digits behind the point in what is told.
 
     Raises:
+        ConfigError: The epoch is none, or ``lambda_func`` no function.
         UsageError: In ``fit``, where the task has no module ``backbone``.
     """
 
@@ -209,6 +211,12 @@ class BackboneFinetuning(BaseFinetuning):
         rounding: int = 12,
     ) -> None:
         super().__init__()
+        epoch = unfreeze_backbone_at_epoch
+        if type(epoch) is not int or epoch < 0 or not callable(lambda_func):
+            raise ConfigError(
+                f"BackboneFinetuning({epoch!r}, lambda_func={lambda_func!r}): it takes an epoch (a "
+                f"whole number from 0 on), and a function of the epoch that returns a factor."
+            )
         self.unfreeze_backbone_at_epoch, self.lambda_func = unfreeze_backbone_at_epoch, lambda_func
         self.backbone_initial_ratio_lr = backbone_initial_ratio_lr
         self.backbone_initial_lr, self.should_align = backbone_initial_lr, should_align
@@ -224,13 +232,23 @@ class BackboneFinetuning(BaseFinetuning):
     def finetune_function(self, pl_module: TaskModule, epoch: int, optimizer: Optimizer) -> None:
         """Unfreezes the backbone, or lets its rate grow."""
         rate = float(optimizer.param_groups[0]["lr"])
-        if epoch < self.unfreeze_backbone_at_epoch:
+        first = optimizer is pl_module.trainer.optimizers[0]
+        if epoch < self.unfreeze_backbone_at_epoch or not first:
             return
         if self.previous_backbone_lr is None:
             given = self.backbone_initial_lr
             own = rate * self.backbone_initial_ratio_lr if given is None else given
-            backbone = _backbone(pl_module)
+            backbone, count = _backbone(pl_module), len(optimizer.param_groups)
             self.unfreeze_and_add_param_group(backbone, optimizer, own, train_bn=self.train_bn)
+            if len(optimizer.param_groups) == count:
+                own = rate
+                _log.warning(
+                    "BackboneFinetuning: the optimizer holds the backbone from the start, which "
+                    "learns at the rate that it has there. For a rate of its own give the optimizer "
+                    "[p for p in self.parameters() if p.requires_grad]."
+                )
+        elif not self._added:
+            return
         else:
             own = self.lambda_func(epoch + 1) * self.previous_backbone_lr
             own = min(own, rate) if self.should_align else own
@@ -277,10 +295,11 @@ class Unfreeze(BaseFinetuning):
     ) -> None:
         super().__init__()
         pairs = list(schedule.items()) if isinstance(schedule, Mapping) else []
-        lists = {epoch: [n] if isinstance(n, str) else list(n) for epoch, n in pairs}
+        lists = {epoch: list(n) if isinstance(n, (list, tuple)) else [n] for epoch, n in pairs}
         names = [name for listed in lists.values() for name in listed]
         whole = all(type(epoch) is int and epoch >= 0 for epoch in lists)
-        if not (names and whole and all(isinstance(n, str) and n for n in names) and decay > 0):
+        whole = whole and isinstance(decay, (int, float)) and decay > 0
+        if not (names and whole and all(isinstance(n, str) and n for n in names)):
             raise ConfigError(
                 f"Unfreeze({schedule!r}, decay={decay!r}): it takes a dict of epochs (from 0 on) and "
                 f"names of modules, such as {{1: 'net.layer4', 3: ['net.layer3', 'net.layer2']}}, "

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
+from typing_extensions import Never
 
 from lightkit import checkpoint
 from lightkit.checkpoint.files import SUFFIX
@@ -139,6 +140,7 @@ class ModelCheckpoint(Callback):
         async_save: bool | None = None,
         on_error: Literal["raise", "warn"] = "raise",
         save_on_exception: bool = True,
+        **unknown: Never,
     ) -> None:
         self._given_dirpath = None if dirpath is None else str(dirpath)
         self.dirpath = self._given_dirpath
@@ -155,7 +157,7 @@ class ModelCheckpoint(Callback):
         self.auto_insert_metric_name = auto_insert_metric_name
         self.on_error, self.save_on_exception = on_error, save_on_exception
         self._optional, self._loaded_run = False, ""
-        check_settings(self)
+        check_settings(self, unknown)
         self._reset()
 
     def _reset(self) -> None:
@@ -176,8 +178,7 @@ class ModelCheckpoint(Callback):
         self._monitor_found = self.monitor is None or self._optional
         self._validated = False  # whether there was a validation in this fit
         self._names_known = False  # whether all metrics were logged once in this fit
-        self._told_misaligned = False
-        self._best_name = "best"
+        self._told_misaligned, self._best_name = False, "best"
         self._flow, self._state, self._ranks = Flow(), TrainState(), Ranks()
         self._began = 0  # the step at which this fit began
         self._due_step = -1  # at which a save was last due

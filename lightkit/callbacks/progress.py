@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lightkit import screen
+from lightkit.errors import HookNameError
 from lightkit.hooks import Callback
 from lightkit.state import Stage
 
@@ -37,6 +38,15 @@ class ProgressBar(Callback):
     """
 
     order: ClassVar[int] = 50
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in vars(cls):
+            if name == "get_metrics" or (name.startswith("init_") and name.endswith("_tqdm")):
+                raise HookNameError(
+                    f"{cls.__qualname__}.{name} would never be called: the bar shows what is "
+                    f"logged with self.log(..., prog_bar=True). Leave it out."
+                )
 
     def __init__(
         self,

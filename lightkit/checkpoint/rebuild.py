@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,6 +15,7 @@ from lightkit.checkpoint.files import read_checkpoint
 from lightkit.checkpoint.storable import placeholder_type, reference
 from lightkit.checkpoint.weights import apply_weights, weights_of
 from lightkit.errors import CheckpointError, ConfigError, did_you_mean
+from lightkit.hparams import HParams
 
 if TYPE_CHECKING:
     from lightkit.task import TaskModule
@@ -61,6 +64,16 @@ def _build(
     names = [p.name for p in named]
     star = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), None)
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    required = [p.name for p in named if p.default is p.empty]
+    if stored and not set(stored) & set(names) and not takes_any:
+        # Net(config) with save_hyperparameters(config): the stored names are the fields of config.
+        given = [overrides.get(name) for name in required]
+        fields = {n: overrides.pop(n) for n in stored if n in overrides}
+        absent = [name for name in required if name not in overrides]
+        if len(absent) == 1:
+            stored = {absent[0]: HParams({**stored, **fields})}
+        elif any(isinstance(value, (Mapping, argparse.Namespace)) for value in given):
+            stored = {}  # another config takes the place of the stored one
     for name in overrides:
         if name not in names and not takes_any:
             raise ConfigError(
@@ -68,11 +81,7 @@ def _build(
                 f"It has: {', '.join(names) or 'none'}."
             )
     arguments = {**stored, **overrides}
-    required = [p.name for p in named if p.default is p.empty]
     absent = [name for name in required if name not in arguments]
-    if len(absent) == 1 and stored and not set(stored) & set(names) and not takes_any:
-        # Net(config) with save_hyperparameters(config): the stored names are the fields of config.
-        arguments = {absent.pop(): stored, **overrides}
     unknown = [name for name in arguments if name not in names and name != star]
     if unknown and not takes_any:
         for name in unknown:

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from lightkit import rng
 from lightkit.checkpoint.storable import storable
+from lightkit.data import move_to_device
 from lightkit.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -54,7 +54,8 @@ def gathered(ranks: Ranks, own: dict[str, Any], problem: Exception | None) -> li
             raise problem
         return [own]
     try:
-        own = _on_cpu(storable(own, "checkpoint"))  # host sync: a card's tensors cannot be sent
+        # Host sync: a card's tensors cannot be sent.
+        own = move_to_device(storable(own, "checkpoint"), "cpu")
     except CheckpointError as error:
         problem = problem or error
     said = None if problem is None else (type(problem), str(problem))
@@ -137,14 +138,3 @@ def on_every_rank(ranks: Ranks, call: Callable[[], T], what: str) -> T:
             f"says: {said[bad[0]]}"
         ) from problem
     return result  # type: ignore[return-value]  # None only where the call gives that
-
-
-def _on_cpu(item: Any) -> Any:
-    """Returns plain types with all tensors on the CPU."""
-    if isinstance(item, Tensor):
-        return item.detach().cpu()
-    if type(item) in (list, tuple):
-        return type(item)(map(_on_cpu, item))
-    if isinstance(item, dict):
-        return {key: _on_cpu(value) for key, value in item.items()}
-    return item

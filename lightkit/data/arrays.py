@@ -19,7 +19,8 @@ def as_dataset(X: Any, y: Any = None) -> TensorDataset:  # noqa: N803  the field
     """Returns a data set of tensors on the CPU, or where the tensors are.
 
     Numbers of 64 bits become float32, which torch computes in, and that is said once. Whole numbers
-    stay as they are. Memory is shared where the type stays.
+    stay as they are. Memory of arrays and tensors is shared where the type stays. Rows belong
+    together by their place, whatever a data frame has as its index.
 
     Args:
         X: The inputs, one row per sample: a NumPy array, a tensor, a data frame or series of pandas
@@ -31,8 +32,9 @@ def as_dataset(X: Any, y: Any = None) -> TensorDataset:  # noqa: N803  the field
 
     Raises:
         DataError: Something that is not numeric (the column is named), rows of different lengths,
-            no samples, or different numbers of them.
+            no samples, different numbers of them, or frames with one index in different orders.
     """
+    _check_order(X, y)
     tensors = [as_tensor(X, "X")] if y is None else [as_tensor(X, "X"), as_tensor(y, "y")]
     sizes = [len(tensor) for tensor in tensors]
     if len({*sizes}) > 1:
@@ -42,6 +44,18 @@ def as_dataset(X: Any, y: Any = None) -> TensorDataset:  # noqa: N803  the field
     if not sizes[0]:
         raise DataError("X has no samples: its first dimension is 0.")
     return TensorDataset(*tensors)
+
+
+def _check_order(X: Any, y: Any) -> None:  # noqa: N803
+    """Raises where an index tells that rows at the same place do not belong together."""
+    here, there = getattr(X, "index", None), getattr(y, "index", None)
+    if not hasattr(here, "equals") or not hasattr(there, "equals"):  # a list's is a function
+        return
+    if len(here) == len(there) and not here.equals(there) and {*here} == {*there}:
+        raise DataError(
+            "X and y have the same index in different orders, but row by row they must belong "
+            "together. If they do so by the index: y.loc[X.index]; if by their places: y.to_numpy()."
+        )
 
 
 def as_tensor(values: Any, name: str) -> Tensor:
@@ -60,7 +74,8 @@ def as_tensor(values: Any, name: str) -> Tensor:
         tensor = _from_array(_as_array(values, name), name)
     if tensor.ndim == 0:
         raise DataError(f"{name} is a single number; one row per sample is needed.")
-    if tensor.is_floating_point() and bool(tensor.isnan().any()):  # waits where it is on a device
+    # Their sum is nan first, without memory for a mask; both wait where they are on a device.
+    if tensor.is_floating_point() and tensor.sum().isnan() and tensor.isnan().any():
         _warn_of_missing(tensor, values, name)
     return _shortened(tensor, name)
 
@@ -99,7 +114,8 @@ def _as_array(values: Any, name: str) -> Any:
         raise DataError(f"{name} is a sparse matrix ({type(values).__name__}). Give X.toarray().")
     if isinstance(values, (list, tuple)) and values and isinstance(values[0], Tensor):
         raise DataError(
-            f"{name} is a {type(values).__name__} of tensors. Give torch.stack({name})."
+            f"{name} is a {type(values).__name__} of tensors. Give torch.stack({name}); for several "
+            f"inputs a Dataset whose samples are ((a, b), y)."
         )
     if isinstance(values, (str, bytes, dict, set)) or callable(getattr(values, "__next__", None)):
         raise DataError(
@@ -119,6 +135,8 @@ def _from_frame(frame: Any, name: str) -> Any:
     """Returns the numbers of a data frame, whose columns may have several numeric types."""
     import numpy
 
+    if len({*frame.columns}) < len(frame.columns):
+        raise DataError(f"{name} has several columns of one name: {[*frame.columns]}. Rename them.")
     columns = {column: numpy.asarray(frame[column]) for column in frame.columns}
     wrong = [column for column, array in columns.items() if array.dtype.kind not in "biuf"]
     if wrong:

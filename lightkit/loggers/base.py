@@ -171,6 +171,10 @@ class Logger:
     def flush(self) -> None:
         """Hands everything logged so far to the operating system. May be called at any time."""
 
+    def save(self) -> None:
+        """The name of ported code for `flush`."""
+        self.flush()
+
     def mark(self) -> dict[str, Any]:
         """Flushes, and returns where the rows stand now; a checkpoint holds it for `rewind`.
 

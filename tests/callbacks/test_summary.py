@@ -4,6 +4,7 @@ import logging
 import re
 from types import SimpleNamespace
 
+import pytest
 import torch
 import torchmetrics
 from torch import nn
@@ -154,11 +155,19 @@ def test_S4_02_a_failing_pass_is_one_line_and_the_table_goes_without(quiet, capl
     assert not any(module._forward_hooks for module in task.modules())
 
 
-def test_no_pass_for_layers_without_sizes(quiet, caplog):
+@pytest.mark.parametrize("why", ["lazy", "compiled", "several processes", "sharded"])
+def test_no_pass_where_it_would_not_be_free(caplog, why):
     caplog.set_level(logging.INFO, logger="lightkit")
     task = Shaped()
-    task.net = nn.Sequential(nn.LazyLinear(6))
-    said = SimpleNamespace(is_global_zero=True, world_size=1, strategy=quiet().strategy)
-    ModelSummary().on_fit_start(said, task)
+    if why == "lazy":
+        task.net = nn.Sequential(nn.LazyLinear(6))
+    if why == "compiled":
+        task.net._compiled_call_impl = task.net.forward  # as Module.compile leaves it
+    trainer = SimpleNamespace(
+        is_global_zero=True,
+        world_size=2 if why == "several processes" else 1,
+        strategy=SimpleNamespace(sharded=why == "sharded"),
+    )
+    ModelSummary().on_fit_start(trainer, task)
     assert caplog.messages == [summarize(task)]
-    assert "lazy" in caplog.text
+    assert task.calls == 0
