@@ -309,7 +309,7 @@ def _spread(values: list[float]) -> Part:
         return NOTHING
     total = _sum(values)
     mean = total / len(values)
-    return total, _sum((value - mean) ** 2 for value in values), float(len(values))
+    return total, _sum((value - mean) * (value - mean) for value in values), float(len(values))
 
 
 def _pooled(parts: Iterable[Part]) -> Part:
@@ -317,7 +317,8 @@ def _pooled(parts: Iterable[Part]) -> Part:
     total, squares, count = NOTHING
     for own, distances, number in parts:
         if count and number:
-            squares += (own / number - total / count) ** 2 * (number * count / (number + count))
+            apart = own / number - total / count  # not ** 2, which raises where * gives inf
+            squares += apart * apart * (number * count / (number + count))
         total, squares, count = total + own, squares + distances, count + number
     return total, squares, count
 

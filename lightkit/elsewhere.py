@@ -11,7 +11,10 @@ from collections.abc import Iterable, Mapping
 
 from lightkit.errors import did_you_mean
 
-_LOADERS = "one loader to train on (torch.utils.data.ConcatDataset, StackDataset), a dict of loaders to validate on"
+_LOADERS = (
+    "one loader to train on (torch.utils.data.ConcatDataset, StackDataset, or Together of "
+    "docs/migrate-from-lightning.md), a dict of loaders to validate on"
+)
 _DEVICE = "trainer.strategy.device"
 _STAGE = "trainer.stage, which is None between calls"
 _OWN_LOGGER = "a subclass of lk.loggers.Logger, as in docs/logging.md"

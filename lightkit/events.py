@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -93,6 +94,13 @@ class When:
                 f"trainer.on(..., filter={self.filter!r}): a function is needed, which gets the "
                 f"trainer and the number of the event."
             )
+        first = self.once or ((self.after or 0) // (self.every or 1) + 1) * (self.every or 1)
+        if not self._counted(first):
+            given = {n: getattr(self, n) for n in ("every", "once", "before", "after")}
+            text = ", ".join(
+                f"{name}={value}" for name, value in given.items() if value is not None
+            )
+            raise ConfigError(f"trainer.on(..., {text}): no event has a number like that.")
 
     @property
     def counts(self) -> bool:
@@ -101,9 +109,12 @@ class When:
 
     def passes(self, trainer: Trainer, number: int) -> bool:
         """Tells whether the function is called at the event of this number, but for the filter."""
+        return (not self.rank_zero or trainer.is_global_zero) and self._counted(number)
+
+    def _counted(self, number: int) -> bool:
+        """Tells whether an event of this number is one of those that were asked for."""
         return (
-            (not self.rank_zero or trainer.is_global_zero)
-            and (self.every is None or number % self.every == 0)
+            (self.every is None or number % self.every == 0)
             and (self.once is None or number == self.once)
             and (self.before is None or number < self.before)
             and (self.after is None or number > self.after)
@@ -124,7 +135,7 @@ class Handler(Callback):
     Raises:
         ConfigError: For conditions that mean nothing at this event.
         HookNameError: For an event that does not exist.
-        UsageError: For something that cannot be called.
+        UsageError: For something that cannot be called, or not with what it gets.
     """
 
     order = 30
@@ -147,14 +158,45 @@ class Handler(Callback):
                 f"trainer.on({event!r}): that comes once in a call, so every=, once=, before= and "
                 f"after= mean nothing there. Leave them out."
             )
-        setattr(self, name, function if when == When() else _conditional(name, function, when))
+        given = list(inspect.signature(getattr(Callback, name)).parameters)[1:]
+        taken = _taken(self.label, function, given)
+        plain = when == When() and taken == positional_arguments(function, len(given))
+        setattr(self, name, function if plain else _conditional(name, function, when, taken))
 
 
-def _conditional(name: str, function: Callable[..., Any], when: When) -> Callable[..., Any]:
+def _taken(label: str, function: Callable[..., Any], given: Sequence[str]) -> int:
+    """Returns how many of the given arguments a function gets.
+
+    One with a default of its own, as in ``lambda trainer, tag=tag: ...``, keeps it, unless it has the
+    name of what would come there.
+
+    Raises:
+        UsageError: The function needs more.
+    """
+    taken = positional_arguments(function, len(given))
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # builtins and C functions have no signature
+        return taken
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    alone = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
+    needed = [p.name for p in (*named[len(given) :], *alone) if p.default is p.empty]
+    if needed:
+        raise UsageError(
+            f"{label} gets ({', '.join(given)}) or fewer, and nothing for its arguments "
+            f"{', '.join(needed)}. Give them defaults, or leave them out."
+        )
+    pairs = enumerate(zip(named, given, strict=False))
+    own = (i for i, (p, name) in pairs if p.default is not p.empty and p.name != name)
+    return next(own, taken)
+
+
+def _conditional(
+    name: str, function: Callable[..., Any], when: When, taken: int
+) -> Callable[..., Any]:
     """Returns a function that is called with all that a hook gives, and calls at its time."""
-    taken, number_of = positional_arguments(function, 7), counter(name)
-    chosen = when.filter
-    asked = 0 if chosen is None else positional_arguments(chosen, 2)
+    number_of, chosen = counter(name), when.filter
+    asked = 0 if chosen is None else _taken("filter", chosen, ("trainer", "number"))
 
     def call(trainer: Trainer, task: Any, *arguments: Any) -> Any:
         if when.counts and trainer.sanity_checking:  # a trial, which counts for nothing

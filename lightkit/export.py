@@ -95,7 +95,7 @@ def export_task(
         The path of the file.
 
     Raises:
-        UsageError: An unknown format or argument, or no sample that fits.
+        UsageError: An unknown format, or no sample that fits.
         ExportError: torch cannot export ``forward``, the outputs differ, or the file cannot be
             written. What was there under this name is untouched.
         ImportError: A package of the extra ``lightkit[export]`` is not installed.
@@ -103,18 +103,13 @@ def export_task(
     path = Path(path)
     kind = _format(path, format)
     _require_whole(task)
-    if not (isinstance(tolerance, (int, float)) and tolerance >= 0):
-        raise UsageError(f"tolerance={tolerance!r} is not possible: a number from 0 on.")
     if kind in WEIGHTS:
-        if options:
-            raise UsageError(f"export has no argument {', '.join(options)} for the format {kind}.")
-        return export_weights(task.state_dict(), path, format=kind)
+        return export_weights(task.state_dict(), path, format=kind, **options)
     shapes = options.pop("dynamic_shapes", None)
     samples = _samples(task, sample, dynamic_batch and shapes is None)
     with _in_use(task), _own_file(path) as file:
         expected = [_outputs(task, one, *how) for one, how in zip(samples, _TRIED, strict=False)]
-        if len(samples) > 1:
-            shapes = _any_batch(task, samples[-1])
+        shapes = _any_batch(task, samples[-1]) if len(samples) > 1 else shapes
         with _told(f"{type(task).__name__} cannot be exported ({kind})"):
             run = _WRITERS[kind](task, samples[-1], shapes, file, options)
             apart = [_apart(a, run(one)) for a, one in zip(expected, samples, strict=True)]
@@ -260,9 +255,7 @@ def _any_batch(task: nn.Module, sample: Any) -> dict[str, Any]:
     args, kwargs = arguments(sample)
     batch, given = torch.export.Dim("batch"), inspect.signature(task.forward)
     by_name = given.bind(*args, **kwargs).arguments  # those of *args are one tuple
-    shapes: dict[str, Any] = _mapped(
-        by_name, lambda item: {0: batch} if item.dim() else None, None
-    )
+    shapes: dict[str, Any] = _mapped(by_name, lambda item: {0: batch} if item.dim() else None, None)
     return shapes
 
 

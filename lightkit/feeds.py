@@ -53,16 +53,23 @@ class NoData:
         return self._steps
 
     def __iter__(self) -> Iterator[None]:
-        return itertools.repeat(None) if self._steps is None else iter([None] * self._steps)
+        return (
+            itertools.repeat(None) if self._steps is None else itertools.repeat(None, self._steps)
+        )
 
 
 def no_data(trainer: Trainer) -> NoData:
     """Returns what stands for the training loader of a fit without data.
 
     Raises:
-        ConfigError: Nothing says how long an epoch, or the fit, is.
+        ConfigError: Nothing says how long an epoch, or the fit, is, or a part of data is asked for.
     """
     steps, limits = trainer.limit("train"), trainer.limits
+    if trainer.options.overfit_batches:
+        raise ConfigError(
+            f"overfit_batches={trainer.options.overfit_batches} is about training data, but there "
+            f"are none. Give limit_train_batches, the steps of an epoch."
+        )
     if isinstance(steps, float):
         raise ConfigError(
             f"limit_train_batches={steps} is a part of the training data, but there are none. Give "
@@ -74,6 +81,8 @@ def no_data(trainer: Trainer) -> NoData:
             "trainer.fit(task, max_steps=1000); or how many steps an epoch has: "
             "Trainer(limit_train_batches=100, max_epochs=10)."
         )
+    if steps is None and limits.max_steps > 0:  # the fit is one whole epoch, with all of its end
+        steps = limits.max_steps * trainer.accumulate_grad_batches
     return NoData(steps)
 
 
@@ -157,7 +166,8 @@ def _single(given: Any) -> Any:
     if len(loaders) > 1:
         raise DataError(
             f"Training takes one loader, got {len(loaders)}. Combine the data sets into one "
-            f"loader, for example with torch.utils.data.ConcatDataset or StackDataset."
+            f"loader, for example with torch.utils.data.ConcatDataset or StackDataset, or write a "
+            f"class that goes over all of them, as in docs/migrate-from-lightning.md."
         )
     return loaders[0][1]
 

@@ -84,7 +84,9 @@ def _layers(module: nn.Module | Sequence[nn.Module]) -> list[tuple[str, list[nn.
     found = [(name, list(layer.parameters())) for name, layer in named]
     found = [(name, members) for name, members in found if members]
     if not own:
-        only = dict(named)[found[0][0]] if len(found) == 1 and isinstance(module, nn.Module) else None
+        only = (
+            dict(named)[found[0][0]] if len(found) == 1 and isinstance(module, nn.Module) else None
+        )
         return _layers(only) if only is not None and any(only.children()) else found
     name, members = found[0] if found else (type(module).__name__, [])
     return [(name, [*own, *members]), *found[1:]]

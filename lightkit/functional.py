@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 
 from lightkit import console, screen
 from lightkit.data.arrays import as_dataset, is_array
@@ -161,16 +161,26 @@ def predict(net: nn.Module, data: Any, *, batch_size: int | None = None, **optio
         logits and not probabilities. With several ranks all have all of it.
 
     Raises:
-        DataError: Data that cannot be used, or outputs that are no tensors of one shape.
+        DataError: Data that cannot be used, several of them, a loader that shuffles, or outputs
+            that are no tensors of one shape.
     """
     _check_names(predict, options)
+    if isinstance(data, Mapping):
+        raise DataError("predict takes one data set. Call it for each of them.")
+    if getattr(data, "shuffle", False) or isinstance(getattr(data, "sampler", None), RandomSampler):
+        raise DataError(
+            "The loader shuffles, so that no output could be matched with its sample. Give the "
+            "data set itself, or a loader with shuffle=False."
+        )
     task = net if isinstance(net, TaskModule) else SupervisedTask(net)
     outputs = _quiet(options).predict(task, _loader(data, "data", batch_size, False))
-    if not all(isinstance(output, Tensor) and output.ndim for output in outputs):
+    wrong = [one for one in outputs if not (isinstance(one, Tensor) and one.ndim)]
+    if wrong:
+        what = "single number" if isinstance(wrong[0], Tensor) else type(wrong[0]).__name__
         raise DataError(
             f"predict joins tensors with a row for each sample, but {type(net).__name__} returned a "
-            f"{type(outputs[0]).__name__} for a batch. Use Trainer().predict(task, loader), which "
-            f"returns what each batch gave."
+            f"{what} for a batch. Use Trainer().predict(task, loader), which returns what each "
+            f"batch gave; if it squeezes a batch of one sample, write squeeze(1) in it."
         )
     return torch.cat(on_cpu(outputs))  # waits for the device
 
@@ -224,6 +234,11 @@ def _loader(data: Any, name: str, batch_size: int | None, shuffle: bool) -> Any:
         return TensorLoader(*as_dataset(data).tensors, batch_size=size)
     if isinstance(data, (tuple, list)) and len(data) == 2 and _is_pair(data):
         return TensorLoader(*as_dataset(*data).tensors, batch_size=size, shuffle=shuffle)
+    if isinstance(data, tuple) and any(map(is_array, data)):
+        raise DataError(
+            f"{name} is a tuple of {len(data)}, but arrays are given as (X, y). For more of them "
+            f"write a Dataset; weights of samples can be part of its targets."
+        )
     return data
 
 

@@ -149,7 +149,8 @@ class Callback:
         The sum is what is differentiated, logged as ``train_loss`` and given to later hooks. The
         next listener gets it with what was added before. Accumulation, weights, the scale of
         16-mixed and the mean over ranks come after it. Optimizers that evaluate the loss several
-        times call it each time. In manual optimization it is called by ``manual_backward``.
+        times call it each time. In manual optimization it is called by ``manual_backward``, and
+        ``train_loss`` stays what the step returns.
         """
         return None
 

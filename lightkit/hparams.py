@@ -124,7 +124,7 @@ def save_hyperparameters(
         ConfigError: A name that is no constructor argument, or anything else in ``names``.
     """
     known = {**obj.__dict__["_captured"], **_running_arguments(obj)}
-    if len(names) == 1 and isinstance(names[0], (Mapping, argparse.Namespace)):
+    if len(names) == 1 and is_config(names[0]):
         given = names[0]
         content = given if isinstance(given, Mapping) else vars(given)
         kept = {str(k): _snapshot(v) for k, v in content.items()}
@@ -139,6 +139,11 @@ def save_hyperparameters(
         kept.pop(name, None)
     obj.__dict__["hparams"] = HParams(kept)
     obj.__dict__["_log_hparams"] = logger
+
+
+def is_config(value: Any) -> bool:
+    """Tells whether a value holds hyperparameters by name: a mapping or an argparse.Namespace."""
+    return isinstance(value, (Mapping, argparse.Namespace))
 
 
 def _running_arguments(obj: Any) -> dict[str, Any]:

@@ -31,6 +31,11 @@ _NOTHING: dict[str, tuple[Any, ...]] = {
     "model_registry": (None,),
     "plugins": (None, []),
 }
+#: Those whose default is None elsewhere, as written settings hold it: the default is meant.
+_UNSET = (
+    *("enable_checkpointing", "enable_model_summary", "enable_progress_bar"),
+    *("gradient_clip_algorithm", "log_every_n_steps", "precision"),
+)
 
 
 def known_names(init: Callable[P, R]) -> Callable[P, R]:
@@ -54,6 +59,9 @@ def known_names(init: Callable[P, R]) -> Callable[P, R]:
                     f"this version; leave it out."
                 )
             raise ConfigError(text)
+        for name in _UNSET:
+            if kwargs.get(name, name) is None:
+                del kwargs[name]
         return init(*args, **kwargs)
 
     return checked

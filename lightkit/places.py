@@ -221,7 +221,7 @@ def find_checkpoint(trainer: Trainer, task: TaskModule, given: str | Path) -> Pa
         f"ckpt_path={given!r}: there is no {given}.ckpt, neither of this trainer's last fit nor in "
         f"a run below {trainer.default_root_dir / name}"
         f"{' that wrote to the dirpath of its ModelCheckpoint' if meant else ''}. Give the path of "
-        f"a checkpoint, or 'auto', which begins a new run where there is none."
+        f"a checkpoint, or leave out ckpt_path to begin anew."
     )
 
 

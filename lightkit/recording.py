@@ -173,7 +173,7 @@ class Recorder:
         step_wise = self.in_step and training
         metric = value if metric_objects.is_metric(value) else None
         if metric is not None:
-            self._check_metric(name, metric, on_step)
+            self._check_metric(name, metric, on_step, reduce_fx)
             step_wise = step_wise and metric_objects.last_value(name, metric) is not None
         on_step = step_wise if on_step is None else on_step and self.in_step
         column = self._columns[name] = Column(
@@ -220,8 +220,14 @@ class Recorder:
             self._own = {_memory(part) for part in parts} - {0}
         return _memory(value) in self._own
 
-    def _check_metric(self, name: str, metric: Any, on_step: bool | None) -> None:
+    def _check_metric(self, name: str, metric: Any, on_step: bool | None, reduce_fx: Any) -> None:
         """Raises for a metric object that cannot be logged so."""
+        if reduction(name, reduce_fx) != "mean":
+            raise LoggingError(
+                f"self.log({name!r}, reduce_fx={reduce_fx!r}): a metric object makes one number of "
+                f"all that it has seen by itself. Leave reduce_fx out, or log the metric's value of "
+                f"the batch, metric(preds, target)."
+            )
         if metric_objects.is_collection(metric):
             raise LoggingError(f"self.log({name!r}): log a MetricCollection with self.log_dict.")
         others = self.train if self._columns is self._eval else self._eval

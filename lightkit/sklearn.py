@@ -111,7 +111,7 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no ty
             make = optimizer_of(self.optimizer, self.lr)
             make = functools.partial(make, **self._part("optimizer__", make))
             how = {"metrics": self.metrics, "scheduler": self.scheduler}
-            how["loss"] = self.loss or ("cross_entropy" if is_classifier(self) else "mse")
+            how["loss"] = copy.deepcopy(self.loss) or ("cross_entropy" if is_classifier(self) else "mse")
             how |= {"optimizer": make, "callbacks": callbacks, "epochs": 1 if more else self.epochs}
             rows = functional.fit(module, train, val, **how, **self._options())
             self._random: dict[str, Any] = rng.rng_state()

@@ -129,6 +129,13 @@ class SupervisedTask(TaskModule):
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """Returns `step`, with "weight" where the loss is no mean over samples; so does a test."""
         found = self.step(batch)
+        if not isinstance(found, Mapping) or "loss" not in found:
+            return found
+        if isinstance(found["loss"], Tensor) and found["loss"].ndim:
+            raise UsageError(
+                f"The loss has the shape {tuple(found['loss'].shape)}, but one number is needed: "
+                f"the mean over the batch (reduction='mean')."
+            )
         weight = targets.weight_of(self._kind, self.loss, found.get("target"))
         return found if weight is None else {"weight": weight, **found}
 

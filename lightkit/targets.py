@@ -94,11 +94,12 @@ def about_inputs(net: nn.Module, inputs: Any, error: str) -> str:
         return ""
     name, own = type(net).__name__, str(weight.dtype).removeprefix("torch.")
     if inputs.dtype != weight.dtype and "type" in error:
+        give = f"X.astype('{own}') for an array or a data frame, X.to(torch.{own}) for a tensor"
+        if own == "float64":  # which would be shortened again
+            give = "by a loader of your own, or write net.float()"
         return (
             f"{name} cannot compute with the inputs ({seen(inputs)}), as its weights are {own}: "
-            f"{error}. Give them as {own}: X.astype('{own}') for an array or a data frame, "
-            f"X.to(torch.{own}) for a tensor."
-            + (" Of arrays only a loader of your own keeps float64." if own == "float64" else "")
+            f"{error}. Give them as {own}: {give}."
         )
     if "shape" not in error and "size" not in error and "channels" not in error:
         return ""
@@ -199,9 +200,9 @@ def weight_of(kind: Any, loss: Any, target: Any) -> Tensor | None:
     A loss of class numbers divides by the weights of the classes that are there, and leaves out
     those to be ignored. No host sync.
     """
-    if kind not in _CLASSES[:2] or target.is_floating_point():
+    if kind not in _CLASSES[:2] or getattr(loss, "reduction", "mean") != "mean":
         return None
-    if getattr(loss, "reduction", "mean") != "mean":
+    if not isinstance(target, Tensor) or target.is_floating_point():
         return None
     kept = target != getattr(loss, "ignore_index", -100)
     weights = getattr(loss, "weight", None)

@@ -234,7 +234,8 @@ class TaskModule(TaskHooks, ShardingHooks, TaskView):
                 ``on_step`` is False. With both, the curves are called ``<name>_step`` and
                 ``<name>_epoch``.
             reduce_fx: "mean", "sum", "min", "max", "std" (of the values, each counts once), "last",
-                or "running:50": the mean of the last 50 values, which goes on over epochs.
+                or "running:50": the mean of the last 50 values, which goes on over epochs. A metric
+                object reduces by itself.
             batch_size: The samples that the value is the mean of. Default: as the loader's sampler
                 says, else the first dimension of the batch's tensors.
             add_dataloader_idx: Whether the loader's name is added where there are several.

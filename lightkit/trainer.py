@@ -180,7 +180,7 @@ class Trainer(TrainerView):
             train_dataloaders: A DataLoader or any iterable of batches; or a data module. Nothing
                 trains without data, where the step takes no batch or ``max_steps`` is given here:
                 a step that takes a batch gets None. An epoch has ``limit_train_batches`` steps
-                then, or is as long as the fit.
+                then, or ``max_steps``.
             val_dataloaders: One loader, a list or a dict of loaders.
             datamodule: An object with ``train_dataloader`` and the like, instead of loaders.
             ckpt_path: Continue from a checkpoint: a path, "last", "best", or "auto" for the newest
@@ -296,9 +296,10 @@ class Trainer(TrainerView):
         """Registers a function for a hook, after the callbacks and in the order of registration.
 
         As ``trainer.on("fit_end", function)``, or as a decorator: ``@trainer.on("fit_end")``. The
-        function gets what a callback's hook gets, trainer and task first, or fewer of it. Events are
-        counted from 1 and go on so when a run is continued: training batches over all epochs,
-        optimizer steps, epochs, validations, batches of an evaluation loader.
+        function gets what a callback's hook gets, trainer and task first, or fewer of it; arguments
+        with a default of their own keep it. Events are counted from 1 and go on so when a run is
+        continued: training batches over all epochs, optimizer steps, epochs, validations, batches of
+        an evaluation loader.
 
         Args:
             event: The name of a hook, with or without its "on_": "train_batch_end", "exception".
@@ -316,7 +317,8 @@ class Trainer(TrainerView):
         Raises:
             ConfigError: For a number that no event can have.
             HookNameError: For an event that does not exist; it names the nearest.
-            UsageError: While a call of this trainer runs.
+            UsageError: While a call of this trainer runs, and for a function that needs more
+                arguments than there are.
         """
         from lightkit.events import Handler, When, hook_of
 

@@ -380,7 +380,9 @@ def _trial(
 ) -> None:
     """Trains a copy of the task for some steps; all that could be drawn from is put back."""
     if not isinstance(trainer, Trainer):
-        raise UsageError(f"First comes the trainer, then the task; got {type(trainer).__name__} first.")
+        raise UsageError(
+            f"First comes the trainer, then the task; got {type(trainer).__name__} first."
+        )
     opening.check_task(task, {"configure_optimizers": "returns the optimizer"})
     if trainer.stage is not None:
         raise UsageError(

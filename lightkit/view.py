@@ -338,7 +338,10 @@ class TrainerView:
 
     @property
     def callbacks(self) -> list[Callback]:
-        """All callbacks in their order; before the first call those that were given."""
+        """All callbacks in their order; before the first call those that were given.
+
+        What is added or removed holds from the next call on.
+        """
         return self.session.callbacks or self._callbacks
 
     @property

@@ -128,6 +128,11 @@ def test_the_deviation_is_that_of_torch_over_window_and_epoch():
     assert math.isnan(filled([(2.0, 1)], reduce="std").total)  # as torch.std of one value
 
 
+def test_the_deviation_beyond_the_range_is_infinite():
+    assert filled([(1e200, 1), (3e200, 1)], reduce="std").total == math.inf
+    assert filled([(1e200, 1)], [(3e200, 1)], reduce="std").total == math.inf
+
+
 def test_the_last_value():
     column = filled([(2.0, 1), (3.0, 1)], [(0.1, 3), (9.0, 0)], reduce="last")
     assert column.total == column.window == 0.1  # what weighs nothing is no value

@@ -447,6 +447,10 @@ def test_unknown_events(trainer, event, says):
         ({"before": 1}, "a number from 2 on"),
         ({"after": -1}, "a number from 0 on"),
         ({"filter": 3}, "filter=3"),
+        ({"before": 5, "after": 4}, r"before=5, after=4\): no event has a number like that"),
+        ({"every": 4, "once": 6}, "no event has a number like that"),
+        ({"every": 4, "before": 4}, "no event has a number like that"),
+        ({"every": 4, "after": 5, "before": 8}, "no event has a number like that"),
     ],
 )
 def test_conditions_that_cannot_be(trainer, how, says):
@@ -469,6 +473,43 @@ def test_other_mistakes(trainer):
     made.on("train_start", lambda trainer: trainer.on("train_end", lambda: None))
     with pytest.raises(UsageError, match="while fit runs, whose listeners are settled"):
         made.fit(Net(), data())
+
+
+@pytest.mark.parametrize("how", [{}, {"once": 2}])
+def test_arguments_with_a_default_of_their_own_keep_it(trainer, how):
+    found, made = [], trainer()
+    for tag in "ab":
+        made.on("train_epoch_end", lambda trainer, tag=tag: found.append(tag), **how)
+    made.on(
+        "train_epoch_end",
+        lambda trainer, task=None, *, tag="c": found.append((task is not None, tag)),
+        filter=lambda trainer, wanted=2: trainer.current_epoch + 1 == wanted,
+    )
+    made.fit(Net(), data())
+    assert found == ["a", "b"] * (1 if how else 2) + [(True, "c")]
+
+
+def test_conditions_that_one_event_meets_are_taken(trainer):
+    found, made = [], trainer()
+    for how in ({"every": 4, "before": 5}, {"every": 3, "once": 6}, {"after": 1, "before": 3}):
+        made.on("train_batch_end", lambda trainer: found.append(trainer.global_step), **how)
+    made.fit(Net(), data())
+    assert found == [2, 4, 6]
+
+
+@pytest.mark.parametrize(
+    ("function", "says"),
+    [
+        (lambda trainer, task, outputs: None, r"gets \(trainer, task\).*arguments outputs"),
+        (lambda trainer, *, more: None, "nothing for its arguments more"),
+    ],
+)
+def test_a_function_that_needs_more_than_there_is(trainer, function, says):
+    """Not after hours, when its event comes."""
+    with pytest.raises(UsageError, match=says):
+        trainer().on("fit_end", function)
+    with pytest.raises(UsageError, match=r"filter gets \(trainer, number\)"):
+        trainer().on("train_batch_end", print, filter=lambda trainer, number, more: True)
 
 
 def test_a_profiler_knows_functions_by_their_names(trainer):

@@ -121,6 +121,22 @@ def test_inputs_by_position_by_name_and_by_default(program, how):
     assert torch.allclose(out, task(*args, **kwargs)["out"], atol=1e-6)
 
 
+def test_the_batch_is_free_where_forward_takes_any_arguments(program):
+    class Pair(nn.Module):
+        def forward(self, a, b):
+            return a - b
+
+    class Named(Net):
+        def forward(self, **named):
+            return super().forward(named["x"])
+
+    task = lk.SupervisedTask(Pair(), loss="mse")  # its forward takes *inputs
+    task.export(program, (X, 2 * X))
+    assert torch.equal(run(program, X[:3], 2 * X[:3]), -X[:3])
+    with pytest.raises(ExportError, match=r"takes as \*\*: name them in forward"):
+        Named().export(program, {"x": X})
+
+
 def test_a_fixed_batch_and_free_dimensions_of_ones_own(program):
     task = Net()
     task.export(program, X, dynamic_batch=False)
@@ -225,6 +241,10 @@ def test_wrong_words_are_answered(tmp_path):
         task.export(tmp_path / "net.bin", X)
     with pytest.raises(UsageError, match="Did you mean 'safetensors'"):
         task.export(path, X, format="safetensor")
+    with pytest.raises(UsageError, match="format=3 is unknown"):
+        task.export(path, X, format=3)
+    with pytest.raises(TypeError, match="strikt"):
+        task.export(tmp_path / "net.pt", strikt=True)
     with pytest.raises(UsageError, match=r"task\.export\(path, sample\).*example_input_array"):
         task.export(path)
     with pytest.raises(UsageError, match="defines no forward"):

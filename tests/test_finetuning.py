@@ -28,6 +28,22 @@ def test_S0_09_rates_fall_towards_the_input():
     AdamW(lk.param_groups(net, 1.0))
 
 
+def test_the_layers_of_an_only_child_are_those_of_the_module():
+    task = lk.SupervisedTask(layers(), loss="mse", metrics=["mae"])
+    groups = lk.param_groups(task, 1.0, decay=2.0)
+    assert [(g["name"], g["lr"]) for g in groups] == [("0", 0.25), ("2", 0.5), ("3", 1.0)]
+    assert [g["name"] for g in lk.param_groups([layers()], 1.0)] == ["0"]  # layers as given
+    assert [g["name"] for g in lk.param_groups(nn.Sequential(nn.Linear(2, 2)), 1.0)] == ["0"]
+
+
+@pytest.mark.parametrize("wrong", [{"lr": "1"}, {"lr": -1.0}, {"lr": 1.0, "decay": "2"}])
+def test_rates_that_are_none_are_refused(wrong):
+    with pytest.raises(ConfigError, match="is not possible"):
+        lk.param_groups(layers(), **wrong)
+    with pytest.raises(ConfigError, match="list of modules, the layers; got a Parameter"):
+        lk.param_groups(layers().parameters(), 1.0)
+
+
 def test_no_decay_parts_biases_and_norms():
     net = nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3), nn.Linear(3, 1))
     groups = lk.param_groups(net, 0.1, decay=1.0, no_decay=True)

@@ -144,6 +144,8 @@ def test_sync_batchnorm_is_kept_in_eval_mode_too():
 def test_another_policy_is_refused():
     with pytest.raises(ConfigError, match="Did you mean 'eval'"):
         lk.freeze(network(), bn="evl")
+    with pytest.raises(ConfigError, match="takes a module, such as task.backbone; got"):
+        lk.freeze(network().parameters())
 
 
 def test_modes_come_back_but_what_was_frozen_meanwhile_stays_so():

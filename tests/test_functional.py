@@ -177,7 +177,20 @@ def test_S1_01_predict_gives_all_outputs_in_order(data):
     assert not found.requires_grad
 
 
+@pytest.mark.parametrize("kind", [DataLoader, lk.TensorLoader])
+def test_outputs_in_an_order_that_nobody_knows_are_refused(kind):
+    data = TENSORS if kind is DataLoader else TENSORS.tensors[0]
+    with pytest.raises(DataError, match="The loader shuffles.*shuffle=False"):
+        lk.predict(network(), kind(data, batch_size=7, shuffle=True), **QUIET)
+    with pytest.raises(DataError, match="takes one data set"):
+        lk.predict(network(), {"a": X, "b": X}, **QUIET)
+
+
 def test_outputs_that_cannot_be_joined():
+    squeezed = nn.Sequential(nn.Linear(4, 1), nn.Flatten(0), nn.Identity())
+    squeezed.forward = lambda x: squeezed[0](x).squeeze()
+    with pytest.raises(DataError, match="a single number for a batch.*squeeze.1."):
+        lk.predict(squeezed, X, batch_size=7, **QUIET)
     with pytest.raises(DataError, match="LSTM returned a tuple.*Trainer"):
         lk.predict(nn.LSTM(4, 2), np.zeros((8, 3, 4), "float32"), **QUIET)
 
@@ -248,6 +261,7 @@ def test_arguments_of_other_libraries_and_misspelled_ones(arguments, message):
         ((X, Y.astype(float)), None, "holds floats"),
         ((X, np.where(Y, "cat", "dog")), None, "y is not numeric.*pandas.factorize"),
         ((X, Y[:-1]), None, "X has 50 samples and y has 49"),
+        ((X, Y, Y), None, r"train is a tuple of 3, but arrays are given as \(X, y\)"),
         ([(X, Y)], None, "inputs .of type ndarray.*batches hold tensors.*DataLoader"),
         ([(X[0], 1)] * 8, None, "inputs .of type ndarray.*batches hold tensors.*DataLoader"),
         ([(TENSORS[0][0], 1)] * 8, None, "make batches: DataLoader"),
@@ -298,6 +312,30 @@ def test_a_private_split_is_never_made():
     _, history = fitted(parts[0], val=parts[1], batch_size=10)
     assert [row["step"] for row in history] == [4, 8]
     assert len(parts[0]) == 40
+
+
+def test_evaluate_over_several_data_sets_names_each():
+    found = lk.evaluate(
+        network(),
+        {"old": (X[:20], Y[:20]), "new": (X[20:], Y[20:])},
+        loss="cross_entropy",
+        metrics=["accuracy", "f1"],
+        **QUIET,
+    )
+    alone = lk.evaluate(network(), (X[20:], Y[20:]), loss="cross_entropy", metrics="f1", **QUIET)
+    assert {name: found[f"new/{name}"] for name in alone} == pytest.approx(alone)
+    assert set(found) == {f"{d}/{n}" for d in ("old", "new") for n in ("loss", "accuracy", "f1")}
+
+
+def test_a_second_fit_goes_on_with_the_weights_and_a_new_optimizer():
+    net, sums = network(), []
+    for _ in range(2):
+        before = lk.evaluate(net, (X, Y), loss="cross_entropy", **QUIET)["loss"]
+        history = lk.fit(net, (X, Y), loss="cross_entropy", lr=0.01, epochs=1, **QUIET)
+        sums.append(before)
+        assert history["epoch"] == [1]
+        assert history[0]["step"] == 2
+    assert sums[1] < sums[0]
 
 
 def test_metrics_alone_where_the_loss_would_say_how_they_are_meant():

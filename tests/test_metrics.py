@@ -479,6 +479,17 @@ def test_other_reductions_resume_exactly():
     assert_resumes_exactly(Reduced, loader, log_every_n_steps=2)
 
 
+@pytest.mark.parametrize("how", ["std", "last", "running:3", "sum"])
+def test_a_metric_object_takes_no_other_reduction(trainer, how):
+    def log(task, batch):
+        metric(batch)
+        task.log("thing", metric, reduce_fx=how)
+
+    metric = MeanMetric()
+    with pytest.raises(LoggingError, match=f"'thing', reduce_fx='{how}'.*makes one number"):
+        trainer().fit(Probe(log), loader())
+
+
 def test_an_unknown_reduction(trainer):
     with pytest.raises(LoggingError, match="mean of the last 50 values. Did you mean 'mean'?"):
         trainer().fit(Probe(lambda t, b: t.log("x", 1, reduce_fx="meann")), loader())

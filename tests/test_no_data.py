@@ -8,6 +8,7 @@ from torch import nn
 
 import lightkit as lk
 from lightkit.errors import ConfigError, DataError
+from lightkit.feeds import NoData
 from lightkit.testing import assert_resumes_exactly
 
 
@@ -83,6 +84,33 @@ def test_s1_12_epochs_have_the_steps_that_are_asked_for(trainer):
     assert history[-1]["train_loss"] < history[0]["train_loss"]
 
 
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_the_fit_is_one_whole_epoch(trainer, accumulate):
+    """With what comes at the end of an epoch: a validation, schedules, the count."""
+
+    class Judged(Bowl):
+        def validation_step(self, batch):
+            return (self.x - self.goal).square().sum()
+
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
+
+    task, made = Judged(), trainer(accumulate_grad_batches=accumulate)
+    history = made.fit(task, max_steps=5, val_dataloaders=[[torch.ones(2, 1)]])
+    assert torch.allclose(task.x, by_hand(5))
+    goal = (task.x - task.goal).square().sum().item()
+    assert history[-1]["val_loss"] == pytest.approx(goal)
+    assert (made.global_step, made.current_epoch, len(history)) == (5, 1, 1)
+    assert made.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.005)
+    assert made.num_training_batches == 5 * accumulate
+
+
+def test_a_long_epoch_takes_no_memory():
+    assert next(iter(NoData(10**12))) is None
+    assert list(NoData(3)) == [None] * 3
+
+
 def test_accumulation_without_data_counts_steps(trainer):
     task, made = Bowl(), trainer(accumulate_grad_batches=3)
     made.fit(task, max_steps=5)
@@ -153,6 +181,8 @@ def test_an_end_is_needed(trainer):
         trainer(max_epochs=3).fit(Bowl())
     with pytest.raises(ConfigError, match="a part of the training data, but there are none"):
         trainer(limit_train_batches=0.5).fit(Bowl(), max_steps=3)
+    with pytest.raises(ConfigError, match="overfit_batches=2 is about training data"):
+        trainer(overfit_batches=2).fit(Bowl(), max_steps=3)
     made = trainer(fast_dev_run=2, enable_checkpointing=False)
     made.fit(Bowl())
     assert made.global_step == 2

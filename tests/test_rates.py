@@ -130,6 +130,10 @@ def test_what_cannot_be_is_refused(quiet):
         (lambda o, t: lk.warmup_cosine(o, t, warmup=15), {}, "warmup=15 is not possible in 15"),
         (lambda o, t: lk.warmup_cosine(o, t, warmup=1.5), {}, "warmup=1.5"),
         (lambda o, t: lk.one_cycle(o, t, steps=0), {}, "steps=0"),
+        (lambda o, t: lk.warmup(o, t, warmup=-1), {}, "warmup=-1"),
+        (lambda o, t: lk.warmup(o, t, warmup=float("nan")), {}, "warmup=nan"),
+        (lambda o, t: lk.warmup_cosine(o, t, final=-1), {}, "final=-1"),
+        (lambda o, t: lk.one_cycle(o, None), {}, "comes the trainer, self.trainer; got NoneType"),
     ]
     for schedule, options, text in cases:
         with pytest.raises(OptimizerError, match=text):

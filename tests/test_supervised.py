@@ -156,6 +156,53 @@ def test_labels_and_tokens_that_are_ignored(quiet):
     assert row["val_accuracy"] == pytest.approx(float(right))
 
 
+def test_S0_27_S1_01_class_numbers_that_are_ignored_and_weights_count_exactly(quiet):
+    some = Y.clone()
+    some[::3] = -100
+    some[5:10] = -100  # a whole batch, whose loss is nan
+    weights = torch.tensor([1.0, 2.0, 5.0])
+    net, kept = network().eval(), some != -100
+    names = ["accuracy", "f1_score", "auroc"]
+    for loss in (nn.CrossEntropyLoss(), nn.CrossEntropyLoss(weights, label_smoothing=0.1)):
+        task = lk.SupervisedTask(net, loss=loss, metrics=names)
+        row = quiet().validate(task, loader(y=some), verbose=False)[0]
+        output = net(X).detach()
+        assert row["val_loss"] == pytest.approx(float(loss(output, some)), rel=1e-6)
+        right = (output.argmax(1) == some)[kept].float().mean()
+        assert row["val_accuracy"] == pytest.approx(float(right))
+        for name in names[1:]:
+            wanted = getattr(torchmetrics.functional, name)(
+                output[kept], some[kept], task="multiclass", num_classes=3, average="macro"
+            )
+            assert row[f"val_{name}"] == pytest.approx(float(wanted)), name
+
+
+def test_a_loss_without_a_mean_is_told_in_an_evaluation(quiet):
+    task = lk.SupervisedTask(network(), loss=nn.CrossEntropyLoss(reduction="none"))
+    with pytest.raises(UsageError, match=r"shape \(5,\).*reduction='mean'"):
+        quiet().validate(task, loader(), verbose=False)
+
+
+def test_a_step_of_a_subclass_may_return_anything(quiet):
+    class Own(lk.SupervisedTask):
+        def step(self, batch):
+            return super().step(batch)["loss"]
+
+    row = quiet().validate(Own(network(), loss="cross_entropy"), loader(), verbose=False)[0]
+    assert set(row) == {"val_loss"}
+
+
+def test_a_last_batch_of_one_sample_that_the_network_squeezes(quiet):
+    class Squeezed(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).squeeze()
+
+    net, target = Squeezed(4, 1), (Y > 0).long()
+    task = lk.SupervisedTask(net, loss="bce_with_logits", metrics="accuracy")
+    row = quiet().validate(task, loader(y=target, size=7), verbose=False)[0]
+    assert row["val_accuracy"] == pytest.approx(float(((net(X) > 0) == target).float().mean()))
+
+
 def test_S1_08_metrics_of_the_users_join_those_with_names(quiet):
     class Count(torchmetrics.Metric):
         def __init__(self):
@@ -253,6 +300,8 @@ def test_metrics_that_do_not_fit(quiet, metrics, loss, message):
         ({"scheduler": "cosine"}, "give a function of the optimizer"),
         ({"net": nn.Linear}, r"Pass an object of it: Linear"),
         ({"net": "resnet"}, "is no torch.nn.Module"),
+        ({"metrics": {"loss": "mae"}}, "the loss is called 'loss'"),
+        ({"metrics": [torchmetrics.MetricCollection([])]}, "give a MetricCollection alone"),
     ],
 )
 def test_arguments_that_cannot_work(arguments, message):

@@ -57,7 +57,7 @@ def test_what_metrics_of_classes_have_to_know():
         return targets.task_of(kind, loss, output, target)
 
     five = {"task": "multiclass", "num_classes": 5}
-    assert found(nn.CrossEntropyLoss, cross, logits, row) == five
+    assert found(nn.CrossEntropyLoss, cross, logits, row) == {**five, "ignore_index": -100}
     assert found(None, None, logits, row) == five
     tokens = torch.zeros(2, 7, dtype=torch.int64)
     assert found(nn.CrossEntropyLoss, cross, torch.zeros(2, 5, 7), tokens) == {
@@ -73,6 +73,19 @@ def test_what_metrics_of_classes_have_to_know():
     assert found(nn.MSELoss, nn.MSELoss(), logits, torch.zeros(2, 5)) == {}
     assert found(None, None, [], row) == {}
     assert found(None, None, logits[:, :1], row) == {}  # probabilities or logits? nobody knows
+
+
+def test_what_a_loss_of_classes_is_the_mean_of():
+    row = torch.tensor([0, 2, -100])
+    cross = nn.CrossEntropyLoss
+    for loss in (cross(), nn.functional.cross_entropy):
+        assert targets.weight_of(cross, loss, row) == 2
+    assert targets.weight_of(cross, cross(ignore_index=2), row[:2]) == 1
+    assert targets.weight_of(cross, cross(torch.tensor([1.0, 9.0, 3.0])), row) == 4
+    soft = torch.ones(3, 2) / 2
+    assert targets.weight_of(cross, cross(), soft) is None
+    assert targets.weight_of(cross, cross(reduction="sum"), row) is None
+    assert targets.weight_of(nn.MSELoss, nn.MSELoss(), soft) is None
 
 
 def test_metrics_of_classes_get_probabilities_and_class_numbers():
@@ -97,6 +110,7 @@ def test_metrics_of_classes_get_probabilities_and_class_numbers():
         (nn.BatchNorm1d(3), torch.zeros(1, 3), "last batch of one sample has no variance"),
         (nn.Conv2d(3, 4, 3), torch.zeros(2, 3, 8, 8, dtype=torch.uint8), r"uint8 .*are float32"),
         (nn.Linear(3, 4), [1.0], "batches hold tensors"),
+        (nn.Linear(3, 4).double(), torch.zeros(2, 3), r"a loader of your own, or write net.float"),
     ],
 )
 def test_inputs_that_a_network_cannot_take(layer, inputs, message):

@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import ExponentialLR, LambdaLR, OneCycleLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightkit as lk
@@ -202,6 +202,30 @@ def test_groups_keep_their_proportions_and_schedules_are_left_out(quiet):
     assert len(lk.lr_find(quiet(), Two(), loader(), steps=8, max_lr=0.1).rates) == 8
 
 
+def test_a_schedule_that_begins_at_zero_or_asks_for_the_epochs(quiet):
+    rates = []
+
+    class Rising(Net):
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), 0.1)
+            return [optimizer], [LambdaLR(optimizer, lambda step: step / 10)]
+
+        def on_before_optimizer_step(self, optimizer):
+            rates.append(optimizer.param_groups[0]["lr"])
+
+    class Asks(Rising):
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), 0.1)
+            epochs = self.trainer.max_epochs
+            return [optimizer], [OneCycleLR(optimizer, 0.1, epochs=epochs, steps_per_epoch=12)]
+
+    for kind in (Rising, Asks):
+        rates.clear()
+        found = lk.lr_find(quiet(max_epochs=2), kind(), loader(), steps=14, max_lr=0.1)
+        assert rates == pytest.approx(found.rates)
+        assert len(rates) == 14
+
+
 def test_what_changes_the_training_takes_part_as_a_copy(quiet):
     learning = []
 
@@ -241,7 +265,21 @@ def test_manual_optimization(quiet):
         def training_step(self, batch, batch_idx):
             super().training_step(batch, batch_idx)
 
+    class Moves(Manual):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.lr_schedulers().step()
+            rates.append(self.optimizers().param_groups[0]["lr"])
+            return loss
+
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.01)
+            return [optimizer], [{"scheduler": ExponentialLR(optimizer, 0.5)}]
+
+    rates = []
     assert len(lk.lr_find(quiet(), Manual(), loader(), steps=6, max_lr=0.1).losses) == 6
+    found = lk.lr_find(quiet(), Moves(), loader(), steps=6, max_lr=0.1)
+    assert rates == pytest.approx(found.rates)
     with pytest.raises(UsageError, match="needs the loss of every step"):
         lk.lr_find(quiet(), Silent(), loader(), steps=6)
 
@@ -265,6 +303,8 @@ def test_no_suggestion_is_an_error_not_a_number():
         RateSweep(up, up, up).suggestion()
     with pytest.raises(UsageError, match="took 5 steps"):
         RateSweep(up[:5], up[:5], up[:5]).suggestion()
+    with pytest.raises(ConfigError, match="skip_begin=-5"):
+        RateSweep(up, up[::-1], up[::-1]).suggestion(skip_begin=-5)
 
 
 def test_what_cannot_be_tried_is_refused(quiet):
@@ -287,9 +327,40 @@ def test_what_cannot_be_tried_is_refused(quiet):
         {"min_lr": 2.0, "max_lr": 1.0},
         {"steps": 2},
         {"smoothing": 1.0},
+        {"steps": "9"},
+        {"steps": 9.5},
+        {"min_lr": "small"},
+        {"stop_at": 1},
     ):
         with pytest.raises(ConfigError, match="is not possible"):
             lk.lr_find(quiet(), Net(), loader(), **wrong)
+    with pytest.raises(UsageError, match="First comes the trainer"):
+        lk.lr_find(Net(), quiet(), loader())
+    with pytest.raises(UsageError, match="a TaskModule is needed, got Linear"):
+        lk.lr_find(quiet(), nn.Linear(4, 1), loader())
+
+
+def test_what_would_go_on_for_ever_or_find_nothing_is_refused(quiet):
+    class Skips(Net):
+        def training_step(self, batch, batch_idx):
+            return None
+
+    class Fixed(Net):
+        def configure_optimizers(self):
+            return None
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(dataset())
+
+    with pytest.raises(UsageError, match="needs the loss of every step"):
+        lk.lr_find(quiet(), Skips(), loader(), steps=3)
+    with pytest.raises(UsageError, match="Fixed has no optimizer"):
+        lk.lr_find(quiet(), Fixed(), loader())
+    with pytest.raises(UsageError, match="has no length.*most="):
+        lk.scale_batch_size(quiet(), Net(), lambda size: DataLoader(Stream(), size), steps=1)
+    found = lk.scale_batch_size(quiet(), Net(), lambda n: DataLoader(Stream(), n), most=8, steps=1)
+    assert found == 8
 
 
 def test_it_puts_everything_back_also_when_a_step_fails(quiet):
@@ -357,7 +428,10 @@ def test_the_data_set_is_a_limit_too(quiet, monkeypatch):
     Hungry.tried.clear()
     assert lk.scale_batch_size(quiet(), Hungry(), sized, start=16, steps=1) == 32
     assert lk.scale_batch_size(quiet(), Hungry(), sized, mode="binsearch", start=32, steps=1) == 48
-    assert max(Hungry.tried) == 48
+    size = lk.scale_batch_size(
+        quiet(), Hungry(), sized, mode="binsearch", start=32, most=500, steps=1
+    )
+    assert size == max(Hungry.tried) == 48
 
 
 @pytest.mark.parametrize(
@@ -380,8 +454,9 @@ def test_other_errors_and_impossible_things_are_told(quiet, monkeypatch):
         lk.scale_batch_size(quiet(), Hungry(), sized(4))
     with pytest.raises(ConfigError, match="Did you mean 'power'"):
         lk.scale_batch_size(quiet(), Hungry(), sized, mode="powers")
-    with pytest.raises(ConfigError, match="start=0"):
-        lk.scale_batch_size(quiet(), Hungry(), sized, start=0)
+    for start in (0, 2.0, "2"):
+        with pytest.raises(ConfigError, match=f"start={start!r}"):
+            lk.scale_batch_size(quiet(), Hungry(), sized, start=start)
     monkeypatch.setattr(Hungry, "error", RuntimeError("shapes differ"))
     with pytest.raises(RuntimeError, match="shapes differ"):
         lk.scale_batch_size(quiet(), Hungry(), sized)

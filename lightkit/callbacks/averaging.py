@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -113,15 +114,12 @@ class WeightAveraging(Callback):
             )
 
     def on_fit_start(self, trainer: Trainer, task: TaskModule) -> None:
-        """Takes back the averages of a checkpoint."""
+        """Notes the step at which the fit begins; takes back the averages of a checkpoint."""
+        self._step = trainer.global_step
         loaded, self._loaded = self._loaded, {}
         if loaded:
             self._averages = self._begin(task)
             self._averages.load(loaded, self.updates)
-
-    def on_train_start(self, trainer: Trainer, task: TaskModule) -> None:
-        """Notes the step at which the fit begins."""
-        self._step = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, task: TaskModule, outputs: Any, batch: Any, batch_idx: int
@@ -266,8 +264,7 @@ class EMA(WeightAveraging):
         decay: From 0 to 1; how much of the average stays at an update.
         update_every_n_steps: Averages after every so many optimizer steps.
         update_starting_at_step: Optimizer steps before the first update.
-        use_buffers: See `WeightAveraging`.
-        device: See `WeightAveraging`.
+        use_buffers, device: See `WeightAveraging`.
 
     Raises:
         ConfigError: For arguments out of range.
@@ -296,9 +293,7 @@ class EMA(WeightAveraging):
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
         """Tells whether this is one of the steps; see `WeightAveraging.should_update`."""
-        if step_idx is None:
-            return False
-        done = step_idx + 1 - self.update_starting_at_step
+        done = 0 if step_idx is None else step_idx + 1 - self.update_starting_at_step
         return done > 0 and done % self.update_every_n_steps == 0
 
     def _functions(self) -> dict[str, Callable[..., Any] | None]:
@@ -319,8 +314,7 @@ class SWA(WeightAveraging):
     is made for each new mean, before its validation or at the end of its epoch, and for networks
     with batch norms alone. Those that are in eval mode while the task trains keep their means.
     Random states are put back after it. With several ranks each takes its share of the data.
-
-    In manual optimization the task moves its schedules itself: from the start epoch on leave that.
+    In manual optimization the task moves its schedules itself: it has to let them rest.
 
     Args:
         swa_lrs: The learning rate at the end of the annealing: a number, or one for each group of
@@ -329,13 +323,12 @@ class SWA(WeightAveraging):
             ``max_epochs`` (0.8: the last fifth).
         annealing_epochs: Epochs until ``swa_lrs`` is reached.
         annealing_strategy: "cos" or "linear".
-        avg_fn: See `WeightAveraging`.
-        device: See `WeightAveraging`.
+        avg_fn, device: See `WeightAveraging`.
         update_bn: Whether to make the passes for batch norms.
 
     Raises:
         ConfigError: For arguments out of range; when a fit begins, where ``max_epochs`` or a
-            ``forward`` is missing, and for rates that are not one for each group.
+            ``forward(x)`` is missing, and for rates that are not one for each group.
     """
 
     def __init__(
@@ -352,10 +345,8 @@ class SWA(WeightAveraging):
         rates = [swa_lrs] if isinstance(swa_lrs, (int, float)) else swa_lrs or []
         if any(not isinstance(rate, (int, float)) or not rate > 0 for rate in rates):
             raise ConfigError(f"SWA(swa_lrs={swa_lrs!r}): a rate above 0, one per group, or None.")
-        share = isinstance(swa_epoch_start, float)
-        if type(swa_epoch_start) not in (int, float) or not 0 <= swa_epoch_start <= (
-            1 if share else swa_epoch_start
-        ):
+        most = 1 if isinstance(swa_epoch_start, float) else swa_epoch_start
+        if type(swa_epoch_start) not in (int, float) or not 0 <= swa_epoch_start <= most:
             raise ConfigError(
                 f"SWA(swa_epoch_start={swa_epoch_start!r}): the number of an epoch (an int from 0), "
                 f"or a share of max_epochs (a float from 0 to 1)."
@@ -395,9 +386,9 @@ class SWA(WeightAveraging):
             )
         self._start = int(trainer.max_epochs * start) if isinstance(start, float) else start
         if any(True for _ in self._beside(task)):
-            plain = type(task).forward is nn.Module.forward
-            if plain or trainer.strategy.sharded:
-                why = "splits the model" if trainer.strategy.sharded else "needs a forward(x)"
+            sharded = trainer.strategy.sharded
+            if sharded or not _takes_x(task):
+                why = "splits the model" if sharded else "needs a forward(x), of one argument"
                 raise ConfigError(
                     f"SWA finds the running means of batch norms by task(x) over the training data, "
                     f"and {type(task).__name__} {why}. SWA(update_bn=False) leaves them as they are."
@@ -410,8 +401,7 @@ class SWA(WeightAveraging):
                 if len(self.swa_lrs) not in (0, len(optimizer.param_groups)):
                     raise ConfigError(
                         f"SWA(swa_lrs={self.swa_lrs!r}): {type(optimizer).__name__} has "
-                        f"{len(optimizer.param_groups)} parameter groups. Give each a rate, or one "
-                        f"number for all."
+                        f"{len(optimizer.param_groups)} groups. Give as many rates, or one number."
                     )
 
     def on_train_epoch_start(self, trainer: Trainer, task: TaskModule) -> None:
@@ -443,12 +433,13 @@ class SWA(WeightAveraging):
     def state_dict(self) -> dict[str, Any]:
         """Returns the counts and the states of SWALR."""
         schedules = [schedule.state_dict() for schedule in self._schedules]
-        return {"updates": self.updates, "epoch": self._epoch, "schedules": schedules}
+        own = {"schedules": schedules, "stale": self._stale}
+        return {"updates": self.updates, "epoch": self._epoch, **own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes them back."""
         super().load_state_dict(state_dict)
-        self._saved_schedules = state_dict["schedules"]
+        self._saved_schedules, self._stale = state_dict["schedules"], state_dict["stale"]
 
     # --- batch norms -----------------------------------------------------------------------------
 
@@ -505,3 +496,12 @@ class SWA(WeightAveraging):
             for norm, momentum in norms.items():
                 norm.momentum = momentum
         run.strategy.ranks.average([b for n in norms for b in n.buffers() if b.is_floating_point()])
+
+
+def _takes_x(task: nn.Module) -> bool:
+    """Tells whether a task has a forward that one argument is enough for."""
+    try:
+        inspect.signature(task.forward).bind(None)
+    except TypeError:
+        return False
+    return type(task).forward is not nn.Module.forward

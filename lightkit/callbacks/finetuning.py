@@ -294,7 +294,7 @@ class Unfreeze(BaseFinetuning):
         bn: BatchNorms = "eval",
     ) -> None:
         super().__init__()
-        pairs = list(schedule.items()) if isinstance(schedule, Mapping) else []
+        pairs: Iterable[Any] = schedule.items() if isinstance(schedule, Mapping) else ()
         lists = {epoch: list(n) if isinstance(n, (list, tuple)) else [n] for epoch, n in pairs}
         names = [name for listed in lists.values() for name in listed]
         whole = all(type(epoch) is int and epoch >= 0 for epoch in lists)

@@ -21,10 +21,12 @@ class Statistics(Callback):
     """Logs the 2-norms of the gradients and of the weights they belong to, by module.
 
     The curves are ``grad_norm/<module>`` and ``weight_norm/<module>``, and ``.../all`` for all that
-    the optimizer trains. Gradients are those of the whole step, unscaled and before clipping;
+    the optimizer trains; with several optimizers ``.../all-0``, ``.../all-1``, and of a module that
+    two of them share the mean. Gradients are those of the whole step, unscaled and before clipping;
     weights are those before the step. The norms stay on the device until the next row is written,
-    so nothing waits for them; in a row stands their mean over the steps that were looked at. Of
-    sharded gradients the norm is that of all ranks, by one collective per module.
+    so nothing waits for them; in a row stands their mean over the steps that were looked at, which
+    is not finite where the scaler of 16-mixed skipped one. Of sharded gradients the norm is that of
+    all ranks, by one collective per module.
 
     Args:
         every_n_steps: Look at every so many-th optimizer step; None: ``log_every_n_steps``.
@@ -70,10 +72,12 @@ class Statistics(Callback):
         if (trainer.global_step + 1) % self._every:
             return
         own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        optimizers = trainer.optimizers
+        every = "all" if len(optimizers) == 1 else f"all-{optimizers.index(optimizer)}"
         groups: dict[str, list[nn.Parameter]] = {}
         for name, parameter in task.named_parameters():
             if id(parameter) in own and parameter.grad is not None:
-                groups.setdefault("all", []).append(parameter)
+                groups.setdefault(every, []).append(parameter)
                 if self.depth:
                     groups.setdefault(self._module(name), []).append(parameter)
         for name, members in groups.items():

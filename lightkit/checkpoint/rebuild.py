@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,7 +13,7 @@ from lightkit.checkpoint.files import read_checkpoint
 from lightkit.checkpoint.storable import placeholder_type, reference
 from lightkit.checkpoint.weights import apply_weights, weights_of
 from lightkit.errors import CheckpointError, ConfigError, did_you_mean
-from lightkit.hparams import HParams
+from lightkit.hparams import HParams, is_config
 
 if TYPE_CHECKING:
     from lightkit.task import TaskModule
@@ -72,7 +70,7 @@ def _build(
         absent = [name for name in required if name not in overrides]
         if len(absent) == 1:
             stored = {absent[0]: HParams({**stored, **fields})}
-        elif any(isinstance(value, (Mapping, argparse.Namespace)) for value in given):
+        elif any(map(is_config, given)):
             stored = {}  # another config takes the place of the stored one
     for name in overrides:
         if name not in names and not takes_any:

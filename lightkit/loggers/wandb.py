@@ -78,7 +78,8 @@ class WandbLogger(Logger):
         self._prefix = f"{prefix}-" if prefix else ""
         self._run: Any = None
         self._own = False  # whether the run was begun here
-        self._rows = self._there = 0  # rows of this fit; those that the service has
+        self._rows = self._there = 0  # rows that came; those that the service has
+        self._marked: str | None = None  # the run whose rows come again
         self._watched: list[tuple[nn.Module, dict[str, Any]]] = []
 
     @property
@@ -113,7 +114,7 @@ class WandbLogger(Logger):
         """See `Logger.open`."""
         self.close()
         super().open(run_dir, purge_step)
-        self._id, self._rows = self._given_id, 0
+        self._id, self._rows, self._marked = self._given_id, 0, None
         _import_wandb()  # a missing package is said before the run, not in the middle of it
 
     def _begin(self) -> None:
@@ -130,6 +131,8 @@ class WandbLogger(Logger):
         run.define_metric(_STEP)
         run.define_metric("*", step_metric=_STEP, step_sync=True)
         self._there = int(run.summary.get(_ROW) or 0)
+        if run.id != self._marked:  # what is there is of other fits, and this one comes behind it
+            self._rows = max(self._rows, self._there)
         for model, options in self._watched:
             run.watch(model, **options)
 
@@ -167,7 +170,7 @@ class WandbLogger(Logger):
         if "id" not in mark:
             _log.warning("The checkpoint names no run of wandb, so a new one begins.")
             return
-        self._id, self._rows = mark["id"], mark["rows"]
+        self._id, self._rows, self._marked = mark["id"], mark["rows"], mark["id"]
 
     def close(self) -> None:
         """Finishes the run, where it was begun here; a further use goes on with it."""

@@ -1,4 +1,4 @@
-"""The data: Python's own standard library, as one long text of ASCII characters."""
+"""The data: Python's own standard library, as text of ASCII characters with codes below 128."""
 
 import sysconfig
 from pathlib import Path
@@ -45,9 +45,9 @@ class SourceCode(lk.DataModule):
         self,
         folder: str | None = None,
         pattern: str = "*.py",
-        characters: int = 1_000_000,
+        characters: int = 800_000,
         context: int = 64,
-        batch_size: int = 32,
+        batch_size: int = 16,
         split_seed: int = 0,
     ) -> None:
         super().__init__()
@@ -67,8 +67,8 @@ class SourceCode(lk.DataModule):
                 text += shuffled.pop().read_text(encoding="utf-8")
             if len(text) <= self.context:
                 raise ValueError(f"too little text in {self.pattern} of {self.folder}")
-            windows = Windows(encode(text[: int(share * self.characters)]), self.context)
-            setattr(self, name, windows)
+            codes = text[: int(share * self.characters)].encode("ascii", errors="replace")
+            setattr(self, name, Windows(torch.tensor(list(codes)), self.context))
 
     def train_dataloader(self) -> DataLoader:
         return DataLoader(self.train, batch_size=self.batch_size, shuffle=True)
@@ -78,13 +78,3 @@ class SourceCode(lk.DataModule):
 
     def test_dataloader(self) -> DataLoader:
         return DataLoader(self.test, batch_size=8 * self.batch_size)
-
-
-def encode(text: str) -> Tensor:
-    """Returns the codes of the characters, from 0 to 127; what is not ASCII becomes a ``?``."""
-    return torch.tensor(list(text.encode("ascii", errors="replace")))
-
-
-def decode(codes: Tensor) -> str:
-    """Returns the text that codes stand for."""
-    return bytes(codes.tolist()).decode("ascii")

@@ -1,6 +1,7 @@
 """The task: a transformer that predicts the next character, and writes text with it."""
 
 import math
+import textwrap
 
 import torch
 import torch.nn.functional as F
@@ -66,6 +67,25 @@ class LanguageModel(lk.TaskModule):
         self.log(f"{split}_loss", loss)
         # In bits the loss is what a character would cost in a file compressed with this network.
         self.log(f"{split}_bits", loss / math.log(2), prog_bar=True)
+
+    def on_validation_epoch_end(self) -> None:
+        if isinstance(self.logger, lk.loggers.TensorBoardLogger):  # its tab TEXT shows code as code
+            sample = textwrap.indent(self.generate("def "), "    ")
+            self.logger.experiment.add_text("sample", sample, self.global_step)
+
+    @torch.no_grad()
+    def generate(
+        self, start: str, length: int = 300, temperature: float = 0.7, seed: int = 0
+    ) -> str:
+        """Returns a text with so many more characters; a low temperature takes fewer risks."""
+        # A generator of its own: writing samples does not change what training draws.
+        chance = torch.Generator(self.device).manual_seed(seed)
+        codes = list(start.encode("ascii", errors="replace"))
+        for _ in range(length):
+            seen = torch.tensor([codes[-self.context :]], device=self.device)
+            odds = (self(seen)[0, -1] / temperature).softmax(dim=0)
+            codes.append(int(odds.multinomial(1, generator=chance)))
+        return bytes(codes).decode("ascii")
 
     def configure_optimizers(self) -> dict:
         # Weight decay is for matrices; biases and norms are few and have to be free.

@@ -12,7 +12,14 @@ from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, up
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightkit as lk
-from lightkit.callbacks import EMA, SWA, EarlyStopping, ModelCheckpoint, WeightAveraging
+from lightkit.callbacks import (
+    EMA,
+    SWA,
+    EarlyStopping,
+    ModelCheckpoint,
+    Unfreeze,
+    WeightAveraging,
+)
 from lightkit.checkpoint import read_checkpoint
 from lightkit.errors import ConfigError
 from lightkit.testing import assert_resumes_exactly
@@ -173,6 +180,39 @@ def test_the_last_checkpoint_of_swa_has_its_batch_norms(validated, tmp_path):
     assert not torch.equal(saved["net.1.running_mean"], task.net[1].running_mean)
 
 
+@pytest.mark.parametrize("limit", [{"max_epochs": 3}, {"max_steps": 18}])
+def test_every_checkpoint_of_swa_has_the_batch_norms_of_its_mean(limit, tmp_path):
+    """Without a validation too, and whatever ends the fit."""
+    saver = ModelCheckpoint(save_top_k=-1, every_n_epochs=1)
+    trainer(SWA(0.05, 1), saver, default_root_dir=tmp_path, **limit).fit(Net(), loader())
+    for step in (12, 18):
+        task = Net()
+        task.load_weights(next(tmp_path.rglob(f"step_0000{step}.ckpt")))
+        found = copy.deepcopy(task.net)
+        update_bn(loader(), found)
+        assert torch.equal(task.net[1].running_mean, found[1].running_mean)
+
+
+@pytest.mark.parametrize("rest", [lk.freeze, nn.Module.eval])
+@pytest.mark.parametrize("validated", [True, False])
+def test_swa_leaves_batch_norms_alone_that_rest(rest, validated):
+    """A frozen backbone keeps its running means, and what comes behind it is found with them."""
+    task = Net()
+    task.net = nn.Sequential(*task.net[:2], nn.Linear(8, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    task.net[1].running_mean.fill_(3.0)
+    rest(task.net[1])
+    val = loader(9, seed=2) if validated else None
+    run = trainer(SWA(0.05, 1), max_epochs=3, enable_checkpointing=False)
+    run.fit(task, loader(), val)
+    assert not task.net[1].training
+    assert task.net[3].training
+    assert task.net[3].momentum == 0.1
+    assert task.net[1].running_mean.tolist() == [3.0] * 8
+    with torch.no_grad():
+        hidden = torch.stack([task.net[:3].eval()(x).mean(0) for x, _ in loader()])
+    torch.testing.assert_close(task.net[3].running_mean, hidden.mean(0))
+
+
 def test_swa_without_rates_leaves_the_schedule_alone():
     task, plain = Net(norm=False), Net(norm=False)
     for one, callbacks in ((task, [SWA(None, swa_epoch_start=0)]), (plain, [])):
@@ -264,13 +304,14 @@ def test_the_best_checkpoint_is_an_average(tmp_path):
         assert run.validate(task, loader(9, seed=2), ckpt_path=path)[0]["val_loss"] == score
 
 
-def test_nothing_is_shown_before_the_first_update():
+def test_nothing_is_shown_before_the_first_update(caplog):
     task = Net()
     plain = copy.deepcopy(task)
     late = EMA(0.9, update_starting_at_step=100)
     trainer(late, max_epochs=2).fit(task, loader(), loader(9))
     trainer(max_epochs=2).fit(plain, loader(), loader(9))
     assert late.updates == 0
+    assert "EMA averaged nothing" in caplog.text
     assert task.seen == plain.seen
     same(task, plain)
 
@@ -324,6 +365,61 @@ def test_shared_weights_and_masks(tmp_path):
     same(again, task)
 
 
+@pytest.mark.parametrize("make", [lambda: SWA(0.05, 1), lambda: EMA(0.5, use_buffers=True)])
+def test_buffers_that_have_two_names(make, tmp_path):
+    class Twice(Net):
+        def __init__(self):
+            super().__init__()
+            self.norm = self.net[1]
+
+    task = Twice()
+    run = trainer(make(), max_epochs=3, default_root_dir=tmp_path)
+    run.fit(task, loader(), loader(9))
+    again = Twice()
+    again.load_weights(next(tmp_path.rglob("last.ckpt")))
+    same(again, task)
+
+
+class Late(Net):
+    """Its first layer joins the optimizer late, by a callback."""
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.02)
+
+
+def test_groups_that_join_after_the_start_of_swa():
+    """They follow SWALR in proportion, also when the run goes on."""
+    task = Late()
+    run = trainer(SWA([0.05], 1, 2), Unfreeze({2: "net.0"}, decay=2), max_epochs=4)
+    run.fit(task, loader())
+    first, late = run.optimizers[0].param_groups
+    assert (first["lr"], late["lr"]) == pytest.approx((0.05, 0.025))
+    assert_resumes_exactly(
+        Late,
+        loader(),
+        callbacks=lambda: [SWA([0.05], 1), Unfreeze({2: "net.0"}, decay=2)],
+        max_epochs=4,
+        accelerator="cpu",
+    )
+
+
+@pytest.mark.parametrize("make", [list, lambda: [EMA(0.9)], lambda: [SWA(0.05, 1)]])
+@pytest.mark.parametrize("where", ["on_validation_batch_start", "on_validation_end"])
+def test_what_is_saved_within_a_validation_goes_on_exactly(make, where, tmp_path):
+    """Modules are in eval mode there, and averages are shown: neither is what goes on."""
+    file = tmp_path / "there.ckpt"
+
+    def save(trainer, task, *_):
+        if trainer.current_epoch == 1:
+            trainer.save_checkpoint(file)
+
+    task, again = Net(), Net()
+    saver = lk.callbacks.LambdaCallback(**{where: save})
+    trainer(*make(), saver, max_epochs=3).fit(task, loader(), loader(9))
+    trainer(*make(), max_epochs=3).fit(again, loader(), loader(9), ckpt_path=file)
+    same(again, task)
+
+
 @pytest.mark.parametrize(
     ("make", "options"),
     [
@@ -368,6 +464,11 @@ class NoForward(lk.TaskModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
+class TwoInputs(Net):
+    def forward(self, x, y):
+        return self.net(x)
+
+
 @pytest.mark.parametrize(
     ("make", "match"),
     [
@@ -379,7 +480,10 @@ class NoForward(lk.TaskModule):
         (lambda: SWA(0.1, annealing_epochs=-1), "from 0"),
         (lambda: trainer(EMA(), SWA(0.1)).fit(Net(), loader()), "Two callbacks average"),
         (lambda: trainer(SWA(0.1), max_epochs=2).fit(NoForward(), loader()), "forward"),
+        (lambda: trainer(SWA(0.1), max_epochs=2).fit(TwoInputs(), loader()), "of one argument"),
         (lambda: trainer(SWA(0.1), max_steps=2).fit(Net(), loader()), "share of max_epochs"),
+        (lambda: trainer(SWA([0.1] * 2), max_epochs=2).fit(Net(), loader()), "1 groups"),
+        (lambda: WeightAveraging(avg_fn=max, multi_avg_fn=max), "not both"),
     ],
 )
 def test_what_cannot_be_is_said(make, match):

@@ -162,10 +162,21 @@ def test_a_name_that_is_none_is_an_error(quiet, schedule, text):
         quiet(callbacks=[Unfreeze(schedule)]).fit(Net(), loader())
 
 
-@pytest.mark.parametrize("wrong", [{}, {-1: "a"}, {"1": "a"}, {1: [2]}, ["a"], {1: []}])
+@pytest.mark.parametrize("wrong", [{}, {-1: "a"}, {"1": "a"}, {1: [2]}, ["a"], {1: []}, {1: 2}])
 def test_impossible_schedules_are_refused(wrong):
     with pytest.raises(ConfigError, match="such as"):
         Unfreeze(wrong)
+    with pytest.raises(ConfigError, match="a decay above 0"):
+        Unfreeze({1: "a"}, decay="2")
+
+
+def test_lbfgs_takes_no_group_and_says_so(quiet):
+    class Closed(Net):
+        def configure_optimizers(self):
+            return torch.optim.LBFGS([p for p in self.parameters() if p.requires_grad])
+
+    with pytest.raises(UsageError, match="No parameters can join an LBFGS"):
+        quiet(max_epochs=2, callbacks=[Unfreeze({1: "backbone"})]).fit(Closed(), loader())
 
 
 # --- Lightning's names ---------------------------------------------------------------------------
@@ -237,6 +248,42 @@ def test_backbone_finetuning(quiet):
         at=[3, 6, 10],
         callbacks=lambda: [BackboneFinetuning(1, lambda epoch: 1.5)],
     )
+
+
+def test_backbone_finetuning_sets_no_rate_but_the_backbone_s(quiet, caplog):
+    class Whole(Net):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    class Two(Net):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+            self.other = nn.Linear(1, 1)
+
+        def training_step(self, batch, batch_idx):
+            first, second = self.optimizers()
+            out = self.head(self.backbone(batch[0]))
+            self.manual_backward(nn.functional.mse_loss(self.other(out), batch[1]))
+            for optimizer in (first, second):
+                optimizer.step()
+                optimizer.zero_grad()
+
+        def configure_optimizers(self):
+            own = torch.optim.SGD(self.other.parameters(), lr=0.1)
+            return [torch.optim.SGD(self.head.parameters(), lr=0.01), own]
+
+    def end(task):
+        trainer = quiet(max_epochs=3, callbacks=[BackboneFinetuning(1)])
+        trainer.fit(task, loader())
+        return [[group["lr"] for group in o.param_groups] for o in trainer.optimizers]
+
+    assert end(Whole()) == [[0.01]]
+    assert caplog.text.count("holds the backbone from the start") == 1
+    assert end(Two()) == [[0.01, 0.002], [0.1]]
+    for wrong in (("1",), (-1,), (1, 2.0)):
+        with pytest.raises(ConfigError, match="it takes an epoch"):
+            BackboneFinetuning(*wrong)
 
 
 def test_backbone_finetuning_needs_a_backbone(quiet):

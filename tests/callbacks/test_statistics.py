@@ -149,21 +149,26 @@ def test_manual_optimization_with_two_optimizers():
         def __init__(self):
             super().__init__()
             self.automatic_optimization = False
+            self.norms = []
 
         def configure_optimizers(self):
-            return [torch.optim.SGD(layer.parameters(), 0.1) for layer in self.net]
+            return [torch.optim.SGD([layer.weight], 0.1) for layer in self.net]
 
         def training_step(self, batch, batch_idx):
             loss = super().training_step(batch, batch_idx)
             for optimizer in self.optimizers():
                 optimizer.zero_grad()
             self.manual_backward(loss)
+            self.norms.append([float(layer.weight.grad.norm()) for layer in self.net])
             for optimizer in self.optimizers():
                 optimizer.step()
 
-    lines = fit(Manual(), Statistics(depth=-1))
-    row = lines.rows[0][1]
-    assert {"grad_norm/net.0", "grad_norm/net.1"} <= row.keys()
+    task = Manual()
+    row = fit(task, Statistics(depth=-1)).rows[0][1]
+    for number, norm in enumerate(task.norms[0]):
+        assert row[f"grad_norm/net.{number}"] == pytest.approx(norm)
+        assert row[f"grad_norm/all-{number}"] == pytest.approx(norm)
+    assert "grad_norm/all" not in row
     assert "grad_norm/(own)" not in row
 
 

@@ -88,6 +88,24 @@ def test_a_column_that_is_not_numeric_is_named(column, seen):
         as_tensor(frame, "X")
 
 
+def test_rows_belong_together_by_their_places():
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame({"a": [1.0, 2.0, 3.0]})
+    turned = pandas.Series([30, 10, 20], index=[2, 0, 1])
+    with pytest.raises(DataError, match=r"different orders.*y.loc\[X.index\].*y.to_numpy"):
+        as_dataset(frame, turned)
+    assert as_dataset(frame, turned.loc[frame.index]).tensors[1].tolist() == [10, 20, 30]
+    for y in (turned.to_numpy(), turned.to_list(), turned.reset_index(drop=True)):
+        assert as_dataset(frame, y).tensors[1].tolist() == [30, 10, 20]
+    as_dataset(frame.set_axis([7, 8, 9], axis=0), turned)  # a frame filtered, a series made anew
+
+
+def test_columns_of_one_name_are_refused():
+    pandas = pytest.importorskip("pandas")
+    with pytest.raises(DataError, match="X has several columns of one name"):
+        as_tensor(pandas.DataFrame([[1.0, 2.0]], columns=["a", "a"]), "X")
+
+
 def test_missing_values_are_told_with_their_column(caplog):
     pandas = pytest.importorskip("pandas")
     frame = pandas.DataFrame({"a": [1.0, 2.0], "b": [np.nan, 1.0]})
@@ -95,6 +113,9 @@ def test_missing_values_are_told_with_their_column(caplog):
     assert "X has 1 missing values (nan) in 'b'" in caplog.text
     as_tensor(np.array([np.nan, np.nan]), "y")
     assert "y has 2 missing values (nan), and" in caplog.text
+    caplog.clear()
+    as_tensor(np.array([np.inf, -np.inf]), "y")
+    assert "missing" not in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -105,7 +126,7 @@ def test_missing_values_are_told_with_their_column(caplog):
         ({"a": X}, "y is of type dict.*write a Dataset"),
         ((n for n in (1, 2)), "y is of type generator"),
         ([[1.0, 2.0], [1.0]], "rows of y have different lengths"),
-        ([torch.zeros(2)], "list of tensors. Give torch.stack"),
+        ([torch.zeros(2)], "list of tensors. Give torch.stack.*several inputs a Dataset"),
         (3.0, "y is a single number"),
         (np.array([1 + 2j]), "y is not numeric"),
     ],

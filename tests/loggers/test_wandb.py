@@ -172,6 +172,20 @@ def test_a_run_that_is_there_already_is_used_and_left_open(service, tmp_path):
         assert run.finished == 0
 
 
+def test_fits_in_one_run_come_behind_each_other(service, tmp_path):
+    """In a run of the user's own, or one that is named: no row is taken for one that was there."""
+    service.run = Run(6)
+    for _ in range(2):
+        trainer(tmp_path, WandbLogger(), max_epochs=1).fit(Net(), loader())
+    rows = service.run.rows
+    assert [row["trainer/row"] for row in rows] == list(range(1, len(rows) + 1))
+    assert sum("train_loss" in row and row["trainer/global_step"] == 1 for row in rows) == 2
+    service.run = None
+    for _ in range(2):
+        trainer(tmp_path, WandbLogger(id="mine"), max_epochs=1).fit(Net(), loader())
+    assert len(service.runs[0].rows) == len(rows)
+
+
 def test_an_id_goes_on_with_its_run(service, tmp_path):
     logger = WandbLogger(id="mine", offline=True, save_dir=tmp_path / "files", entity="us")
     trainer(tmp_path, logger, max_epochs=1).fit(Net(), loader())

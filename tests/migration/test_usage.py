@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import re
 
@@ -212,6 +213,116 @@ def test_data_as_they_were_given(quiet):
     assert trainer.val_dataloaders is val
     assert trainer.test_dataloaders is test
     assert trainer.predict_dataloaders is test[0]
+
+
+class Configured(Net):
+    def __init__(self, hparams):
+        super().__init__(hparams.width)
+        self.save_hyperparameters(hparams)
+
+
+@pytest.mark.parametrize("kind", [argparse.Namespace, lk.hparams.HParams])
+def test_one_object_with_all_hyperparameters(kind, quiet, tmp_path, caplog):
+    trainer, task = quiet(max_epochs=1), Configured(kind(width=4, lr=0.1, tf=0.5))
+    trainer.fit(task, loader())
+    path = trainer.save_checkpoint(tmp_path / "x.ckpt")
+    assert Configured.load_from_checkpoint(path).hparams == {"width": 4, "lr": 0.1, "tf": 0.5}
+    other = Configured.load_from_checkpoint(path, tf=0.1)  # one field of it
+    assert other.hparams == {"width": 4, "lr": 0.1, "tf": 0.1}
+    caplog.clear()
+    another = Configured.load_from_checkpoint(path, hparams=kind(width=4))
+    assert another.hparams == {"width": 4}
+    assert "no longer has" not in caplog.text
+    with pytest.raises(lk.errors.ConfigError, match="has no argument 'tg'"):
+        Configured.load_from_checkpoint(path, tg=0.1)
+
+
+def test_callbacks_may_be_added_and_removed_between_calls(quiet):
+    class Counts(lk.Callback):
+        epochs = 0
+
+        def on_train_epoch_start(self, trainer, pl_module):
+            self.epochs += 1
+
+        def on_validation_epoch_start(self, trainer, pl_module):
+            self.epochs += 1
+
+    first, second, third = Counts(), Counts(), Counts()
+    trainer = quiet(max_epochs=1, callbacks=[first], num_sanity_val_steps=0)
+    trainer.fit(Net(), loader())
+    trainer.callbacks.append(second)
+    trainer.fit(Net(), loader())
+    trainer.callbacks.insert(0, third)
+    trainer.callbacks.remove(first)
+    trainer.validate(Net(), loader(), verbose=False)
+    assert trainer.callbacks == [second, third]
+    assert (first.epochs, second.epochs, third.epochs) == (2, 2, 1)
+    trainer.callbacks.append(Counts)
+    with pytest.raises(lk.errors.ConfigError, match="Make an object of it"):
+        trainer.fit(Net(), loader())
+
+
+def test_folds_do_not_take_up_each_other(tmp_path):
+    def fold(number, ckpt_path=None, epochs=1):
+        save = lk.callbacks.ModelCheckpoint(dirpath=tmp_path / f"fold{number}")
+        trainer = lk.Trainer(max_epochs=epochs, callbacks=[save], logger=False,
+                             default_root_dir=tmp_path, enable_progress_bar=False)  # fmt: skip
+        trainer.fit(Net(), loader(8), ckpt_path=ckpt_path)
+        return trainer.global_step
+
+    assert (fold(1), fold(2)) == (2, 2)
+    with pytest.raises(lk.errors.UsageError, match="that wrote to the dirpath of its ModelCheck"):
+        fold(3, "last")
+    assert fold(1, "last", epochs=3) == 6
+    assert fold(2, "last", epochs=2) == 4
+
+
+def test_metrics_are_copied_and_a_logger_is_saved(tmp_path):
+    logger = lk.loggers.CSVLogger(tmp_path, name="rows")
+    trainer = lk.Trainer(max_epochs=1, logger=logger, enable_progress_bar=False,
+                         enable_checkpointing=False)  # fmt: skip
+    trainer.fit(Net(), loader())
+    kept = trainer.callback_metrics.copy()
+    trainer.fit(Net(), loader())
+    logger.save()
+    assert type(kept) is dict
+    assert kept.keys() == trainer.callback_metrics.keys()
+    assert kept["train_loss"] is not trainer.callback_metrics["train_loss"]
+
+
+@pytest.mark.parametrize("name", elsewhere.MODEL_CHECKPOINT)
+def test_old_arguments_of_model_checkpoint(name):
+    with pytest.raises(lk.errors.ConfigError, match=f"Write {elsewhere.MODEL_CHECKPOINT[name]}"):
+        lk.callbacks.ModelCheckpoint(**{name: 1})
+    with pytest.raises(lk.errors.ConfigError, match="Did you mean 'monitor'"):
+        lk.callbacks.ModelCheckpoint(moniter="val_loss")
+
+
+@pytest.mark.parametrize("name", ["get_metrics", "init_train_tqdm", "init_validation_tqdm"])
+def test_what_another_progress_bar_would_have_called(name):
+    with pytest.raises(lk.errors.HookNameError, match=f"Mine.{name} would never be called"):
+        type("Mine", (lk.callbacks.TQDMProgressBar,), {name: lambda self, *_: None})
+
+
+def test_val_check_interval_without_validation_says_nothing(quiet, caplog):
+    quiet(max_epochs=1, val_check_interval=50).fit(Net(), iter_loader())
+    assert "never comes" not in caplog.text
+    quiet(max_epochs=1, val_check_interval=50).fit(Net(), iter_loader(), loader(8))
+    assert "val_check_interval=50 never comes" in caplog.text
+
+
+def test_none_where_it_is_the_default_elsewhere():
+    names = ("enable_checkpointing", "enable_model_summary", "enable_progress_bar",
+             "gradient_clip_algorithm", "log_every_n_steps", "precision")  # fmt: skip
+    assert lk.Trainer(**dict.fromkeys(names)).options == lk.Trainer().options
+
+
+def iter_loader():
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(loader(8).dataset)
+
+    return torch.utils.data.DataLoader(Stream(), batch_size=4)
 
 
 def test_an_error_in_a_property_stays_itself():

@@ -1,0 +1,108 @@
+"""The task: a generator of images and a discriminator, trained against each other."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import lightkit as lk
+
+
+class GAN(lk.TaskModule):
+    """Learns to draw images of shape (batch, 1, 8, 8) with pixels in [-1, 1].
+
+    Two optimizers take turns, so this is manual optimization: ``training_step`` itself says what is
+    stepped when.
+
+    Args:
+        latent: Numbers of noise that an image is made of.
+        width: Features of the hidden layers.
+        lr: Learning rate of both networks.
+        penalty: Weight of the penalty on the discriminator's slope at real images.
+    """
+
+    automatic_optimization = False
+
+    def __init__(
+        self, latent: int = 16, width: int = 256, lr: float = 1e-3, penalty: float = 0.1
+    ) -> None:
+        super().__init__()
+        self.latent, self.lr, self.penalty = latent, lr, penalty
+        self.generator = nn.Sequential(
+            nn.Linear(latent, width),
+            nn.ReLU(),
+            nn.Linear(width, width),
+            nn.ReLU(),
+            nn.Linear(width, 8 * 8),
+            nn.Tanh(),
+            nn.Unflatten(1, (1, 8, 8)),
+        )
+        self.discriminator = nn.Sequential(
+            nn.Flatten(),
+            nn.Linear(8 * 8, width),
+            nn.LeakyReLU(0.2),
+            nn.Linear(width, width),
+            nn.LeakyReLU(0.2),
+            nn.Linear(width, 1),
+        )
+        # The same noise in every validation of every run, so that their figures compare.
+        fixed = torch.randn(500, latent, generator=torch.Generator().manual_seed(0))
+        self.register_buffer("fixed_noise", fixed)
+
+    def forward(self, noise: Tensor) -> Tensor:
+        return self.generator(noise)
+
+    def training_step(self, real: Tensor, batch_idx: int) -> None:
+        for_generator, for_discriminator = self.optimizers()
+        fake = self(torch.randn(len(real), self.latent, device=self.device))
+
+        # The discriminator: high scores for real images, low ones for fakes, and no steep slopes.
+        real = real.requires_grad_()
+        scores = self.discriminator(real)
+        (slope,) = torch.autograd.grad(scores.sum(), real, create_graph=True)
+        judged = F.softplus(-scores).mean() + F.softplus(self.discriminator(fake.detach())).mean()
+        flat = slope.flatten(1).square().sum(dim=1).mean()
+        for_discriminator.zero_grad()
+        self.manual_backward(judged + self.penalty * flat)
+        for_discriminator.step()
+
+        # The generator: high scores for its fakes.
+        fooled = F.softplus(-self.discriminator(fake)).mean()
+        for_generator.zero_grad()
+        self.manual_backward(fooled)
+        for_generator.step()
+        self.log_dict({"generator_loss": fooled, "discriminator_loss": judged}, prog_bar=True)
+
+    def validation_step(self, real: Tensor, batch_idx: int) -> None:
+        self.evaluate(real, "val")
+
+    def test_step(self, real: Tensor, batch_idx: int) -> None:
+        self.evaluate(real, "test")
+
+    def evaluate(self, real: Tensor, split: str) -> None:
+        fake = self(self.fixed_noise[: len(real)])
+        self.log(f"{split}_precision", covered(fake, by=real), prog_bar=True)
+        self.log(f"{split}_recall", covered(real, by=fake), prog_bar=True)
+
+    def on_validation_epoch_end(self) -> None:
+        if isinstance(self.logger, lk.loggers.TensorBoardLogger):
+            with torch.no_grad():
+                fakes = self(self.fixed_noise[:64]) / 2 + 0.5
+            sheet = fakes.view(8, 8, 8, 8).transpose(1, 2).reshape(1, 64, 64)  # 8 by 8 of them
+            self.logger.experiment.add_image("fakes", sheet, self.global_step)
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        networks = self.generator, self.discriminator
+        return [torch.optim.Adam(n.parameters(), self.lr, betas=(0.5, 0.99)) for n in networks]
+
+
+def covered(images: Tensor, by: Tensor, k: int = 3) -> Tensor:
+    """Returns which share of the images is near another crowd of images.
+
+    Near is what is no further from one of the crowd than its own k-th neighbour in the crowd is:
+    Kynkäänniemi et al. (2019), "Improved Precision and Recall Metric for Assessing Generative
+    Models". Fakes near real images look right (precision); real images near fakes are within what
+    is drawn (recall).
+    """
+    images, by = images.flatten(1), by.flatten(1)
+    reach = torch.cdist(by, by).kthvalue(k + 1, dim=1).values  # the nearest one is itself
+    return (torch.cdist(images, by) <= reach).any(dim=1).float().mean()
