@@ -38,7 +38,7 @@ def templates() -> dict[str, str]:
     found = {}
     for readme in sorted(share_dir("templates").glob("*/README.md")):
         title = readme.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
-        name = readme.parent.name
+        name = readme.parent.name.replace("_", "-")
         found[name] = title.removeprefix(f"{name}:").strip()
     return found
 
@@ -51,7 +51,7 @@ def copy_template(name: str, target: str | Path) -> list[Path]:
     import when it is the current folder.
 
     Args:
-        name: One of `templates`.
+        name: One of `templates`; ``_`` for ``-`` will do.
         target: The folder to make. It may exist when it is empty.
 
     Returns:
@@ -60,7 +60,7 @@ def copy_template(name: str, target: str | Path) -> list[Path]:
     Raises:
         ConfigError: There is no such template, or the target is not empty.
     """
-    known = templates()
+    name, known = name.replace("_", "-"), templates()
     if name not in known:
         raise ConfigError(
             f"There is no template {name!r}.{did_you_mean(name, known)} "
@@ -69,6 +69,7 @@ def copy_template(name: str, target: str | Path) -> list[Path]:
     target = Path(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{str(target)!r} exists and is not empty. Choose another folder.")
+    name = name.replace("-", "_")  # a package of Python
     source = share_dir("templates") / name
     files = [
         file

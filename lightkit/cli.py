@@ -160,7 +160,7 @@ def _new(words: _Words, others: list[str]) -> int:
     from lightkit._share import copy_template, templates
 
     if "--list" in words.switches:
-        return _say("\n".join(f"{name:12}{line}" for name, line in templates().items()))
+        return _say("\n".join(f"{name:16}{line}" for name, line in templates().items()))
     if len(others) != 2 or words.values or words.files:
         given = " ".join(["lightkit new", *others])
         allowed = f"lightkit new TEMPLATE FOLDER, where TEMPLATE is {' or '.join(templates())}"

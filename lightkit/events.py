@@ -97,9 +97,7 @@ class When:
         first = self.once or ((self.after or 0) // (self.every or 1) + 1) * (self.every or 1)
         if not self._counted(first):
             given = {n: getattr(self, n) for n in ("every", "once", "before", "after")}
-            text = ", ".join(
-                f"{name}={value}" for name, value in given.items() if value is not None
-            )
+            text = ", ".join(f"{n}={value}" for n, value in given.items() if value is not None)
             raise ConfigError(f"trainer.on(..., {text}): no event has a number like that.")
 
     @property
@@ -180,8 +178,7 @@ def _taken(label: str, function: Callable[..., Any], given: Sequence[str]) -> in
         return taken
     named = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     alone = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
-    needed = [p.name for p in (*named[len(given) :], *alone) if p.default is p.empty]
-    if needed:
+    if needed := [p.name for p in (*named[len(given) :], *alone) if p.default is p.empty]:
         raise UsageError(
             f"{label} gets ({', '.join(given)}) or fewer, and nothing for its arguments "
             f"{', '.join(needed)}. Give them defaults, or leave them out."

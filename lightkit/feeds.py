@@ -53,9 +53,8 @@ class NoData:
         return self._steps
 
     def __iter__(self) -> Iterator[None]:
-        return (
-            itertools.repeat(None) if self._steps is None else itertools.repeat(None, self._steps)
-        )
+        steps = self._steps
+        return itertools.repeat(None) if steps is None else itertools.repeat(None, steps)
 
 
 def no_data(trainer: Trainer) -> NoData:

@@ -48,10 +48,12 @@ def param_groups(
     Raises:
         ConfigError: ``lr`` or ``decay`` is not possible, or a layer is no module.
     """
-    if not (isinstance(decay, (int, float)) and decay > 0):
-        raise ConfigError(f"param_groups: decay={decay!r} is not possible. Allowed is more than 0.")
-    if not (isinstance(lr, (int, float)) and lr >= 0):
-        raise ConfigError(f"param_groups: lr={lr!r} is not possible. Allowed is 0 or more.")
+    numbers = isinstance(lr, (int, float)) and isinstance(decay, (int, float))
+    if not (numbers and lr >= 0 and decay > 0):
+        raise ConfigError(
+            f"param_groups: lr={lr!r}, decay={decay!r} is not possible: lr is at least 0, decay "
+            f"more than 0."
+        )
     layers, seen = _layers(module), set[int]()
     groups: list[dict[str, Any]] = []
     for number, (name, members) in enumerate(layers, start=1):
@@ -75,19 +77,15 @@ def _layers(module: nn.Module | Sequence[nn.Module]) -> list[tuple[str, list[nn.
         named, own = list(module.named_children()), list(module.parameters(recurse=False))
     else:
         named = [(str(number), layer) for number, layer in enumerate(module)]
-        for _, layer in named:
-            if not isinstance(layer, nn.Module):
-                raise ConfigError(
-                    f"param_groups takes a module or a list of modules, the layers; got a "
-                    f"{type(layer).__name__} in the list."
-                )
+        if others := {type(one).__name__ for _, one in named if not isinstance(one, nn.Module)}:
+            raise ConfigError(f"param_groups takes a module or a list of modules; got {others}.")
     found = [(name, list(layer.parameters())) for name, layer in named]
     found = [(name, members) for name, members in found if members]
+    if isinstance(module, nn.Module) and not own and len(found) == 1:
+        only = dict(named)[found[0][0]]
+        return _layers(only) if any(True for _ in only.children()) else found
     if not own:
-        only = (
-            dict(named)[found[0][0]] if len(found) == 1 and isinstance(module, nn.Module) else None
-        )
-        return _layers(only) if only is not None and any(only.children()) else found
+        return found
     name, members = found[0] if found else (type(module).__name__, [])
     return [(name, [*own, *members]), *found[1:]]
 

@@ -128,8 +128,9 @@ def evaluate(
         options: Arguments of the Trainer.
 
     Returns:
-        "loss" and the metrics by their names, exact means over all samples. What a task of yours
-        logs in a test comes without the "test_" of its names.
+        "loss" and the metrics by their names, exact means over all samples; of a loss that ignores
+        or weighs classes, over what counts. What a task of yours logs in a test comes without the
+        "test_" of its names.
 
     Raises:
         ConfigError: Neither loss nor metrics, or a name that does not exist.
@@ -144,7 +145,8 @@ def evaluate(
     if is_array(data):
         raise DataError("data is an array without targets. Write evaluate(net, (X, y), ...).")
     rows = _quiet(options).test(task, _loader(data, "data", batch_size, False), verbose=False)
-    return {_plain(name): value for row in rows for name, value in row.items()}
+    found = {name: value for row in rows for name, value in row.items()}
+    return {n.removeprefix("test_").replace("/test_", "/", 1): found[n] for n in found}
 
 
 def predict(net: nn.Module, data: Any, *, batch_size: int | None = None, **options: Any) -> Tensor:
@@ -249,11 +251,6 @@ def _is_pair(data: Any) -> bool:
     return isinstance(data, tuple) and not any(
         isinstance(one, (DataLoader, Dataset, TensorLoader)) for one in data
     )
-
-
-def _plain(name: str) -> str:
-    """Returns "loss" for "test_loss", and "new/loss" for "new/test_loss" of one of several."""
-    return name.removeprefix("test_").replace("/test_", "/", 1)
 
 
 def _quiet(options: dict[str, Any]) -> Trainer:

@@ -109,9 +109,7 @@ def warmup(
 def _steps(trainer: Trainer, given: int | None) -> int:
     """Returns how many optimizer steps a schedule lasts."""
     if given is None and not hasattr(type(trainer), "estimated_stepping_batches"):
-        raise OptimizerError(
-            f"After the optimizer comes the trainer, self.trainer; got {type(trainer).__name__}."
-        )
+        raise OptimizerError(f"self.trainer is needed, not an object of {type(trainer).__name__}.")
     planned = trainer.estimated_stepping_batches if given is None else given
     if type(planned) is int and planned > 0:
         return planned

@@ -110,17 +110,16 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no ty
             train, val = ((X, y), None) if more else self._split(X, y, callbacks)
             make = optimizer_of(self.optimizer, self.lr)
             make = functools.partial(make, **self._part("optimizer__", make))
-            how = {"metrics": self.metrics, "scheduler": self.scheduler}
-            how["loss"] = copy.deepcopy(self.loss) or ("cross_entropy" if is_classifier(self) else "mse")
+            loss = copy.deepcopy(self.loss) or ("cross_entropy" if is_classifier(self) else "mse")
+            how = {"loss": loss, "metrics": self.metrics, "scheduler": self.scheduler}
             how |= {"optimizer": make, "callbacks": callbacks, "epochs": 1 if more else self.epochs}
             rows = functional.fit(module, train, val, **how, **self._options())
             self._random: dict[str, Any] = rng.rng_state()
         self.module_: nn.Module = module.cpu()
         self._optimizer.load_state_dict(self._optimizer.state_dict())  # to the CPU, like the module
-        before = [] if new else self.history_
         for row in () if new else rows:
-            row.update({name: row[name] + before[-1][name] for name in ("epoch", "step")})
-        self.history_: History = History([*before, *rows])
+            row.update({name: row[name] + self.history_[-1][name] for name in ("epoch", "step")})
+        self.history_: History = History([*(() if new else self.history_), *rows])
         return self
 
     def _split(self, X: Any, y: Any, callbacks: list[Any]) -> tuple[Any, Any]:  # noqa: N803
@@ -212,7 +211,8 @@ class LightkitClassifier(ClassifierMixin, _Estimator):  # type: ignore[misc]
         check_classification_targets(y)
         if new:
             self.classes_ = np.unique(y if classes is None else classes)
-        if (unknown := np.setdiff1d(y, self.classes_)).size:
+        found = y if classes is None else np.union1d(y, classes)
+        if (unknown := np.setdiff1d(found, self.classes_)).size:
             raise UsageError(f"y has {unknown}: partial_fit needs classes= in its first call.")
         return np.searchsorted(self.classes_, y), len(self.classes_)
 

@@ -132,10 +132,8 @@ class SupervisedTask(TaskModule):
         if not isinstance(found, Mapping) or "loss" not in found:
             return found
         if isinstance(found["loss"], Tensor) and found["loss"].ndim:
-            raise UsageError(
-                f"The loss has the shape {tuple(found['loss'].shape)}, but one number is needed: "
-                f"the mean over the batch (reduction='mean')."
-            )
+            shape = tuple(found["loss"].shape)
+            raise UsageError(f"The loss has the shape {shape}. Give one with reduction='mean'.")
         weight = targets.weight_of(self._kind, self.loss, found.get("target"))
         return found if weight is None else {"weight": weight, **found}
 

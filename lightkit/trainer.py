@@ -349,7 +349,7 @@ class Trainer(TrainerView):
         """
         from lightkit.events import returning
 
-        self.on("loss", returning(function))
+        self.on("loss", returning(function) if callable(function) else function)
         return function
 
     def stop(self, reason: str) -> None:

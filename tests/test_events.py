@@ -468,6 +468,8 @@ def test_other_mistakes(trainer):
     made = trainer()
     with pytest.raises(UsageError, match="a function is needed, not int"):
         made.on("fit_end", 3)
+    with pytest.raises(UsageError, match="a function is needed, not int"):
+        made.add_to_loss(3)
     with pytest.raises(ConfigError, match="another loss than the other ranks"):
         made.on("loss", lambda: None, rank_zero=True)
     made.on("train_start", lambda trainer: trainer.on("train_end", lambda: None))

@@ -40,7 +40,7 @@ def test_the_layers_of_an_only_child_are_those_of_the_module():
 def test_rates_that_are_none_are_refused(wrong):
     with pytest.raises(ConfigError, match="is not possible"):
         lk.param_groups(layers(), **wrong)
-    with pytest.raises(ConfigError, match="list of modules, the layers; got a Parameter"):
+    with pytest.raises(ConfigError, match="list of modules; got {'Parameter'}"):
         lk.param_groups(layers().parameters(), 1.0)
 
 

@@ -133,7 +133,11 @@ def test_what_cannot_be_is_refused(quiet):
         (lambda o, t: lk.warmup(o, t, warmup=-1), {}, "warmup=-1"),
         (lambda o, t: lk.warmup(o, t, warmup=float("nan")), {}, "warmup=nan"),
         (lambda o, t: lk.warmup_cosine(o, t, final=-1), {}, "final=-1"),
-        (lambda o, t: lk.one_cycle(o, None), {}, "comes the trainer, self.trainer; got NoneType"),
+        (
+            lambda o, t: lk.one_cycle(o, None),
+            {},
+            "self.trainer is needed, not an object of NoneType",
+        ),
     ]
     for schedule, options, text in cases:
         with pytest.raises(OptimizerError, match=text):

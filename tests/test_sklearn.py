@@ -317,6 +317,22 @@ def test_it_is_quiet_unless_asked(capsys):
 # --- mistakes ------------------------------------------------------------------------------------
 
 
+def test_a_loss_that_learns_stays_as_it_was_given():
+    class Scaled(nn.CrossEntropyLoss):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, output, target):
+            return super().forward(output * self.scale, target)
+
+    X, y = flowers()
+    net = LightkitClassifier(loss=Scaled(), lr=0.1, epochs=2, random_state=0)
+    first, again = (net.fit(X, y).predict_proba(X) for _ in range(2))
+    assert torch.equal(net.loss.scale, torch.ones(()))
+    assert np.array_equal(first, again)
+
+
 def test_wrong_names_name_the_nearest():
     X, y = flowers()
     with pytest.raises(ConfigError, match=r"'batchsize'.* Did you mean 'batch_size'"):
@@ -347,6 +363,8 @@ def test_wrong_sizes_classes_and_losses():
     net = LightkitClassifier(epochs=1).partial_fit(X, y, classes=["iris", "rose", "tulip"])
     with pytest.raises(UsageError, match=r"\['daisy'\].*classes="):
         net.partial_fit(X, np.where(y == "iris", "daisy", y))
+    with pytest.raises(UsageError, match=r"\['daisy'\].*classes="):
+        net.partial_fit(X, y, classes=["daisy", "iris", "rose", "tulip"])
     with pytest.raises(ValueError, match="test_size"):
         LightkitClassifier(early_stopping=True, validation_fraction=0.0).fit(X, y)
     with pytest.raises(NonFiniteError):

@@ -15,8 +15,17 @@ from lightkit._share import copy_template, share_dir, templates
 from lightkit.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
-#: The accuracy on the validation data that each README promises.
-PROMISES = {"digits": 0.97, "tabular": 0.94, "transfer": 0.8}
+#: What each README promises of the last epoch: a name, "at least" or "at most", and a number.
+PROMISES = {
+    "digits": ("val_accuracy", "at least", 0.97),
+    "gan": ("val_f1", "at least", 0.45),
+    "language-model": ("val_bits", "at most", 2.8),
+    "recurrent": ("val_accuracy", "at least", 0.94),
+    "segmentation": ("val_iou", "at least", 0.83),
+    "tabular": ("val_accuracy", "at least", 0.94),
+    "transfer": ("val_accuracy", "at least", 0.8),
+    "vae": ("val_loss", "at most", 26),
+}
 
 pytest.importorskip("sklearn")
 
@@ -42,13 +51,14 @@ def last_values(run: Path) -> dict[str, float]:
 
 @pytest.mark.parametrize("name", templates())
 def test_complete(name):
-    folder = share_dir("templates") / name
+    folder = share_dir("templates") / name.replace("-", "_")
     files = {path.name for path in folder.iterdir() if path.is_file()}
-    assert {"README.md", "model.py", "data.py", f"test_{name}.py"} <= files
-    assert (share_dir("configs") / f"{name}.yaml").is_file()
+    assert {"README.md", "model.py", "data.py", f"test_{folder.name}.py"} <= files
+    assert (share_dir("configs") / f"{folder.name}.yaml").is_file()
     readme = (folder / "README.md").read_text(encoding="utf-8")
     assert readme.startswith(f"# {name}: ")
-    assert f"at least {PROMISES[name]}" in readme
+    value, bound, number = PROMISES[name]
+    assert f"`{value}` of {bound} {number}" in readme
 
 
 def test_templates_are_listed_with_a_line_each():
@@ -59,7 +69,8 @@ def test_templates_are_listed_with_a_line_each():
 @pytest.mark.parametrize("name", templates())
 def test_in_the_clone(name, tmp_path):
     lightkit(
-        *("fit", "--config", f"configs/{name}.yaml", "--trainer.fast_dev_run", "true"),
+        *("fit", "--config", f"configs/{name.replace('-', '_')}.yaml"),
+        *("--trainer.fast_dev_run", "true"),
         *("--trainer.default_root_dir", str(tmp_path)),
         cwd=ROOT,
     )
@@ -76,7 +87,9 @@ def test_as_a_copy(name, tmp_path):
     lightkit(*commands[0].split(), cwd=project)
 
     (run,) = (project / "runs").glob("*/version_0")
-    assert last_values(run)["val_accuracy"] >= PROMISES[name]
+    value, bound, number = PROMISES[name]
+    reached = last_values(run)[value]
+    assert reached >= number if bound == "at least" else reached <= number
     best = run / "checkpoints" / "best.ckpt"
     lightkit(*("test", "--config", str(run / "config.yaml"), "--ckpt_path", str(best)), cwd=project)
 
@@ -98,6 +111,15 @@ def test_a_copy_is_rewritten(tmp_path):
     assert "lightkit fit --config config.yaml" in config
     assert "templates." not in config
     assert not list(target.rglob("__pycache__"))
+
+
+def test_a_name_of_two_words_in_either_spelling(tmp_path):
+    for spelling in ("language-model", "language_model"):
+        files = {path.name for path in copy_template(spelling, tmp_path / spelling)}
+        assert {"config.yaml", "test_language_model.py"} <= files
+        config = (tmp_path / spelling / "config.yaml").read_text(encoding="utf-8")
+        assert "class_path: model.LanguageModel" in config
+        assert "lightkit fit --config config.yaml" in config
 
 
 def test_an_empty_folder_may_be_there(tmp_path):

@@ -63,12 +63,12 @@ class WeightAveraging(Callback):
         updates: How many times weights were averaged in.
 
     Raises:
-        ConfigError: For both functions; when a fit begins with two of these callbacks.
+        ConfigError: When a fit begins with two of them.
     """
 
-    # Behind the user's callbacks and before the checkpoints: all of them see the averages at the end
-    # of a validation, and what these save is put together when the weights are back.
-    order = 30
+    # Behind what listens for the user and before the checkpoints: all of them see the averages at the
+    # end of a validation, and what these save is put together when the weights are back.
+    order = 35
     updates: int
     _loaded: dict[str, Tensor]
     _averages: Averages | None
@@ -81,8 +81,6 @@ class WeightAveraging(Callback):
         avg_fn: Callable[..., Any] | None = None,
         multi_avg_fn: Callable[..., Any] | None = None,
     ) -> None:
-        if avg_fn is not None and multi_avg_fn is not None:
-            raise ConfigError("WeightAveraging takes avg_fn or multi_avg_fn, not both.")
         self.use_buffers = use_buffers
         self.device = None if device is None else torch.device(device)
         self._how = {"avg_fn": avg_fn, "multi_avg_fn": multi_avg_fn}
@@ -207,11 +205,7 @@ class WeightAveraging(Callback):
 
     def _begin(self, task: nn.Module) -> Averages:
         """Makes the averages: by now every parameter has its place and its size."""
-        return Averages(self._averaged(task), self._beside(task), self.device, self._functions())
-
-    def _functions(self) -> dict[str, Callable[..., Any] | None]:
-        """Returns how to average, as AveragedModel takes it."""
-        return self._how
+        return Averages(self._averaged(task), self._beside(task), self.device, self._how)
 
     def _averaged(self, task: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
         """Yields names and tensors that are averaged, and whether each is a buffer."""
@@ -236,6 +230,7 @@ class WeightAveraging(Callback):
     def _end_epoch(self, trainer: Trainer, task: TaskModule) -> None:
         """Averages after the batches of an epoch, once."""
         if self._epoch != trainer.current_epoch:
+            self.on_train_batch_end(trainer, task, None, None, 0)  # of a group that was torn
             self._epoch = trainer.current_epoch
             if self.should_update(epoch_idx=self._epoch):
                 self._update(task)
@@ -296,9 +291,10 @@ class EMA(WeightAveraging):
         done = 0 if step_idx is None else step_idx + 1 - self.update_starting_at_step
         return done > 0 and done % self.update_every_n_steps == 0
 
-    def _functions(self) -> dict[str, Callable[..., Any] | None]:
+    def _begin(self, task: nn.Module) -> Averages:
         # Made here: torch's function cannot be pickled, and the callback shall be.
-        return {"multi_avg_fn": get_ema_multi_avg_fn(self.decay)}  # type: ignore[no-untyped-call]
+        how = {"multi_avg_fn": get_ema_multi_avg_fn(self.decay)}  # type: ignore[no-untyped-call]
+        return Averages(self._averaged(task), self._beside(task), self.device, how)
 
 
 class SWA(WeightAveraging):
@@ -342,7 +338,7 @@ class SWA(WeightAveraging):
         *,
         update_bn: bool = True,
     ) -> None:
-        rates = [swa_lrs] if isinstance(swa_lrs, (int, float)) else swa_lrs or []
+        rates = swa_lrs if isinstance(swa_lrs, Sequence) else () if swa_lrs is None else (swa_lrs,)
         if any(not isinstance(rate, (int, float)) or not rate > 0 for rate in rates):
             raise ConfigError(f"SWA(swa_lrs={swa_lrs!r}): a rate above 0, one per group, or None.")
         most = 1 if isinstance(swa_epoch_start, float) else swa_epoch_start
@@ -367,8 +363,8 @@ class SWA(WeightAveraging):
         self._stale = False  # whether the batch norms are those of an earlier mean
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
-        """Tells whether this is the end of one of the last epochs."""
-        return epoch_idx is not None and epoch_idx >= self._start
+        """Tells whether this is the end of one of the last epochs; what has begun goes on."""
+        return epoch_idx is not None and (epoch_idx >= self._start or self.updates > 0)
 
     def _update(self, task: nn.Module) -> None:
         super()._update(task)
@@ -398,7 +394,7 @@ class SWA(WeightAveraging):
             self._take_over(trainer)
         elif isinstance(self.swa_lrs, Sequence):
             for optimizer in trainer.optimizers:
-                if len(self.swa_lrs) not in (0, len(optimizer.param_groups)):
+                if len(self.swa_lrs) != len(optimizer.param_groups):
                     raise ConfigError(
                         f"SWA(swa_lrs={self.swa_lrs!r}): {type(optimizer).__name__} has "
                         f"{len(optimizer.param_groups)} groups. Give as many rates, or one number."
@@ -463,10 +459,7 @@ class SWA(WeightAveraging):
             self._stale = False
 
     def _find_means(self, trainer: Trainer, task: TaskModule) -> None:
-        """Passes over the training data. With several ranks a collective at its end.
-
-        This is ``torch.optim.swa_utils.update_bn``, but for norms that are in eval mode on purpose.
-        """
+        """Does what torch's update_bn does to norms that learn. Over ranks a collective at its end."""
         run = trainer._run
         assert isinstance(run, FitRun)
         resting = set(run.resting if run.flow.validating else switches(task)["eval"])

@@ -211,12 +211,9 @@ class BackboneFinetuning(BaseFinetuning):
         rounding: int = 12,
     ) -> None:
         super().__init__()
-        epoch = unfreeze_backbone_at_epoch
-        if type(epoch) is not int or epoch < 0 or not callable(lambda_func):
-            raise ConfigError(
-                f"BackboneFinetuning({epoch!r}, lambda_func={lambda_func!r}): it takes an epoch (a "
-                f"whole number from 0 on), and a function of the epoch that returns a factor."
-            )
+        given = unfreeze_backbone_at_epoch, lambda_func
+        if type(given[0]) is not int or given[0] < 0 or not callable(lambda_func):
+            raise ConfigError(f"BackboneFinetuning{given}: an epoch from 0 on, then a function.")
         self.unfreeze_backbone_at_epoch, self.lambda_func = unfreeze_backbone_at_epoch, lambda_func
         self.backbone_initial_ratio_lr = backbone_initial_ratio_lr
         self.backbone_initial_lr, self.should_align = backbone_initial_lr, should_align
@@ -232,8 +229,8 @@ class BackboneFinetuning(BaseFinetuning):
     def finetune_function(self, pl_module: TaskModule, epoch: int, optimizer: Optimizer) -> None:
         """Unfreezes the backbone, or lets its rate grow."""
         rate = float(optimizer.param_groups[0]["lr"])
-        first = optimizer is pl_module.trainer.optimizers[0]
-        if epoch < self.unfreeze_backbone_at_epoch or not first:
+        others = optimizer is not pl_module.trainer.optimizers[0]
+        if epoch < self.unfreeze_backbone_at_epoch or others:
             return
         if self.previous_backbone_lr is None:
             given = self.backbone_initial_lr
@@ -243,9 +240,8 @@ class BackboneFinetuning(BaseFinetuning):
             if len(optimizer.param_groups) == count:
                 own = rate
                 _log.warning(
-                    "BackboneFinetuning: the optimizer holds the backbone from the start, which "
-                    "learns at the rate that it has there. For a rate of its own give the optimizer "
-                    "[p for p in self.parameters() if p.requires_grad]."
+                    "The optimizer holds the backbone from the start, so its rate there stays. For a "
+                    "rate of its own leave out parameters without requires_grad."
                 )
         elif not self._added:
             return

@@ -48,7 +48,8 @@ def as_dataset(X: Any, y: Any = None) -> TensorDataset:  # noqa: N803  the field
 
 def _check_order(X: Any, y: Any) -> None:  # noqa: N803
     """Raises where an index tells that rows at the same place do not belong together."""
-    here, there = getattr(X, "index", None), getattr(y, "index", None)
+    here: Any = getattr(X, "index", None)
+    there: Any = getattr(y, "index", None)
     if not hasattr(here, "equals") or not hasattr(there, "equals"):  # a list's is a function
         return
     if len(here) == len(there) and not here.equals(there) and {*here} == {*there}:

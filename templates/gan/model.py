@@ -23,7 +23,7 @@ class GAN(lk.TaskModule):
     automatic_optimization = False
 
     def __init__(
-        self, latent: int = 16, width: int = 256, lr: float = 1e-3, penalty: float = 0.1
+        self, latent: int = 32, width: int = 256, lr: float = 1e-3, penalty: float = 10.0
     ) -> None:
         super().__init__()
         self.latent, self.lr, self.penalty = latent, lr, penalty
@@ -80,8 +80,10 @@ class GAN(lk.TaskModule):
 
     def evaluate(self, real: Tensor, split: str) -> None:
         fake = self(self.fixed_noise[: len(real)])
-        self.log(f"{split}_precision", covered(fake, by=real), prog_bar=True)
-        self.log(f"{split}_recall", covered(real, by=fake), prog_bar=True)
+        precision, recall = covered(fake, by=real), covered(real, by=fake)
+        f1 = 2 * precision * recall / (precision + recall).clamp(min=1e-9)
+        names = f"{split}_precision", f"{split}_recall", f"{split}_f1"
+        self.log_dict(dict(zip(names, (precision, recall, f1), strict=True)), prog_bar=True)
 
     def on_validation_epoch_end(self) -> None:
         if isinstance(self.logger, lk.loggers.TensorBoardLogger):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, update_bn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import lightkit as lk
 from lightkit.callbacks import (
@@ -213,6 +213,15 @@ def test_swa_leaves_batch_norms_alone_that_rest(rest, validated):
     torch.testing.assert_close(task.net[3].running_mean, hidden.mean(0))
 
 
+def test_swa_that_has_begun_goes_on_in_a_run_that_became_longer(tmp_path):
+    """A share of more epochs begins later, but there is a mean already, and its rate."""
+    trainer(SWA(0.05, 0.5), max_epochs=4, default_root_dir=tmp_path).fit(Net(), loader())
+    swa = SWA(0.05, 0.5)
+    longer = trainer(swa, max_epochs=12, default_root_dir=tmp_path)
+    longer.fit(Net(), loader(), ckpt_path=next(tmp_path.rglob("last.ckpt")))
+    assert swa.updates == 10
+
+
 def test_swa_without_rates_leaves_the_schedule_alone():
     task, plain = Net(norm=False), Net(norm=False)
     for one, callbacks in ((task, [SWA(None, swa_epoch_start=0)]), (plain, [])):
@@ -247,6 +256,22 @@ def test_the_weights_of_the_training_come_back_in_place():
     run = trainer(EMA(0.9), pointers, max_epochs=2, enable_checkpointing=False)
     run.fit(Net(), loader(), loader(9))
     assert len(pointers.places) == 1
+
+
+def test_whoever_listens_to_the_end_of_a_validation_sees_the_average():
+    task, seen = Net(), []
+
+    def look(*_):
+        seen.append(task.net[0].weight.detach().clone())
+
+    run = trainer(
+        lk.callbacks.LambdaCallback(on_validation_end=look), EMA(0.9),
+        max_epochs=1, enable_checkpointing=False,
+    )  # fmt: skip
+    run.on("on_validation_end", look)
+    run.fit(task, loader(), loader(9))
+    assert len(seen) == 2
+    assert all(torch.equal(one, task.net[0].weight) for one in seen)
 
 
 def test_they_come_back_after_an_exception(tmp_path):
@@ -322,6 +347,21 @@ def test_updates_are_every_so_many_steps_from_a_step_on():
         Net(), loader()
     )
     assert ema.updates == 1  # of 6 steps after step 5
+
+
+def test_the_step_of_a_group_that_the_loader_tore(caplog):
+    class Short(IterableDataset):
+        def __len__(self):
+            return 24
+
+        def __iter__(self):
+            return iter(loader(20).dataset)
+
+    ema, options = EMA(0.9), {"max_epochs": 2, "accumulate_grad_batches": 3}
+    run = trainer(ema, enable_checkpointing=False, **options)
+    run.fit(Net(), DataLoader(Short(), 4))
+    assert "ended after 2 of the 3 batches" in caplog.text
+    assert ema.updates == run.global_step == 4
 
 
 def test_a_subclass_says_when():
@@ -475,6 +515,8 @@ class TwoInputs(Net):
         (lambda: EMA(1.5), "from 0 to 1"),
         (lambda: EMA(update_every_n_steps=0), "from 1"),
         (lambda: SWA(0.0), "above 0"),
+        (lambda: SWA(torch.tensor(0.1)), "above 0"),
+        (lambda: trainer(SWA([]), max_epochs=2).fit(Net(), loader()), "1 groups"),
         (lambda: SWA(0.1, swa_epoch_start=1.5), "share of max_epochs"),
         (lambda: SWA(0.1, annealing_strategy="cosine"), "Did you mean 'cos'"),
         (lambda: SWA(0.1, annealing_epochs=-1), "from 0"),
@@ -483,7 +525,6 @@ class TwoInputs(Net):
         (lambda: trainer(SWA(0.1), max_epochs=2).fit(TwoInputs(), loader()), "of one argument"),
         (lambda: trainer(SWA(0.1), max_steps=2).fit(Net(), loader()), "share of max_epochs"),
         (lambda: trainer(SWA([0.1] * 2), max_epochs=2).fit(Net(), loader()), "1 groups"),
-        (lambda: WeightAveraging(avg_fn=max, multi_avg_fn=max), "not both"),
     ],
 )
 def test_what_cannot_be_is_said(make, match):

@@ -282,7 +282,7 @@ def test_backbone_finetuning_sets_no_rate_but_the_backbone_s(quiet, caplog):
     assert caplog.text.count("holds the backbone from the start") == 1
     assert end(Two()) == [[0.01, 0.002], [0.1]]
     for wrong in (("1",), (-1,), (1, 2.0)):
-        with pytest.raises(ConfigError, match="it takes an epoch"):
+        with pytest.raises(ConfigError, match="an epoch from 0 on, then a function"):
             BackboneFinetuning(*wrong)
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import traceback
 
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -258,43 +258,21 @@ def test_S2_12_a_traceback_is_short_and_ends_in_ones_own_line(quiet):
     ]
 
 
-@pytest.mark.parametrize("kind", ["fully connected", "convolutional", "recurrent"])
-def test_S2_13_the_three_kinds_of_networks(quiet, kind):
-    class Sequence(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.recurrent, self.out = nn.GRU(1, 8), nn.Linear(8, 1)
-
-        def forward(self, packed):
-            return self.out(self.recurrent(packed)[1][0])
-
-    nets = {
-        "fully connected": lambda: nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 1)),
-        "convolutional": lambda: nn.Sequential(
-            nn.Unflatten(1, (1, 6)), nn.Conv1d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 1)
-        ),
-        "recurrent": Sequence,
-    }
-
-    class Task(Skeleton):
-        def __init__(self):
-            super().__init__()
-            self.net = nets[kind]()
-
-        def configure_optimizers(self):
-            return torch.optim.Adam(self.parameters(), lr=0.02)
-
-    def sequences(samples):  # of unequal lengths
-        rows = [x[: 2 + i % 5, None] for i, (x, _) in enumerate(samples)]
-        sums = torch.stack([row.sum(0) for row in rows])
-        return pack_sequence(rows, enforce_sorted=False), sums
-
-    torch.manual_seed(0)
-    x = torch.randn(64, 6)
-    data = TensorDataset(x, x.sum(1, keepdim=True))
-    collate = sequences if kind == "recurrent" else None
-    history = quiet(max_epochs=15).fit(Task(), DataLoader(data, 16, collate_fn=collate))
-    assert history[-1]["train_loss"] < 0.4 * history[0]["train_loss"]
+@pytest.mark.parametrize(
+    ("template", "task", "data"),
+    [
+        ("tabular", "TabularNet", "TumourData"),
+        ("digits", "DigitsNet", "DigitsData"),
+        ("recurrent", "RecurrentNet", "SyllableData"),
+    ],
+)
+def test_S2_13_the_three_kinds_of_networks(quiet, template, task, data):
+    """Fully connected, convolutional, recurrent: each is a template that one can begin with."""
+    pytest.importorskip("sklearn")
+    model = importlib.import_module(f"templates.{template}.model")
+    datamodule = getattr(importlib.import_module(f"templates.{template}.data"), data)()
+    history = quiet(max_epochs=3, seed=0).fit(getattr(model, task)(), datamodule=datamodule)
+    assert history[-1]["val_accuracy"] > 0.9
 
 
 def test_S2_14_the_loop_is_the_one_that_is_written_by_hand(quiet):
