@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,13 @@ from lightkit.optim import nothing_to_train
 if TYPE_CHECKING:
     from lightkit.optim import OptimizerPlan
 
+#: Words in the names of metrics, and what better means for them.
+_BETTER = {
+    **dict.fromkeys(
+        ("acc", "accuracy", "auc", "auroc", "f1", "f1score", "iou", "dice", "r2"), "max"
+    ),
+    **dict.fromkeys(("loss", "error", "mae", "mse", "rmse", "perplexity"), "min"),
+}
 _WHOLE = (SequentialSampler, RandomSampler, WeightedRandomSampler, DistributedSampler)
 
 
@@ -49,6 +57,27 @@ def check_loaders(train_loader: Any, val_loaders: Sequence[tuple[str, Any]]) -> 
                 f"Validation loader {name!r} {what}: its numbers say nothing about new data, and "
                 f"the best checkpoint is the most overfitted one. Give fit a validation loader "
                 f"over data that is kept apart, for example with torch.utils.data.random_split."
+            )
+    return found
+
+
+def check_modes(callbacks: Sequence[Any]) -> list[str]:
+    """Returns a warning for every callback that takes the worse values of its monitor as better.
+
+    Args:
+        callbacks: All of a fit; looked at are those with a ``monitor`` and a ``mode``.
+    """
+    found: list[str] = []
+    for callback in callbacks:
+        monitor, mode = getattr(callback, "monitor", None), getattr(callback, "mode", None)
+        if not isinstance(monitor, str) or mode not in ("min", "max"):
+            continue
+        meant = {_BETTER[word] for word in re.split(r"[\W_]+", monitor.lower()) if word in _BETTER}
+        if meant and mode not in meant:
+            lower = "a lower" if mode == "min" else "a higher"
+            found.append(
+                f"{type(callback).__name__}({monitor!r}) has mode={mode!r}, by which {lower} value "
+                f"is better. Give mode={meant.pop()!r} if that is not what you mean."
             )
     return found
 

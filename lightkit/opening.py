@@ -18,7 +18,7 @@ from lightkit.advice import Advice
 from lightkit.agreement import Agreement
 from lightkit.callbacks import ModelCheckpoint, ModelSummary, ProgressBar
 from lightkit.checkpoint import Writer
-from lightkit.checks import check_loaders, check_parameters
+from lightkit.checks import check_loaders, check_modes, check_parameters
 from lightkit.data import sample_counts
 from lightkit.distributed import (
     check_nodes,
@@ -365,7 +365,7 @@ def _optimizers(trainer: Trainer, session: Session) -> OptimizerPlan:
     plan = OptimizerPlan.build(task, fused=options.fused, device=session.device)
     session.strategy.check_optimizers(plan.optimizers)
     session.plan = plan
-    for text in check_parameters(task, plan):
+    for text in [*check_parameters(task, plan), *check_modes(session.callbacks)]:
         _log.warning("%s", text)
     require_automatic(plan, session.flow.accumulate)
     return plan

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from typing_extensions import Self
 
 from lightkit import console, functional, rng
@@ -92,6 +93,12 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no ty
     def _train(self, X: Any, y: Any, more: bool = False, classes: Any = None) -> Self:  # noqa: N803
         """Trains a new module for all epochs, or with ``more`` the present one for one epoch."""
         self._check_names(self.get_params())
+        if isinstance(self.optimizer, Optimizer):
+            raise ConfigError(
+                "optimizer: give a name, a class or a function, as modules are copied."
+            )
+        if self.lr is not None and hasattr(self, "optimizer__lr"):
+            raise ConfigError("lr and optimizer__lr mean the same: leave out one of them.")
         new = not (more and hasattr(self, "module_"))
         how = {"reset": new, "dtype": self.dtype, "allow_nd": True}
         how |= dict.fromkeys(("multi_output", "y_numeric"), not is_classifier(self))
@@ -155,6 +162,8 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no ty
     def _options(self) -> dict[str, Any]:
         off = ("logger", "enable_checkpointing", "enable_model_summary")
         how = {"enable_progress_bar": self.verbose, "batch_size": self.batch_size}
+        if hasattr(self, "trainer__callbacks"):
+            raise ConfigError("trainer__callbacks does not exist: write callbacks=[...].")
         return dict.fromkeys(off, False) | how | self._part("trainer__", Trainer)
 
     def _outputs(self, X: Any) -> Tensor:  # noqa: N803

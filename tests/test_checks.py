@@ -19,7 +19,9 @@ from torch.utils.data import (
     random_split,
 )
 
-from lightkit.checks import check_loaders, check_parameters
+import lightkit as lk
+from lightkit.callbacks import EarlyStopping, ModelCheckpoint, Timer
+from lightkit.checks import check_loaders, check_modes, check_parameters
 from lightkit.errors import OptimizerError
 from lightkit.optim import OptimizerPlan
 
@@ -205,3 +207,42 @@ def test_no_optimizer_and_nothing_to_train_is_fine(caplog: pytest.LogCaptureFixt
 
     assert found(none) == []
     assert "no optimizer" in caplog.text
+
+
+def test_a_monitor_whose_worse_values_count_as_better_is_told() -> None:
+    (message,) = check_modes([Timer(), EarlyStopping("val_accuracy"), EarlyStopping("val/loss")])
+    assert message.startswith(
+        "EarlyStopping('val_accuracy') has mode='min', by which a lower value"
+    )
+    assert "mode='max'" in message
+    (message,) = check_modes([ModelCheckpoint(monitor="val_loss", mode="max")])
+    assert "mode='min'" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [("val_acc", "max"), ("val_loss", "min"), ("score", "min"), ("accurate_loss_f1", "min")],
+)
+def test_nothing_is_said_of_modes_that_are_right_or_unknown(name: str, mode: str) -> None:
+    assert check_modes([EarlyStopping(name, mode=mode), ModelCheckpoint(monitor=None)]) == []
+
+
+def test_a_fit_warns_of_the_mode(caplog: pytest.LogCaptureFixture) -> None:
+    class Net(lk.TaskModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Linear(1, 1)
+
+        def training_step(self, batch: Any) -> Any:
+            loss = self.net(batch[0][:, None]).square().mean()
+            self.log("f1", -loss)
+            return loss
+
+        def configure_optimizers(self) -> Any:
+            return SGD(self.parameters(), lr=0.01)
+
+    off = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    lk.Trainer(max_epochs=1, callbacks=EarlyStopping("f1"), **off).fit(Net(), loader())
+    assert [record.message[:22] for record in caplog.records if record.levelname == "WARNING"] == [
+        "EarlyStopping('f1') ha"
+    ]

@@ -347,8 +347,12 @@ def test_wrong_names_name_the_nearest():
         LightkitClassifier(trainer__precison=3).fit(X, y)
     with pytest.raises(ConfigError, match=r"Write epochs"):
         LightkitClassifier(trainer__max_epochs=3).fit(X, y)
-    with pytest.raises(TypeError, match="callbacks"):
+    with pytest.raises(ConfigError, match=r"trainer__callbacks(?s:.*) write callbacks="):
         LightkitClassifier(trainer__callbacks=[]).fit(X, y)
+    with pytest.raises(ConfigError, match="lr and optimizer__lr mean the same"):
+        LightkitClassifier(lr=0.1, optimizer__lr=0.2).fit(X, y)
+    with pytest.raises(ConfigError, match="optimizer: give a name"):
+        LightkitClassifier(Net(6, 3), optimizer=torch.optim.SGD(Net(6, 3).parameters())).fit(X, y)
     with pytest.raises(ConfigError, match=r"module is Net(?s:.*) a class, a function"):
         LightkitClassifier(Net(6, 3), module__hidden=3).fit(X, y)
     with pytest.raises(ConfigError, match=r"module is 5, but allowed is a class"):

@@ -355,9 +355,7 @@ def test_what_a_call_needs():
         require_steps(lk.TaskModule(), {"training_step": "fit calls"})
 
 
-@pytest.mark.parametrize(
-    "step", ["validation_step", "configure_optimizers", "test_step"]
-)
+@pytest.mark.parametrize("step", ["validation_step", "configure_optimizers", "test_step"])
 def test_steps_that_are_missing_say_so(step):
     arguments = () if step == "configure_optimizers" else (None, 0)
     with pytest.raises(NotImplementedError, match="TaskModule must define"):

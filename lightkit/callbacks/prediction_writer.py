@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch.utils.data import SequentialSampler
 
 from lightkit.checkpoint import read_any, save_file
-from lightkit.errors import CheckpointError, ConfigError, did_you_mean
+from lightkit.errors import CheckpointError, ConfigError, one_of
 from lightkit.hooks import Callback
 from lightkit.predictions import batch_number, in_order, on_cpu
 from lightkit.run import EvalRun
@@ -158,9 +158,7 @@ class BasePredictionWriter(Callback):
 
     def __init__(self, write_interval: str = "batch") -> None:
         known = ("batch", "epoch", "batch_and_epoch")
-        if write_interval not in known:
-            hint = did_you_mean(str(write_interval), known)
-            raise ConfigError(f"write_interval={write_interval!r}: it is one of {known}.{hint}")
+        one_of("BasePredictionWriter: write_interval", write_interval, known)
         self.interval = write_interval
         self._predictions: list[list[Any]] = []
         self._indices: list[list[Sequence[int] | None]] = []

@@ -88,8 +88,8 @@ class GAN(lk.TaskModule):
     def on_validation_epoch_end(self) -> None:
         if isinstance(self.logger, lk.loggers.TensorBoardLogger):
             with torch.no_grad():
-                fakes = self(self.fixed_noise[:64]) / 2 + 0.5
-            sheet = fakes.view(8, 8, 8, 8).transpose(1, 2).reshape(1, 64, 64)  # 8 by 8 of them
+                fakes = F.pad(self(self.fixed_noise[:64]), (1, 1, 1, 1)) / 2 + 0.5  # grey edges
+            sheet = fakes.view(8, 8, 10, 10).transpose(1, 2).reshape(1, 80, 80)  # 8 by 8 images
             self.logger.experiment.add_image("fakes", sheet, self.global_step)
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:

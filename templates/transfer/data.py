@@ -1,4 +1,6 @@
-"""The data: some kinds of the handwritten digits that ship inside scikit-learn, and few of each."""
+"""The data: some of the handwritten digits that ship inside scikit-learn; or photos of yours."""
+
+from pathlib import Path
 
 import torch
 from sklearn.datasets import load_digits
@@ -70,3 +72,44 @@ class SomeDigits(lk.DataModule):
 
     def predict_dataloader(self) -> DataLoader:
         return DataLoader(self.test, **self.loading)
+
+
+class Photos(lk.DataModule):
+    """Photos in folders, as of dogs and cats: ``train/cat/1.jpg``, ``val/dog/2.jpg``.
+
+    The names of the folders in ``train`` are the classes, in the order of the alphabet.
+
+    Args:
+        folder: Where the folders ``train`` and ``val`` are.
+        size: Height and width that photos are cut to.
+        batch_size: Photos per batch.
+        num_workers: Processes that read photos.
+    """
+
+    def __init__(
+        self, folder: str, size: int = 224, batch_size: int = 32, num_workers: int = 4
+    ) -> None:
+        super().__init__()
+        self.folder, self.size = Path(folder), size
+        self.loading = {"batch_size": batch_size, "num_workers": num_workers}
+
+    def setup(self, stage: str) -> None:
+        try:
+            from torchvision import transforms as T  # noqa: N812  its usual name
+            from torchvision.datasets import ImageFolder
+        except ImportError as error:
+            raise ImportError(f"Photos needs torchvision (pip install torchvision): {error}")
+        # Colours as the weights of torchvision know them: mean and deviation of ImageNet.
+        colours = T.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+        varied = [T.RandomResizedCrop(self.size), T.RandomHorizontalFlip()]
+        plain = [T.Resize(self.size * 8 // 7), T.CenterCrop(self.size)]
+        self.train, self.val = (
+            ImageFolder(self.folder / part, T.Compose([*cut, T.ToTensor(), colours]))
+            for part, cut in (("train", varied), ("val", plain))
+        )
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self.train, shuffle=True, **self.loading)
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(self.val, **self.loading)

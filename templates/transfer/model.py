@@ -32,7 +32,7 @@ class TransferNet(lk.TaskModule):
     ) -> None:
         super().__init__()
         self.weights, self.unfreeze_at, self.lr = weights, unfreeze_at, lr
-        # A network of torchvision, timm or your own goes here: all of it but the last layer.
+        # A network of your own goes here, all of it but the last layer; see PhotoNet below.
         self.backbone = nn.Sequential(
             *convolution(1, 16), *convolution(16, 32), nn.MaxPool2d(2), *convolution(32, 32)
         )
@@ -80,6 +80,38 @@ class TransferNet(lk.TaskModule):
             "optimizer": optimizer,
             "lr_scheduler": lk.warmup_cosine(optimizer, self.trainer, warmup=0.1),
         }
+
+
+class PhotoNet(TransferNet):
+    """Classifies colour photos of shape (batch, 3, height, width) on a ResNet-18 of torchvision.
+
+    Args:
+        classes: Number of classes.
+        weights: Name of torchvision's weights, which it downloads once; None for none. A backbone
+            with weights is frozen at first.
+        unfreeze_at: Epoch (from 0) from which a backbone with weights learns; None for never.
+        lr: Highest learning rate of the head.
+    """
+
+    def __init__(
+        self,
+        classes: int = 2,
+        weights: str | None = "IMAGENET1K_V1",
+        unfreeze_at: int | None = 2,
+        lr: float = 1e-3,
+    ) -> None:
+        super().__init__(classes, weights, unfreeze_at, lr)
+        try:
+            from torchvision.models import resnet18
+        except ImportError as error:
+            raise ImportError(f"PhotoNet needs torchvision (pip install torchvision): {error}")
+        self.backbone = resnet18(weights=weights)
+        self.head = nn.Linear(self.backbone.fc.in_features, classes)
+        self.backbone.fc = nn.Identity()  # the last layer, of other classes
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit" and self.weights is not None:
+            lk.freeze(self.backbone)
 
 
 def convolution(inputs: int, outputs: int) -> tuple[nn.Module, ...]:
