@@ -45,6 +45,8 @@ class LanguageModel(lk.TaskModule):
 
     def forward(self, text: Tensor) -> Tensor:
         """Returns scores of every next character, of shape (batch, length, 128)."""
+        if text.shape[1] > self.context:
+            raise ValueError(f"{text.shape[1]} characters are too many: context={self.context}")
         places = torch.arange(text.shape[1], device=text.device)
         x = self.character(text) + self.position(places)
         return self.head(self.norm(self.blocks(x)))
@@ -80,7 +82,7 @@ class LanguageModel(lk.TaskModule):
         """Returns a text with so many more characters; a low temperature takes fewer risks."""
         # A generator of its own: writing samples does not change what training draws.
         chance = torch.Generator(self.device).manual_seed(seed)
-        codes = list(start.encode("ascii", errors="replace"))
+        codes = list((start or "\n").encode("ascii", errors="replace"))
         for _ in range(length):
             seen = torch.tensor([codes[-self.context :]], device=self.device)
             odds = (self(seen)[0, -1] / temperature).softmax(dim=0)
@@ -109,7 +111,9 @@ class Block(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.queries_keys_values = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm1(x))

@@ -32,6 +32,6 @@ def test_masks_lie_on_digits() -> None:
 
 
 def test_learns(tmp_path: Path) -> None:
-    trainer = lk.Trainer(seed=0, max_epochs=2, accelerator="cpu", default_root_dir=tmp_path)
+    trainer = lk.Trainer(seed=0, max_epochs=3, accelerator="cpu", default_root_dir=tmp_path)
     trainer.fit(UNet(), datamodule=ClutterData(pictures=400))
     assert trainer.callback_metrics["val_iou"] > 0.5

@@ -95,10 +95,10 @@ class Photos(lk.DataModule):
 
     def setup(self, stage: str) -> None:
         try:
-            from torchvision import transforms as T  # noqa: N812  its usual name
+            from torchvision import transforms as T
             from torchvision.datasets import ImageFolder
         except ImportError as error:
-            raise ImportError(f"Photos needs torchvision (pip install torchvision): {error}")
+            raise ImportError("Photos needs torchvision (pip install torchvision)") from error
         # Colours as the weights of torchvision know them: mean and deviation of ImageNet.
         colours = T.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
         varied = [T.RandomResizedCrop(self.size), T.RandomHorizontalFlip()]

@@ -104,7 +104,7 @@ class PhotoNet(TransferNet):
         try:
             from torchvision.models import resnet18
         except ImportError as error:
-            raise ImportError(f"PhotoNet needs torchvision (pip install torchvision): {error}")
+            raise ImportError("PhotoNet needs torchvision (pip install torchvision)") from error
         self.backbone = resnet18(weights=weights)
         self.head = nn.Linear(self.backbone.fc.in_features, classes)
         self.backbone.fc = nn.Identity()  # the last layer, of other classes

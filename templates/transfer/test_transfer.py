@@ -1,10 +1,12 @@
 """Run with ``pytest`` in this folder."""
 
+import sys
 from pathlib import Path
 
+import pytest
 import torch
-from data import SomeDigits
-from model import TransferNet
+from data import Photos, SomeDigits
+from model import PhotoNet, TransferNet
 
 import lightkit as lk
 
@@ -41,3 +43,30 @@ def test_learns(tmp_path: Path) -> None:
     run = trainer(tmp_path, max_epochs=5)
     run.fit(TransferNet(classes=5), datamodule=SomeDigits([5, 6, 7, 8, 9]))
     assert run.callback_metrics["val_accuracy"] > 0.9
+
+
+def test_photos_of_two_classes(tmp_path: Path) -> None:
+    pytest.importorskip("torchvision")
+    from PIL import Image  # comes with torchvision
+
+    for part in ("train", "val"):
+        for name, colour in (("cat", "red"), ("dog", "blue")):
+            (tmp_path / part / name).mkdir(parents=True)
+            for number in range(4):
+                Image.new("RGB", (40, 50), colour).save(tmp_path / part / name / f"{number}.png")
+    task = PhotoNet(classes=2, weights=None)
+    task.weights = "as if there were some"
+    photos = Photos(str(tmp_path), size=32, batch_size=4, num_workers=0)
+    trainer(tmp_path, max_epochs=1).fit(task, datamodule=photos)
+    assert photos.train.classes == ["cat", "dog"]
+    assert lk.is_frozen(task.backbone)
+    assert task.head.weight.requires_grad
+
+
+def test_what_photos_need_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("torchvision", "torchvision.models"):
+        monkeypatch.setitem(sys.modules, name, None)  # as if it were not there
+    with pytest.raises(ImportError, match="pip install torchvision"):
+        Photos("photos").setup("fit")
+    with pytest.raises(ImportError, match="pip install torchvision"):
+        PhotoNet()

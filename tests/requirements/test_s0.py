@@ -590,7 +590,7 @@ def test_S0_26_segmentation(quiet):
     from templates.segmentation.data import ClutterData
     from templates.segmentation.model import UNet
 
-    history = quiet(max_epochs=2, seed=0).fit(UNet(), datamodule=ClutterData(pictures=400))
+    history = quiet(max_epochs=3, seed=0).fit(UNet(), datamodule=ClutterData(pictures=400))
     assert history[-1]["val_iou"] > 0.5
 
 
