@@ -41,7 +41,7 @@ def say_start(trainer: Trainer, run: FitRun, resumed: str | None) -> None:
     for name, line in advice.at_start(run):
         advice.say(name, line)
     _say("training", _length(trainer, run))
-    if several:
+    if several or trainer.accumulate_grad_batches > 1:
         _say("step", _step(trainer, run))
     if options.fast_dev_run:
         _say("trial", "fast_dev_run writes nothing")
@@ -136,20 +136,31 @@ def _length(trainer: Trainer, run: FitRun) -> str:
     batches = "an unknown number of batches"
     if run.train_length is not None:
         batches = _count(run.train_length, "batch", "batches")
+    if (size := _batch_size(run)) is not None:
+        batches += f" of {size}"
     each = " and process" if run.strategy.world_size > 1 else ""
     return f"{', '.join(length) or 'without end'}, {batches} per epoch{each}"
 
 
 def _step(trainer: Trainer, run: FitRun) -> str:
-    """Returns what an optimizer step over several processes takes in."""
+    """Returns what an optimizer step over several processes or batches takes in."""
     processes, group = run.strategy.data_ranks[1], trainer.accumulate_grad_batches
     number = processes * group
-    parts = f"{processes} processes" + (f" x {group} batches each" if group > 1 else "")
+    parts = [f"{processes} processes"] if run.strategy.world_size > 1 else []
+    if group > 1:
+        parts.append(f"{group} batches{' each' if parts else ''}")
+    total, size = f"{number} batches", _batch_size(run)
+    if size is not None:
+        total = _count(size * number, "sample")
+        parts.insert(0, f"{size} per batch")
+    return total if parts == [total] else f"{total}: {' x '.join(parts)}"
+
+
+def _batch_size(run: FitRun) -> int | None:
+    """Returns the samples of a training batch of one process, where the loader tells."""
     sampler = getattr(run.train_loader, "batch_sampler", None)
     size = getattr(run.train_loader, "batch_size", None) or getattr(sampler, "batch_size", None)
-    if not isinstance(size, int):
-        return f"{number} batches: {parts}"
-    return f"{_count(size * number, 'sample')}: {size} per batch x {parts}"
+    return size if isinstance(size, int) else None
 
 
 def _say(what: str, text: object) -> None:

@@ -9,9 +9,11 @@ import dataclasses
 import logging
 import os
 import shlex
+import shutil
 import sys
 import textwrap
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from traceback import walk_tb
 from typing import TYPE_CHECKING, Any
@@ -20,13 +22,16 @@ import lightkit
 from lightkit import console
 from lightkit.distributed import launched, processes, report
 from lightkit.errors import ConfigError, LightkitError, UsageError, did_you_mean
+from lightkit.screen import number
 
 if TYPE_CHECKING:
     from lightkit.config import Config, Sources
+    from lightkit.trainer import Trainer
 
 _log = logging.getLogger("lightkit")
 
 COMMANDS = {
+    "demo": "train a small network on handwritten digits and draw its curves",
     "fit": "train a task",
     "validate": "run the validation loop once",
     "test": "run the test loop once",
@@ -36,6 +41,7 @@ COMMANDS = {
 }
 _USAGE = """\
 usage: lightkit fit|validate|test|predict --config FILE [--config FILE ...] [--KEY VALUE ...]
+       lightkit demo [--KEY VALUE ...]
        lightkit new TEMPLATE FOLDER
        lightkit new --list
        lightkit export CHECKPOINT FILE [--task module.Class]
@@ -206,10 +212,15 @@ def _export(words: _Words, others: list[str]) -> int:
 def _entry_point(command: str, words: _Words, wants_help: bool) -> int:
     from lightkit.config import build, read_sources, resolve
 
+    if demo := command == "demo":
+        command = "fit"
+        words.files.insert(0, _demo_config())
     output = words.values.pop("output", None)
     if output is not None and command != "predict":
         raise ConfigError(f"command line: --output is for predict only\n  given:   {command}")
     sources = read_sources(words.files, words.values, "command line")
+    if demo:
+        _find_anywhere(sources)
     if wants_help:
         return _say(_help(sources))
     config = resolve(sources)
@@ -221,6 +232,8 @@ def _entry_point(command: str, words: _Words, wants_help: bool) -> int:
     run = build(config)
     if command != "fit" and config.ckpt_path is None:
         _log.warning("untrained weights: no ckpt_path was given.%s", _checkpoint_near(words.files))
+    if demo:
+        run.trainer.on("fit_end", _draw, rank_zero=True)
     call = getattr(run.trainer, command)
     result = call(run.task, datamodule=run.data, ckpt_path=config.ckpt_path)
     if command == "predict" and run.trainer.is_global_zero:
@@ -230,6 +243,45 @@ def _entry_point(command: str, words: _Words, wants_help: bool) -> int:
         save_file(result, path)
         _say(f"predictions: {path}")
     return 0
+
+
+def _demo_config() -> str:
+    """Returns the configuration of the demo, which is that of the template digits."""
+    from lightkit._share import share_dir
+
+    if find_spec("sklearn") is None:
+        raise ConfigError(
+            "lightkit demo trains on the digits of scikit-learn: pip install 'lightkit[examples]'"
+        )
+    return str(share_dir("configs") / "digits.yaml")
+
+
+def _find_anywhere(sources: Sources) -> None:
+    """Changes class paths of templates to those that can be imported in any folder."""
+    from lightkit._share import share_dir
+
+    if share_dir("templates").parent.name == "_shared":  # inside the package
+        for section in ("task", "data"):
+            path = sources.tree[section]["class_path"]
+            if path.startswith("templates."):
+                sources.tree[section]["class_path"] = f"lightkit._shared.{path}"
+
+
+def _draw(trainer: Trainer) -> None:
+    """Draws the curves of a fit, and says which epoch was the best."""
+    history = trainer.history
+    if not history.names():
+        return
+    width = shutil.get_terminal_size().columns
+    ascii_only = not (sys.stdout.encoding or "").lower().startswith("utf")
+    _say(history.sketch(width, ascii_only=ascii_only))
+    name = "val_loss" if "val_loss" in history.names() else history.names()[0]
+    best = history.best(name)
+    # A name and its number stay on one line.
+    values = ", ".join(f"{key}~{number(best[key])}" for key in history.names() if key in best)
+    text = f"best:     epoch~{best['epoch']}, {values}"
+    lines = textwrap.fill(text, max(width, 20), subsequent_indent=" " * 10, break_on_hyphens=False)
+    _say(lines.replace("~", " "))
 
 
 def _launch(config: Config, words: _Words) -> None:

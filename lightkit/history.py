@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, overload
 
 from lightkit.errors import UsageError, did_you_mean
+from lightkit.screen import number
 
 if TYPE_CHECKING:
     import pandas
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
 
 #: Keys that say where a row belongs and are no metrics.
 _POSITION = ("epoch", "step", "time")
+#: From empty to full, for the cells of a curve in characters.
+_BLOCKS, _ASCII = " ▁▂▃▄▅▆▇█", " ..::||##"
 
 
 class History(list[dict[str, float]]):
@@ -27,6 +31,7 @@ class History(list[dict[str, float]]):
         history["val_loss"]         # one number per epoch, nan where an epoch has none
         history.best("val_loss")    # the dict of the best epoch
         history.plot()              # curves.png in the folder of the run; shown in a notebook
+        print(history.sketch())     # small curves for a terminal
 
     Attributes:
         folder: The folder of the run; None on other ranks than zero and where nothing is written.
@@ -161,6 +166,50 @@ class History(list[dict[str, float]]):
         if path is None and self.folder is not None:
             path = self.folder / "curves.png"
         return finished(figure, path, close=close)
+
+    def sketch(self, width: int = 72, *, ascii_only: bool = False) -> str:
+        """Returns a small curve of characters for each metric, for a terminal.
+
+        The numbers beside a curve are its highest and its lowest value. Epochs without a finite
+        value are left out; a metric of one epoch alone is its number.
+
+        Args:
+            width: Columns that a line may have, at least 20.
+            ascii_only: Whether the terminal shows no other characters.
+        """
+        lines = []
+        for name in self.names():
+            points = [
+                (row.get("epoch", i), row[name])
+                for i, row in enumerate(self, 1)
+                if math.isfinite(row.get(name, math.nan))
+            ]
+            if len(points) < 2:
+                lines += [f"{name}, epoch {x}: {number(y)}"[:width] for x, y in points]
+                continue
+            lines.append(f"{name}, epochs {points[0][0]} to {points[-1][0]}"[:width])
+            values = [y for _, y in points]
+            labels = [number(max(values)), "", number(min(values))]
+            rows = _curve(points, max(min(width, 72) - 12, 8), _ASCII if ascii_only else _BLOCKS)
+            lines += [
+                f"{label:>9} | {row}".rstrip() for label, row in zip(labels, rows, strict=True)
+            ]
+        return "\n".join(lines)
+
+
+def _curve(points: list[tuple[float, float]], columns: int, marks: str) -> list[str]:
+    """Returns three lines with the area under the points, joined by straight lines."""
+    (first, _), (last, _) = points[0], points[-1]
+    low, high = min(y for _, y in points), max(y for _, y in points)
+    levels = []
+    for column in range(columns):
+        x = first + (last - first) * column / (columns - 1)
+        (x0, y0), (x1, y1) = next(
+            (pair for pair in pairwise(points) if x <= pair[1][0]), points[-2:]
+        )
+        y = y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+        levels.append(1 + round(23 * (y - low) / (high - low)) if high > low else 12)
+    return ["".join(marks[min(max(level - b, 0), 8)] for level in levels) for b in (16, 8, 0)]
 
 
 def pyplot_for(who: str) -> Any:

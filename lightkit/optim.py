@@ -281,7 +281,7 @@ class OptimizerPlan:
     def describe(self, planned_steps: int | None, planned_epochs: int | None) -> list[str]:
         """Returns one line per schedule: its unit, and its first, highest and last rate.
 
-        For example ``OneCycleLR per step: lr 0.004 -> 0.1 (step 30) -> 4e-07 over 100 steps``.
+        For example ``OneCycleLR per step: lr 0.004 -> 0.1 (step 30) -> 4e-07 (step 100)``.
         Nothing real is moved; see `SchedulerEntry.describe`.
         """
         planned = {"step": planned_steps, "epoch": planned_epochs}

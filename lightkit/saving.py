@@ -108,7 +108,7 @@ def _in_validation(run: FitRun) -> bool:
     if at_an_end(error):
         raise CheckpointError(
             "the error came out of a hook at the end of a validation or an epoch, which would count "
-            "twice if it came again. The last save remains the one to go on from."
+            "twice if it came again."
         )
     broken = in_validation(error)
     if broken and run.validation is not None and not may_break_off(run.validation):

@@ -107,9 +107,7 @@ class SchedulerEntry:
         peak = ""
         if rates[top] > 1.0001 * max(rates[0], rates[-1]):
             peak = f" -> {rates[top]:.4g} ({self.interval} {done + top * self.frequency + 1})"
-        over = f"the next {left}" if done else f"{left}"
-        plural = "s"[: left != 1]
-        return f"{start}{peak} -> {rates[-1]:.4g} over {over} {self.interval}{plural}"
+        return f"{start}{peak} -> {rates[-1]:.4g} ({self.interval} {planned})"
 
 
 def no_such_metric(who: str, monitor: str, names: Iterable[str]) -> str:

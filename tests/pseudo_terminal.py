@@ -14,13 +14,17 @@ import sys
 import termios
 import time
 
-_TOKEN = re.compile(r"\x1b\[(\d*)([A-Za-z])|\x1b\[[\d;]*m|.", re.DOTALL)
+_TOKEN = re.compile(r"\x1b\[(\d*)([AJK])|\x1b\[[\d;]*m|.", re.DOTALL)
 
 
-def render(raw: str, columns: int = 80) -> list[str]:
-    """The lines that a terminal of this width, without end, shows after ``raw``."""
+def render(raw: str, columns: int = 80, *, colors: bool = False) -> list[str]:
+    """The lines that a terminal of this width, without end, shows after ``raw``.
+
+    With ``colors`` the command of its color stands around each character that has one.
+    """
     lines: list[list[str]] = [[]]
     row = column = 0
+    color = ""
     for token in _TOKEN.finditer(raw):
         number, command = token.group(1), token.group(2)
         text = token.group()
@@ -36,13 +40,14 @@ def render(raw: str, columns: int = 80) -> list[str]:
             row, column = row + 1, 0
         elif text.startswith("\x1b"):
             assert text.endswith("m"), f"unknown command {text!r}"
+            color = text if colors and text != "\x1b[0m" else ""
         else:
             if column == columns:
                 row, column = row + 1, 0
             while len(lines) <= row:
                 lines.append([])
             lines[row] += [" "] * (column - len(lines[row]))
-            lines[row][column : column + 1] = [text]
+            lines[row][column : column + 1] = [f"{color}{text}\x1b[0m" if color else text]
             column += 1
         while len(lines) <= row:
             lines.append([])

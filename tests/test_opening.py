@@ -211,7 +211,7 @@ def test_the_first_and_last_lines(quiet, capsys, tmp_path, monkeypatch):
     t.fit(Net(), loader())
     assert lines(capsys) == [
         "device:   cpu, precision bf16-mixed, seed 5",
-        "training: 2 epochs, at most 3 steps, at most 3600 s, 2 batches per epoch",
+        "training: 2 epochs, at most 3 steps, at most 3600 s, 2 batches of 4 per epoch",
         "folder:   runs/Net/version_0",
         "results:  runs/Net/version_0",
         "curves:   tensorboard --logdir runs/Net/version_0",
@@ -231,6 +231,13 @@ def test_lines_without_an_end_or_a_length(quiet, capsys):
     ]
 
 
+def test_the_samples_of_a_step_are_told_where_it_takes_several_batches(quiet, capsys):
+    quiet(max_epochs=1, accumulate_grad_batches=2).fit(Net(), loader())
+    assert "step:     8 samples: 4 per batch x 2 batches" in lines(capsys)
+    quiet(max_epochs=1, accumulate_grad_batches=2).fit(Net(), list(loader()))
+    assert "step:     2 batches" in lines(capsys)
+
+
 def test_a_line_for_each_schedule_and_trial(quiet, capsys):
     class Scheduled(Net):
         def configure_optimizers(self):
@@ -241,7 +248,7 @@ def test_a_line_for_each_schedule_and_trial(quiet, capsys):
     said = lines(capsys)
     assert "trial:    fast_dev_run writes nothing" in said
     assert "trial:    overfit_batches trains on the same batches in every epoch" in said
-    assert "schedule: StepLR per epoch: lr 0.01 -> 0.01 over 1 epoch" in said
+    assert "schedule: StepLR per epoch: lr 0.01 -> 0.01 (epoch 1)" in said
 
 
 @pytest.mark.parametrize("kind", [lk.DDPStrategy, lk.FSDPStrategy])

@@ -28,11 +28,11 @@ def step_lr(o: Optimizer) -> Any:
 
 def test_a_schedule_is_told_in_one_line() -> None:
     line = entry(one_cycle(100), interval="step").describe(100)
-    assert line == "OneCycleLR per step: lr 0.004 -> 0.1 (step 30) -> 4e-07 over 100 steps"
+    assert line == "OneCycleLR per step: lr 0.004 -> 0.1 (step 30) -> 4e-07 (step 100)"
     line = entry(step_lr).describe(10)
-    assert line == "StepLR per epoch: lr 0.1 -> 0.0001 over 10 epochs"
+    assert line == "StepLR per epoch: lr 0.1 -> 0.0001 (epoch 10)"
     line = entry(step_lr, frequency=2).describe(10)
-    assert line == "StepLR every 2 epochs: lr 0.1 -> 0.01 over 10 epochs"
+    assert line == "StepLR every 2 epochs: lr 0.1 -> 0.01 (epoch 10)"
     line = entry(schedules.ReduceLROnPlateau, monitor="val_loss").describe(10)
     assert line == "ReduceLROnPlateau per epoch: lr 0.1, lowered when 'val_loss' stays on a plateau"
     line = entry(step_lr).describe(10, automatic=False)
@@ -44,7 +44,7 @@ def test_a_resumed_schedule_tells_what_is_left() -> None:
     for _ in range(4):
         resumed.optimizer.step()
         resumed.scheduler.step()
-    assert resumed.describe(10) == "StepLR per epoch: lr 0.01 -> 0.0001 over the next 6 epochs"
+    assert resumed.describe(10) == "StepLR per epoch: lr 0.01 -> 0.0001 (epoch 10)"
     assert resumed.describe(4) == "StepLR per epoch: lr 0.01 at the start"
 
 
@@ -72,7 +72,7 @@ def test_a_schedule_made_from_a_method_does_not_copy_its_owner() -> None:
             raise AssertionError("the owner was copied")
 
     line = entry(lambda o: schedules.LambdaLR(o, Heavy().warm_up)).describe(10)
-    assert line == "LambdaLR per epoch: lr 0.02 -> 0.1 over 10 epochs"
+    assert line == "LambdaLR per epoch: lr 0.02 -> 0.1 (epoch 10)"
 
 
 def test_telling_moves_nothing_and_draws_nothing() -> None:

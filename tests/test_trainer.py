@@ -30,7 +30,7 @@ def test_the_skeleton_of_the_field(tmp_path, monkeypatch, capsys):
     assert list(folder.glob("events.out.tfevents.*"))
     assert json.loads((folder / "hparams.json").read_text()) == {"width": 4}
     said = capsys.readouterr().out
-    assert "training: 3 epochs, 5 batches per epoch" in said
+    assert "training: 3 epochs, 5 batches of 4 per epoch" in said
     assert "tensorboard --logdir runs/Net/version_0" in said
 
 
@@ -44,7 +44,7 @@ def test_the_second_skeleton_without_a_gpu_says_how_to_run_on_the_cpu(monkeypatc
 def test_the_default_of_ten_epochs_is_announced(quiet, capsys):
     quiet(max_epochs=None, gpus=0).fit(Net(), loader(4))
     said = capsys.readouterr().out
-    assert "training: 10 epochs (default; set max_epochs=), 1 batch per epoch" in said
+    assert "training: 10 epochs (default; set max_epochs=), 1 batch of 4 per epoch" in said
 
 
 def test_a_failed_start_can_be_tried_again(quiet, monkeypatch):

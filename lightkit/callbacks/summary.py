@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lightkit import metric_objects
+from lightkit import metric_objects, screen
 from lightkit.data import move_to_device
 from lightkit.errors import some
 from lightkit.export import arguments, tensors_of
@@ -44,11 +44,15 @@ class ModelSummary(Callback):
     def on_fit_start(self, trainer: Trainer, task: TaskModule) -> None:
         """Logs the table."""
         if trainer.is_global_zero and _log.isEnabledFor(logging.INFO):
-            _log.info(summarize(task, self.max_depth, _shapes(trainer, task)))
+            shapes, width = _shapes(trainer, task), screen.find_display().width
+            _log.info(summarize(task, self.max_depth, shapes, width))
 
 
 def summarize(
-    module: nn.Module, max_depth: int = 1, shapes: Mapping[str, tuple[str, str]] | None = None
+    module: nn.Module,
+    max_depth: int = 1,
+    shapes: Mapping[str, tuple[str, str]] | None = None,
+    width: int = 10_000,
 ) -> str:
     """Returns the table as text, without a line break at the end.
 
@@ -56,6 +60,7 @@ def summarize(
         module: Any network; shared parameters count once in the totals.
         max_depth: See `ModelSummary`.
         shapes: What goes into modules and comes out of them, by their names; None: no such columns.
+        width: Columns of the screen; the last columns of the table that have no room are left out.
     """
     rows = [("name", "type", "params", "trainable", "in", "out")]
     known = shapes or {}
@@ -69,12 +74,14 @@ def summarize(
         rows.append(("(own)", "Parameter", *_counts(own), "-", "-"))
     shown = 4 if shapes is None else 6
     widths = [max(len(row[i]) for row in rows) for i in range(shown)]
+    while sum(widths[:shown]) + 2 * shown - 2 > width and shown > 1:
+        shown -= 1
     lines = [
         "  ".join(f"{row[i]:{'>' if i == 2 else '<'}{widths[i]}}" for i in range(shown)).rstrip()
         for row in rows
     ]
     if len(rows) > 1:
-        lines.insert(1, "-" * (sum(widths) + 2 * shown - 2))
+        lines.insert(1, "-" * (sum(widths[:shown]) + 2 * shown - 2))
         lines.append(lines[1])
     else:
         lines.clear()
@@ -134,4 +141,5 @@ def _totals(module: nn.Module) -> str:
     trained = sum(p.numel() for p in known if p.requires_grad)
     size = sum(p.numel() * p.element_size() for p in known)
     memory = f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e3:.3g} kB"
-    return f"{total:,} parameters: {trained:,} trainable, {total - trained:,} not; {memory}"
+    parts = f": {trained:,} trainable, {total - trained:,} not" if trained < total else ", all trainable"
+    return f"{total:,} parameters{parts}; {memory}"

@@ -205,14 +205,18 @@ def read_any(path: str | Path) -> Any:
     The tensors of the folder of a sharded run stay where they are, as `sharded.Piece`.
 
     Raises:
-        CheckpointError: It cannot be read, or holds objects that could run code.
+        CheckpointError: It cannot be read, holds objects that could run code, or is a checkpoint of
+            a later format.
     """
     settle()
     path = Path(path)
     if is_sharded(path):
         return _read_folder(path, lazy=True)
     _check_exists(path)
-    return read_safetensors(path) if path.suffix == ".safetensors" else _load(path)
+    found = read_safetensors(path) if path.suffix == ".safetensors" else _load(path)
+    if isinstance(found, dict) and isinstance(found.get("lightkit"), dict):
+        _check_format(found["lightkit"], path)
+    return found
 
 
 def save_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -1,4 +1,7 @@
-"""A page in headless Chromium, driven through its debugging pipe: no package is needed."""
+"""A page in headless Chromium, driven through its debugging pipe: no package is needed.
+
+And TensorBoard, which serves the pages.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,12 @@ import base64
 import contextlib
 import json
 import os
+import re
 import select
 import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -31,6 +37,14 @@ const walk = root => root.querySelectorAll('*').forEach(e => {
     if (e.shadowRoot) walk(e.shadowRoot);
 });
 walk(document);
+"""
+#: The points of each curve on TensorBoard's page, once all are drawn: three pictures, two runs, each
+#: raw and smoothed, of which some may be below the edge of the window and not drawn yet.
+CURVES = """
+const points = all.filter(e => e.tagName === 'path' && getComputedStyle(e).stroke.startsWith('rgb')
+                       && getComputedStyle(e).fill === 'none')
+          .map(e => (e.getAttribute('d').match(/L/g) || []).length + 1).filter(n => n > 3);
+return points.length >= 6 ? points : null;
 """
 
 
@@ -87,8 +101,10 @@ class Page:
             time.sleep(0.2)
         raise AssertionError(f"did not come within {timeout} s: {script}")
 
-    def screenshot(self, path: Path) -> bytes:
-        data = base64.b64decode(self._call("Page.captureScreenshot", format="png")["data"])
+    def screenshot(self, path: Path, **clip: float) -> bytes:
+        """What is in the window, or in the part of it from x and y with width, height, scale."""
+        part = {"clip": clip} if clip else {}
+        data = base64.b64decode(self._call("Page.captureScreenshot", format="png", **part)["data"])
         path.write_bytes(data)
         return data
 
@@ -124,3 +140,24 @@ class Page:
             self._buffer += data
         line, self._buffer = self._buffer.split(b"\0", 1)
         return json.loads(line)
+
+
+@contextlib.contextmanager
+def tensorboard(folder: Path) -> Iterator[str]:
+    """Runs TensorBoard on a free port of this machine; gives its address."""
+    server = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "tensorboard.main", "--logdir", str(folder)),
+            *("--host", "127.0.0.1", "--port", "0", "--load_fast", "false"),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        lines = iter(server.stdout.readline, "")
+        yield next(found.group() for line in lines if (found := re.search(r"http://\S+/", line)))
+    finally:
+        server.terminate()
+        server.wait(10)
+        server.stdout.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
@@ -12,21 +12,13 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightkit as lk
-from tests.browser.chromium import CHROMIUM, Page
+from tests.browser.chromium import CHROMIUM, CURVES, Page, tensorboard
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not CHROMIUM.exists(), reason="needs Chromium"),
 ]
 
-#: The points of each curve on the page, once all are drawn: three pictures, two runs, each raw
-#: and smoothed, of which some may be below the edge of the window and not drawn yet.
-CURVES = """
-const points = all.filter(e => e.tagName === 'path' && getComputedStyle(e).stroke.startsWith('rgb')
-                       && getComputedStyle(e).fill === 'none')
-          .map(e => (e.getAttribute('d').match(/L/g) || []).length + 1).filter(n => n > 3);
-return points.length >= 6 ? points : null;
-"""
 TEXTS = "return all.map(e => e.children.length ? '' : e.textContent.trim()).filter(t => t);"
 
 
@@ -68,30 +60,8 @@ def runs(tmp_path):
 @pytest.fixture
 def serve():
     """Starts TensorBoard on a free port of this machine and returns its address."""
-    servers = []
-
-    def start(folder):
-        servers.append(_tensorboard(folder))
-        lines = iter(servers[0].stdout.readline, "")
-        return next(found.group() for line in lines if (found := re.search(r"http://\S+/", line)))
-
-    yield start
-    for server in servers:
-        server.terminate()
-        server.wait(10)
-        server.stdout.close()
-
-
-def _tensorboard(folder):
-    return subprocess.Popen(
-        [
-            *(sys.executable, "-m", "tensorboard.main", "--logdir", str(folder)),
-            *("--host", "127.0.0.1", "--port", "0", "--load_fast", "false"),
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    with contextlib.ExitStack() as servers:
+        yield lambda folder: servers.enter_context(tensorboard(folder))
 
 
 @pytest.fixture

@@ -46,13 +46,24 @@ def test_depth():
     assert summarize(Net(), 0) == "708 parameters: 488 trainable, 220 not; 2.83 kB"
 
 
+def test_a_narrow_screen_has_fewer_columns():
+    lines = summarize(Net(), width=32).splitlines()
+    assert lines[:3] == [
+        "name   type              params",
+        "-------------------------------",
+        "body   Sequential           640",
+    ]
+    assert summarize(Net(), width=30).splitlines()[0] == "name   type"
+    assert summarize(Net(), width=42) == summarize(Net())
+
+
 def test_shared_parameters_count_once():
     net = nn.Module()
     net.a = nn.Linear(4, 4)
     net.b = net.a
     net.c = nn.Linear(4, 4)
     net.c.weight = net.a.weight
-    assert summarize(net, 0).startswith("24 parameters: 24 trainable, 0 not")
+    assert summarize(net, 0).startswith("24 parameters, all trainable;")
 
 
 def test_parameters_whose_shape_is_not_known_yet():
@@ -63,7 +74,7 @@ def test_parameters_whose_shape_is_not_known_yet():
 
 
 def test_a_module_without_parts():
-    assert summarize(nn.ReLU()) == "0 parameters: 0 trainable, 0 not; 0 kB"
+    assert summarize(nn.ReLU()) == "0 parameters, all trainable; 0 kB"
 
 
 def test_the_size_follows_the_type():
