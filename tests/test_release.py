@@ -26,7 +26,8 @@ def test_only_a_tag_starts_it():
 
 
 def test_it_has_no_secret_and_only_the_upload_has_a_right():
-    assert not re.search(r"secrets|password|token(?!: write)", TEXT.replace("id-token", "token"))
+    code = re.sub(r"#.*", "", TEXT)
+    assert not re.search(r"secrets|password|(?<!id-)token", code)
     assert WORKFLOW["permissions"] == {"contents": "read"}
     assert "permissions" not in BUILD
     assert PUBLISH["permissions"] == {"id-token": "write"}

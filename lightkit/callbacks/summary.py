@@ -141,5 +141,9 @@ def _totals(module: nn.Module) -> str:
     trained = sum(p.numel() for p in known if p.requires_grad)
     size = sum(p.numel() * p.element_size() for p in known)
     memory = f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e3:.3g} kB"
-    parts = f": {trained:,} trainable, {total - trained:,} not" if trained < total else ", all trainable"
+    parts = (
+        f": {trained:,} trainable, {total - trained:,} not"
+        if trained < total
+        else ", all trainable"
+    )
     return f"{total:,} parameters{parts}; {memory}"

@@ -28,7 +28,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -359,8 +359,15 @@ class _Folder:
 class _Unpickler(pickle.Unpickler):
     """Accepts the classes that describe parts, and nothing that could do anything."""
 
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__(file)
+        self._members: dict[Any, Any] = {}  # of enums, by what stands for these
+
     def find_class(self, module: str, name: str) -> Any:
         """Returns a class by its name."""
+        if (module, name) == ("builtins", "getattr"):
+            # Python 3.11 to 3.11.3 pickles the member of an enum so; nothing else is got.
+            return lambda of, member: self._members[of][member]
         if name not in _ALLOWED.get(module, ()):
             raise CheckpointError(
                 f"it names {module}.{name}. Loading such objects can run code, so lightkit never "
@@ -372,7 +379,12 @@ class _Unpickler(pickle.Unpickler):
         # Of this file alone: a pickle can set attributes of what it gets.
         if isinstance(found, type) and not issubclass(found, enum.Enum):
             return type(name, (found,), {})
-        return lambda *arguments: found(*arguments)
+
+        def stand_in(*arguments: Any) -> Any:
+            return found(*arguments)
+
+        self._members[stand_in] = getattr(found, "__members__", {})
+        return stand_in
 
 
 def _metadata(path: Path) -> Any:

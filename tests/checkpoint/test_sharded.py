@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import enum
 import importlib
 import os
 import pickle
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -118,6 +120,36 @@ def test_sizes_that_cannot_be(folder, damage):
     (folder / MARK).write_bytes(pickle.dumps(metadata))
     assert not is_valid(folder)
     with pytest.raises(CheckpointError, match="does not describe parts"):
+        read_checkpoint(folder)
+
+
+class Getting(pickle.Pickler):
+    """Writes members of enums as Python 3.11 to 3.11.3 does."""
+
+    wrong = None
+
+    def reducer_override(self, item):
+        if isinstance(item, enum.Enum):
+            return getattr, self.wrong or (type(item), item.name)
+        return NotImplemented
+
+
+def test_members_of_enums_as_some_pythons_write_them(folder):
+    metadata = pickle.loads((folder / MARK).read_bytes())
+    with open(folder / MARK, "wb") as file:
+        Getting(file).dump(metadata)
+    assert b"getattr" in (folder / MARK).read_bytes()
+    assert read_checkpoint(folder)["model"]["weight"].shape == WEIGHT.shape
+
+
+@pytest.mark.parametrize("wrong", [(dict, "fromkeys"), (OrderedDict, "fromkeys")])
+def test_nothing_else_is_got(folder, wrong):
+    metadata = pickle.loads((folder / MARK).read_bytes())
+    with open(folder / MARK, "wb") as file:
+        pickler = Getting(file)
+        pickler.wrong = wrong
+        pickler.dump(metadata)
+    with pytest.raises(CheckpointError, match="cannot be read"):
         read_checkpoint(folder)
 
 

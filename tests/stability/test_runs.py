@@ -18,6 +18,7 @@ from tests.fixtures.format_1_later import generate
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 FOLDER = FIXTURES / "format_1_later"
+SHARDED = FOLDER / "sharded" / "step_000006.ckpt"
 NEWEST = "Net/version_0/checkpoints/step_000014.ckpt"
 
 
@@ -78,12 +79,23 @@ def test_the_averages_are_the_model_and_the_weights_are_beside_them():
         assert not torch.equal(value, ema["model"][key])
 
 
+def test_one_process_goes_on_with_a_sharded_run(tmp_path):
+    """With twice the batches for each step; of two processes each had its own."""
+    t = generate.sharded_trainer(tmp_path, accumulate_grad_batches=2)
+    t.fit(task := generate.sharded_task(), loaders()[0], ckpt_path=SHARDED)
+    assert t.global_step == 8
+    end = torch.load(FOLDER / "sharded" / "end.pt", weights_only=True)
+    assert task.state_dict().keys() == end.keys()
+    for key, value in task.state_dict().items():
+        torch.testing.assert_close(value, end[key], msg=key)
+
+
 def test_every_format_that_was_ever_written_has_its_files():
     found = {path.name.split("_")[1] for path in FIXTURES.glob("format_*")}
     assert found == {str(number) for number in range(1, FORMAT + 1)}
     for path in FIXTURES.glob("format_*/**/*.ckpt"):
-        if path.is_file():
-            assert read_checkpoint(path)["lightkit"]["format"] <= FORMAT
+        if path.parent != SHARDED:
+            assert f"format_{read_checkpoint(path)['lightkit']['format']}" in str(path)
 
 
 @pytest.fixture
