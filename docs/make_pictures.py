@@ -97,7 +97,7 @@ def plot_history(project: Path, path: Path) -> None:
         "trainer = lk.Trainer(max_epochs=12, seed=0, logger=False, enable_checkpointing=False)\n"
         "trainer.fit(DigitsNet(), datamodule=DigitsData()).plot(sys.argv[1])\n"
     )
-    subprocess.run(
+    subprocess.run(  # noqa: S603  the lines above
         [sys.executable, "-c", code, str(path.resolve())],
         cwd=project,
         env={**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"},

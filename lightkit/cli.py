@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 _log = logging.getLogger("lightkit")
 
 COMMANDS = {
-    "demo": "train a small network on handwritten digits and draw its curves",
     "fit": "train a task",
     "validate": "run the validation loop once",
     "test": "run the test loop once",
     "predict": "predict and save the predictions",
+    "demo": "train a small network on handwritten digits and draw its curves",
     "new": "start a project from a template",
     "export": "a checkpoint as a program, as weights, or (sharded) as one file",
 }
@@ -212,12 +212,12 @@ def _export(words: _Words, others: list[str]) -> int:
 def _entry_point(command: str, words: _Words, wants_help: bool) -> int:
     from lightkit.config import build, read_sources, resolve
 
-    if demo := command == "demo":
-        command = "fit"
-        words.files.insert(0, _demo_config())
     output = words.values.pop("output", None)
     if output is not None and command != "predict":
         raise ConfigError(f"command line: --output is for predict only\n  given:   {command}")
+    if demo := command == "demo":
+        command = "fit"
+        words.files.insert(0, _demo_config())
     sources = read_sources(words.files, words.values, "command line")
     if demo:
         _find_anywhere(sources)
@@ -262,9 +262,9 @@ def _find_anywhere(sources: Sources) -> None:
 
     if share_dir("templates").parent.name == "_shared":  # inside the package
         for section in ("task", "data"):
-            path = sources.tree[section]["class_path"]
-            if path.startswith("templates."):
-                sources.tree[section]["class_path"] = f"lightkit._shared.{path}"
+            spec = sources.tree.get(section)
+            if isinstance(spec, dict) and str(spec.get("class_path")).startswith("templates."):
+                spec["class_path"] = f"lightkit._shared.{spec['class_path']}"
 
 
 def _draw(trainer: Trainer) -> None:

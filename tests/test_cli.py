@@ -102,9 +102,10 @@ def project(tmp_path, monkeypatch):
     sys.modules.pop("cli_project", None)
 
 
-def start(*words, cwd):
+def start(*words, cwd, **changes):
     """Runs the command in a process of its own, as a user does."""
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    env |= changes
     command = [sys.executable, "-m", "lightkit", *map(str, words)]
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
 
@@ -378,6 +379,46 @@ def test_new_project(project, capsys):
     assert (project / "mine" / "config.yaml").is_file()
     assert main(["new", "digits", "mine"]) == 2
     assert "not empty" in capsys.readouterr().err
+
+
+def test_demo_trains_the_digits_and_ends_with_their_curves(project, monkeypatch, capsys):
+    """In any folder, a second time too; narrow, in a pipe and without colors."""
+    pytest.importorskip("sklearn")
+    monkeypatch.setenv("COLUMNS", "40")
+    words = ["demo", "--trainer.max_epochs=2", "--trainer.limit_train_batches=3"]
+    done = start(*words, cwd=project, PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.isascii()
+    assert main(words) == 0
+    for version, out in enumerate((done.stdout, capsys.readouterr().out)):
+        assert "\x1b" not in out
+        lines = out[out.index("train_loss, epochs 1 to 2") :].splitlines()
+        assert [lines[i] for i in (4, 8)] == [
+            "val_loss, epochs 1 to 2",
+            "val_accuracy, epochs 1 to 2",
+        ]
+        assert lines[12].startswith("best:     epoch ")
+        assert max(map(len, lines[:-2])) <= 40
+        folder = f"runs/DigitsNet/version_{version}"
+        assert lines[-2:] == [f"results:  {folder}", f"curves:   tensorboard --logdir {folder}"]
+    best = f"{folder}/checkpoints/best.ckpt"  # what it leaves behind is a run like any other
+    assert main(["test", "--config", f"{folder}/config.yaml", "--ckpt_path", best]) == 0
+    assert "test_accuracy" in capsys.readouterr().out
+
+
+def test_demo_without_scikit_learn_names_the_extra(project, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    assert main(["demo"]) == 2
+    assert "pip install 'lightkit[examples]'" in capsys.readouterr().err
+
+
+def test_demo_takes_the_flags_of_fit_and_no_file_or_folder(project, capsys):
+    pytest.importorskip("sklearn")
+    assert main(["demo", "--task.width", "4", "--print_config"]) == 0
+    assert "width: 4" in capsys.readouterr().out
+    for words in (["demo", "digits"], ["demo", "--output", "here.pt"], ["demo", "--list"]):
+        assert main(words) == 2
+        assert "demo" in capsys.readouterr().err
 
 
 def test_ctrl_c_ends_without_a_traceback(project, monkeypatch):

@@ -85,7 +85,7 @@ def run_shell(block: Block, folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
                 monkeypatch.setattr(
                     sys, "path", [p for p in sys.path if not p.startswith(str(folder))]
                 )
-                trains = "fit" in words and "--print_config" not in words
+                trains = {"fit", "demo"} & set(words) and "--print_config" not in words
                 short = [flag for flag in SHORT if flag.partition("=")[0] not in words]
                 assert main([*words[1:], *(short if trains else ())]) == 0, command
             elif program == "cd":

@@ -145,3 +145,43 @@ def test_the_picture_goes_into_the_folder_of_the_run(tmp_path):
     history[1:].plot(close=True)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["curves.png"]
     assert pyplot.get_fignums() == []
+
+
+def test_sketch_draws_each_metric_between_its_lowest_and_highest_value():
+    assert three()[:2].sketch(20).splitlines() == [
+        "train_loss, epochs 1",  # cut to the width
+        "   1.0000 | █▅▁",
+        "          | ███▆▃",
+        "   0.5000 | ██████▄▁",
+        "val_loss, epochs 1 t",
+        "   2.0000 | █▅▁",
+        "          | ███▆▃",
+        "   1.0000 | ██████▄▁",
+        "val_acc, epochs 1 to",
+        "   0.5000 |      ▁▅█",
+        "          |    ▃▆███",
+        "   0.2500 | ▁▄██████",
+    ]
+
+
+def test_sketch_leaves_out_what_is_not_finite_and_needs_no_more_than_ascii():
+    history = three()
+    history[0] |= {"val_loss": math.nan, "grad": math.inf}
+    history[2] |= {"once": 3.0}
+    lines = history.sketch(ascii_only=True).splitlines()
+    assert all(line.isascii() and len(line) <= 72 for line in lines)
+    assert "val_loss, epochs 2 to 3" in lines
+    assert lines[-1] == "once, epoch 3: 3.0000"
+    assert not any(line.startswith("grad") for line in lines)
+    assert len(lines) == 3 * 4 + 1
+    assert History().sketch() == ""
+
+
+def test_sketch_of_a_constant_is_a_flat_line():
+    history = History({"epoch": n, "loss": 2.0} for n in (1, 2, 3))
+    assert history.sketch(20).splitlines()[1:] == [
+        "   2.0000 |",
+        "          | ▄▄▄▄▄▄▄▄",
+        "   2.0000 | ████████",
+    ]
+    assert history.sketch(1).splitlines()[2] == "          | ▄▄▄▄▄▄▄▄"

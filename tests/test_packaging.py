@@ -120,7 +120,7 @@ def test_the_wheel_holds_templates_and_configs(installed):
         assert {path.relative_to(base) for path in (base / kind).rglob("*.*")} == ours
 
 
-def test_new_from_an_installed_wheel(installed, tmp_path):
+def test_new_and_demo_from_an_installed_wheel(installed, tmp_path):
     """Outside the clone, with the package from the wheel: a project that can be configured."""
     env = {**os.environ, "PYTHONPATH": str(installed), "PYTHONDONTWRITEBYTECODE": "1"}
 
@@ -141,3 +141,8 @@ def test_new_from_an_installed_wheel(installed, tmp_path):
     resolved = python("-m", "lightkit", "fit", *options, cwd=project)
     assert "class_path: model.DigitsNet" in resolved
     assert "class_path: data.DigitsData" in resolved
+    # A folder of the user's that has the same name as that of the templates is not in the way.
+    (project / "templates").mkdir()
+    (project / "templates" / "__init__.py").touch()
+    short = ("--trainer.fast_dev_run", "2")
+    assert "best:     epoch 1, " in python("-m", "lightkit", "demo", *short, cwd=project)

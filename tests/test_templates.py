@@ -77,7 +77,16 @@ def test_in_the_clone(name, tmp_path):
     assert list(tmp_path.iterdir()) == []  # fast_dev_run leaves nothing behind
 
 
-@pytest.mark.parametrize("name", templates())
+#: The longer ones are trained whole by hand; in every run they are tried on a few batches.
+COPIES = [
+    name
+    if name in ("digits", "tabular", "transfer")
+    else pytest.param(name, marks=pytest.mark.slow)
+    for name in templates()
+]
+
+
+@pytest.mark.parametrize("name", COPIES)
 def test_as_a_copy(name, tmp_path):
     """The commands that `lightkit new` prints, the figure of the README, and the copy's tests."""
     project = tmp_path / "my-project"
