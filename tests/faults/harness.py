@@ -39,7 +39,11 @@ class Nursery:
     def __init__(self, hash_seed: int):
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115  # closed with it
         self.process = subprocess.Popen(
-            [sys.executable, "-W", "error", "-m", "tests.faults.nursery"],
+            [
+                *(sys.executable, "-W", "error"),
+                *("-W", "ignore:This DataLoader will create:UserWarning"),  # on few cores
+                *("-m", "tests.faults.nursery"),
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,
