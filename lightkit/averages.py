@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from lightkit.distributed.ranks import local_part
+
 
 class Averages:
     """A ``torch.optim.swa_utils.AveragedModel`` of some tensors, without the network around them.
@@ -41,7 +43,7 @@ class Averages:
         for name, tensor, is_buffer in averaged:
             if id(tensor) not in numbers:
                 numbers[id(tensor)] = len(numbers)
-                self._network.take(_local(tensor.detach()), is_buffer)
+                self._network.take(local_part(tensor.detach()), is_buffer)
             self._names[name] = numbers[id(tensor)]
         self._model = AveragedModel(self._network, device, use_buffers=True, **how)
         copied: Any = self._model.module
@@ -94,7 +96,7 @@ class Averages:
         """Goes on from averages by name, which are not shown."""
         for name, tensor in averages.items():
             if name in self._names:
-                self._held[self._names[name]].copy_(_local(tensor))
+                self._held[self._names[name]].copy_(local_part(tensor))
         self.updates = updates
         self._model.n_averaged.fill_(updates)
 
@@ -115,16 +117,10 @@ class _Tensors(nn.Module):
         return [*(p.detach() for p in self.parameters()), *self.buffers()]
 
 
-def _local(tensor: Tensor) -> Tensor:
-    """Returns this rank's part of a tensor, or the whole where it is not sharded."""
-    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return part
-
-
 def _like(here: Tensor, part: Tensor) -> Tensor:
     """Returns a part as a tensor of the kind that is in a checkpoint."""
     if not hasattr(here, "to_local"):
         return part
     made = torch.empty_like(here)
-    _local(made).copy_(part)
+    local_part(made).copy_(part)
     return made

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from lightkit.distributed.ranks import local_part
 from lightkit.errors import OptimizerError
 
 # Where fused updates are known to equal the plain ones within 1e-7. Half types are left out: the
@@ -140,7 +141,7 @@ def _maybe_slower(optimizer: Optimizer, group: dict[str, Any]) -> bool:
     if threads == 1:
         return False
     operations = _MOMENTUM if type(optimizer) is SGD else _ADAM
-    parts: list[Tensor] = [p.to_local() if hasattr(p, "to_local") else p for p in params]
+    parts = [local_part(p) for p in params]
     fused = sum(p.numel() * p.element_size() > _CACHE_LINE for p in parts)
     plain = sum(p.numel() >= threads * _NUMBERS_PER_THREAD for p in parts)
     return fused > operations * plain

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightkit.distributed.ranks import local_part
 from lightkit.errors import UsageError, ranks_named
 
 if TYPE_CHECKING:
@@ -171,7 +172,7 @@ class Weighing:
             gradients = [p.grad for p in parameters if p.grad is not None]
         if gradients:
             if self._several:  # of a sharded gradient each rank multiplies its part
-                gradients = [g.to_local() if hasattr(g, "to_local") else g for g in gradients]
+                gradients = [local_part(g) for g in gradients]
             torch._foreach_mul_(gradients, factor)
         return True
 

@@ -14,6 +14,7 @@ import torch
 from lightkit import checkpoint
 from lightkit.checkpoint import writer
 from lightkit.checkpoint.savers import at_an_end, in_validation
+from lightkit.distributed.ranks import local_part
 from lightkit.errors import CheckpointError, NonFiniteError, some
 from lightkit.evaluation import may_break_off
 from lightkit.places import keyed
@@ -140,7 +141,7 @@ def check_finite(run: FitRun) -> None:
     trained = [(n, p) for n, p in run.task.named_parameters() if p.requires_grad]
     named = [(name, p.detach()) for name, p in trained if not torch.nn.parameter.is_lazy(p)]
     # Of a sharded model each rank looks at its part; what it finds is told to all afterwards.
-    named = [(name, p.to_local() if hasattr(p, "to_local") else p) for name, p in named]
+    named = [(name, local_part(p)) for name, p in named]
     # Nan and infinities never leave a sum of squares. A finite sum may overflow, so that a norm
     # which is not finite asks for a closer look.
     norm = torch.nn.utils.get_total_norm([value for _, value in named])

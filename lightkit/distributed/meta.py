@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightkit import rng
+from lightkit.distributed.ranks import local_part
 from lightkit.errors import ConfigError
 from lightkit.task_hooks import ShardingHooks
 
@@ -70,7 +71,7 @@ def materialise(task: nn.Module, device: torch.device, ranks: Ranks) -> None:
                 _reset(module)
         here = dict(_state(task))  # a buffer may have been made anew
         # Host sync, once: whether anything was left out.
-        left = [n for n in names if bool(_local(here[n]).isnan().any())]
+        left = [n for n in names if bool(local_part(here[n]).isnan().any())]
     left = sorted(set().union(*ranks.gather(left, "weights without values")))
     if left:
         raise ConfigError(
@@ -96,7 +97,7 @@ def fill_part(part: Tensor, whole: Tensor) -> None:
     if not hasattr(part, "__create_chunk_list__"):
         part.copy_(whole)
         return
-    local = _local(part)
+    local = local_part(part)
     for chunk in part.__create_chunk_list__():
         if local.numel():
             ends = zip(chunk.offsets, chunk.sizes, strict=True)
@@ -150,8 +151,3 @@ def _own_meta(module: nn.Module) -> bool:
 
 def _state(task: nn.Module) -> list[tuple[str, Tensor]]:
     return [*task.named_parameters(), *task.named_buffers()]
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """Returns what this rank has of a tensor, sharing its memory."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -137,3 +137,9 @@ def report(error: BaseException) -> None:
     """Tells the other processes what ends this program, if it has met them. No collective."""
     if _joined is not None:
         _joined.failed(error)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """Returns what this rank has of a tensor, sharing its memory; all of it if it is not sharded."""
+    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return part
