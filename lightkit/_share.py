@@ -52,7 +52,7 @@ def copy_template(name: str, target: str | Path) -> list[Path]:
 
     Args:
         name: One of `templates`; ``_`` for ``-`` will do.
-        target: The folder to make. It may exist when it is empty.
+        target: The folder to make. It may exist when nothing is in it but ``.git`` and the like.
 
     Returns:
         The files written, sorted.
@@ -67,7 +67,9 @@ def copy_template(name: str, target: str | Path) -> list[Path]:
             f"The templates are: {', '.join(known)}."
         )
     target = Path(target)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if target.exists() and not target.is_dir():
+        raise ConfigError(f"{str(target)!r} is a file. Choose another folder.")
+    if target.exists() and any(not path.name.startswith(".") for path in target.iterdir()):
         raise ConfigError(f"{str(target)!r} exists and is not empty. Choose another folder.")
     name = name.replace("-", "_")  # a package of Python
     source = share_dir("templates") / name

@@ -1,12 +1,7 @@
-"""Hints: what is slow in a run, in one sentence with number, cause and fix.
-
-They are logged at level INFO by the logger "lightkit.hints", on rank zero, each at most once in a
-run. A record has the name of its hint as ``record.hint``, the word in brackets at its end.
-"""
+"""Hints: what is slow in a run, in one sentence with number, cause and fix, each once in a run."""
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import time
@@ -27,6 +22,7 @@ from torch.utils.data import (
 
 from lightkit import screen
 from lightkit.callbacks import ModelCheckpoint
+from lightkit.hints import say
 from lightkit.hooks import Callback
 
 if TYPE_CHECKING:
@@ -36,23 +32,12 @@ if TYPE_CHECKING:
     from lightkit.task import TaskModule
     from lightkit.trainer import Trainer
 
-_log = logging.getLogger("lightkit.hints")
 _clock = time.perf_counter
 #: The orders that a `TensorLoader` knows.
 _ORDERS = (SequentialSampler, RandomSampler)
 #: What a cause must have cost by the end of an epoch: seconds, and its share of all epochs so far.
 _LEAST = 1.0
 _SHARES = {"data": 0.1, "validation": 0.5, "checkpoint": 0.1, "callbacks": 0.1}
-
-
-def say(name: str, text: str) -> None:
-    """Logs a hint.
-
-    Args:
-        name: What it is known by.
-        text: The sentence, without a full stop.
-    """
-    _log.info("%-9s %s [%s]", "hint:", text, name, extra={"hint": name})
 
 
 def at_start(run: FitRun) -> Iterator[tuple[str, str]]:
@@ -122,14 +107,14 @@ class Advice(Callback):
         assert self._run is not None
         run = self._run
         hooks: Any = run.hooks
-        before = hooks.on_train_batch_start
 
         def first(batch: Any, batch_idx: int) -> None:
-            hooks.on_train_batch_start = before
+            now = hooks.on_train_batch_start
+            hooks.on_train_batch_start = tuple(hook for hook in now if hook is not first)
             assert run.feed.stream is not None
             self._first += run.feed.stream.wait
 
-        hooks.on_train_batch_start = (*before, first)
+        hooks.on_train_batch_start = (*hooks.on_train_batch_start, first)
 
     def _look(self, trainer: Trainer, *, validating: int = 0) -> None:
         """Says what has cost too much by now, in which one validation may not be counted yet."""
@@ -150,15 +135,15 @@ class Advice(Callback):
                 text = about_data(
                     run.train_loader, spent, batches, seconds["step"], self._first, cores(world)
                 )
-                say("slow-data", f"{share} was spent waiting for data: {text}")
+                say(trainer, "slow-data", f"{share} was spent waiting for data: {text}")
             elif kind == "validation":
                 count = trainer.state.validations + validating - self._validations
                 text = _validation(run, spent, count)
-                say("slow-validation", f"{share} went into validation: {text}")
+                say(trainer, "slow-validation", f"{share} went into validation: {text}")
             elif kind == "checkpoint":
-                say("slow-checkpoints", f"{share} was spent saving: {_saving(run, spent)}")
+                say(trainer, "slow-checkpoints", f"{share} was spent saving: {_saving(run, spent)}")
             else:
-                say("slow-callbacks", f"{share} was spent in callbacks: {_callbacks(run)}")
+                say(trainer, "slow-callbacks", f"{share} was spent in callbacks: {_callbacks(run)}")
 
 
 def about_data(

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightkit import advice, screen
+from lightkit.callbacks import EarlyStopping, ModelCheckpoint
+from lightkit.errors import some
 from lightkit.feeds import NoData
+from lightkit.hints import say
 from lightkit.places import newest_checkpoint
 from lightkit.precision import hints
 
@@ -37,9 +41,9 @@ def say_start(trainer: Trainer, run: FitRun, resumed: str | None) -> None:
         parts.append(f"seed {options.seed}")
     _say("device", ", ".join(parts))
     for line in hints(run.precision, run.device, run.plan.optimizers):
-        advice.say("precision", line)
+        say(trainer, "precision", line)
     for name, line in advice.at_start(run):
-        advice.say(name, line)
+        say(trainer, name, line)
     _say("training", _length(trainer, run))
     if several or trainer.accumulate_grad_batches > 1:
         _say("step", _step(trainer, run))
@@ -56,7 +60,8 @@ def say_start(trainer: Trainer, run: FitRun, resumed: str | None) -> None:
         done = _count(state.epoch, "epoch")
         if state.batch_idx:
             done += f" and {_count(state.batch_idx, 'batch', 'batches')}"
-        _say("resumed", f"{resumed} ({_count(state.global_step, 'step')}, {done} done)")
+        where, steps = _short(Path(resumed)), _count(state.global_step, "step")
+        _say("resumed", f"{where} ({steps}, {done} done)")
     if folder is not None:
         _say("folder", _short(folder))
 
@@ -83,35 +88,56 @@ def the_end(trainer: Trainer, session: Session) -> Iterator[None]:
                 _say_results(trainer, session)
             else:
                 try:
-                    _say_resume(trainer, session.ledger)
+                    _say_resume(trainer, session, session.ledger)
                 except Exception as problem:  # noqa: BLE001  must not hide the error itself
                     _log.error("and in looking for the last checkpoint: %s", problem)
 
 
 def _say_results(trainer: Trainer, session: Session) -> None:
-    """Logs where the results are and how to look at them."""
+    """Logs the best epoch, where the results are and how to look at them."""
     from lightkit.loggers import TensorBoardLogger
 
     folder = session.run_dir
     assert folder is not None
+    if best := _best(trainer):
+        _say("best", best)
     _say("results", _short(folder))
     if any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
-        _say("curves", f"tensorboard --logdir {_short(folder)}")
+        _say("curves", f"tensorboard --logdir {shlex.quote(str(_short(folder)))}", command=True)
 
 
-def _say_resume(trainer: Trainer, ledger: Ledger) -> None:
+def _best(trainer: Trainer) -> str:
+    """Returns the best of several epochs by what decides which checkpoint is the best.
+
+    Another callback's monitor or ``val_loss`` decides where no checkpoint's is logged; "" for none.
+    """
+    history = trainer.history
+    savers = sorted(trainer.callbacks, key=lambda c: not isinstance(c, ModelCheckpoint))
+    watchers = (ModelCheckpoint, EarlyStopping)
+    asked: list[Any] = [(c.monitor, c.mode) for c in savers if isinstance(c, watchers)]
+    for name, mode in (*asked, ("val_loss", "min")):
+        known = [row[name] for row in history if name in row]
+        if len(known) > 1 and not all(map(math.isnan, known)):
+            best = history.best(name, mode)
+            names = [name, *(other for other in history.names() if other in best and other != name)]
+            return f"epoch {best['epoch']}, " + some(f"{n} {screen.number(best[n])}" for n in names)
+    return ""
+
+
+def _say_resume(trainer: Trainer, session: Session, ledger: Ledger) -> None:
     """Logs one line that can be copied to go on with a run."""
     if not ledger.record.checkpoints:
         return
     path = newest_checkpoint(ledger.folder, ledger.record)
     if path is None:
-        _say("resume", "nothing to go on from: no checkpoint was written")
+        if session.state.global_step:
+            _say("resume", "nothing to go on from: no checkpoint was written")
         return
     shown = _short(path)
     if trainer.config_text is not None:
         config = shlex.quote(str(_short(ledger.folder / "config.yaml")))
         ckpt_path = shlex.quote(str(shown))
-        _say("resume", f"lightkit fit --config {config} --ckpt_path {ckpt_path}")
+        _say("resume", f"lightkit fit --config {config} --ckpt_path {ckpt_path}", command=True)
     else:
         _say("resume", f'trainer.fit(..., ckpt_path="{shown}")')
 
@@ -163,8 +189,8 @@ def _batch_size(run: FitRun) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def _say(what: str, text: object) -> None:
-    _log.info("%-9s %s", f"{what}:", text)
+def _say(what: str, text: object, **extra: bool) -> None:
+    _log.info("%-9s %s", f"{what}:", text, extra=extra)
 
 
 def _count(number: int, one: str, many: str | None = None) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.nn.parameter import is_lazy
 
-from lightkit import announce, console, opening, places, resuming, rng, saving, signals
+from lightkit import announce, console, explaining, opening, places, resuming, rng, saving, signals
 from lightkit.data import DataModule
 from lightkit.distributed import launched
 from lightkit.errors import UsageError
@@ -187,6 +187,7 @@ def _opened(trainer: Trainer, session: Session) -> Iterator[None]:
         error = ranks.explain(exception)  # torch cannot say which process is missing
         if session.compilation is not None:
             error = session.compilation.explained(error)
+        explaining.explain(error, session.task)
         for hook in () if session.hooks is None else session.hooks.on_exception:
             _shielded(hook, error)
         ranks.failed(error)

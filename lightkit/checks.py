@@ -29,10 +29,12 @@ _BETTER = {
     ),
     **dict.fromkeys(("loss", "error", "mae", "mse", "rmse", "perplexity"), "min"),
 }
+#: The name of what is wrong, see `hints`, and the text.
+Warned = tuple[str, str]
 _WHOLE = (SequentialSampler, RandomSampler, WeightedRandomSampler, DistributedSampler)
 
 
-def check_loaders(train_loader: Any, val_loaders: Sequence[tuple[str, Any]]) -> list[str]:
+def check_loaders(train_loader: Any, val_loaders: Sequence[tuple[str, Any]]) -> list[Warned]:
     """Returns a warning for every validation loader that gives samples of the training loader.
 
     Seen are: the same loader, the same dataset object (or the same tensors in two
@@ -43,7 +45,7 @@ def check_loaders(train_loader: Any, val_loaders: Sequence[tuple[str, Any]]) -> 
         train_loader: Any iterable of batches.
         val_loaders: Names and loaders, as the trainer validates them.
     """
-    found: list[str] = []
+    found: list[Warned] = []
     known = _samples(train_loader)
     for name, loader in val_loaders:
         what = "is the training loader itself"
@@ -53,21 +55,22 @@ def check_loaders(train_loader: Any, val_loaders: Sequence[tuple[str, Any]]) -> 
                 continue
             what = _overlap(known[1], indices)
         if what:
-            found.append(
+            text = (
                 f"Validation loader {name!r} {what}: its numbers say nothing about new data, and "
                 f"the best checkpoint is the most overfitted one. Give fit a validation loader "
                 f"over data that is kept apart, for example with torch.utils.data.random_split."
             )
+            found.append(("same-data", text))
     return found
 
 
-def check_modes(callbacks: Sequence[Any]) -> list[str]:
+def check_modes(callbacks: Sequence[Any]) -> list[Warned]:
     """Returns a warning for every callback that takes the worse values of its monitor as better.
 
     Args:
         callbacks: All of a fit; looked at are those with a ``monitor`` and a ``mode``.
     """
-    found: list[str] = []
+    found: list[Warned] = []
     for callback in callbacks:
         monitor, mode = getattr(callback, "monitor", None), getattr(callback, "mode", None)
         if not isinstance(monitor, str) or mode not in ("min", "max"):
@@ -75,10 +78,11 @@ def check_modes(callbacks: Sequence[Any]) -> list[str]:
         meant = {_BETTER[word] for word in re.split(r"[\W_]+", monitor.lower()) if word in _BETTER}
         if meant and mode not in meant:
             lower = "a lower" if mode == "min" else "a higher"
-            found.append(
+            text = (
                 f"{type(callback).__name__}({monitor!r}) has mode={mode!r}, by which {lower} value "
                 f"is better. Give mode={meant.pop()!r} if that is not what you mean."
             )
+            found.append(("wrong-mode", text))
     return found
 
 
@@ -109,7 +113,7 @@ def _overlap(train: Sequence[int] | None, val: Sequence[int] | None) -> str:
     return f"shares {common} of its {len(val)} samples with the training loader" if common else ""
 
 
-def check_parameters(task: nn.Module, plan: OptimizerPlan) -> list[str]:
+def check_parameters(task: nn.Module, plan: OptimizerPlan) -> list[Warned]:
     """Returns warnings about parameters that the optimizers miss, share, or do not own.
 
     Args:
@@ -129,24 +133,27 @@ def check_parameters(task: nn.Module, plan: OptimizerPlan) -> list[str]:
     for optimizer in plan.optimizers:
         for key in {id(p) for group in optimizer.param_groups for p in group["params"]}:
             seen[key] = seen.get(key, 0) + 1
-    found: list[str] = []
+    found: list[Warned] = []
     foreign = sum(1 for key in seen if key not in names)
     if foreign:
-        found.append(
+        text = (
             f"The optimizer holds {foreign} parameters that are not the task's own: they are not "
             f"moved to the device, not saved, and perhaps of another copy of the model. Make the "
             f"optimizer in configure_optimizers, from self.parameters()."
         )
+        found.append(("foreign-parameters", text))
     missed = [name for key, name in trainable.items() if key not in seen]
     if missed and plan.optimizers and plan.automatic:
-        found.append(
+        text = (
             f"{len(missed)} trainable parameters are in no optimizer and will never change: "
             f"{some(missed)}. Give them to the optimizer, or set requires_grad_(False) on them."
         )
+        found.append(("no-optimizer", text))
     shared = [name for key, name in names.items() if seen.get(key, 0) > 1]
     if shared:
-        found.append(
+        text = (
             f"{len(shared)} parameters are in more than one optimizer and are stepped by each: "
             f"{some(shared)}. Split the parameters between the optimizers."
         )
+        found.append(("two-optimizers", text))
     return found

@@ -19,10 +19,9 @@ from traceback import walk_tb
 from typing import TYPE_CHECKING, Any
 
 import lightkit
-from lightkit import console
+from lightkit import console, screen
 from lightkit.distributed import launched, processes, report
 from lightkit.errors import ConfigError, LightkitError, UsageError, did_you_mean
-from lightkit.screen import number
 
 if TYPE_CHECKING:
     from lightkit.config import Config, Sources
@@ -97,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         if not is_rank_zeros(error):  # else it is there already
             start = f"rank {launched().rank}: " if launched().rank else ""
-            sys.stderr.write(f"{start}error: {error}\n")
+            sys.stderr.write(screen.fold(f"{start}error: {error}\n", sys.stderr))
         report(error)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
@@ -175,7 +174,7 @@ def _new(words: _Words, others: list[str]) -> int:
     files = copy_template(name, folder)
     return _say(
         f"{len(files)} files written to {folder}. To train:\n"
-        f"  cd {folder}\n  lightkit fit --config config.yaml"
+        f"  cd {shlex.quote(folder)}\n  lightkit fit --config config.yaml"
     )
 
 
@@ -268,20 +267,10 @@ def _find_anywhere(sources: Sources) -> None:
 
 
 def _draw(trainer: Trainer) -> None:
-    """Draws the curves of a fit, and says which epoch was the best."""
-    history = trainer.history
-    if not history.names():
-        return
+    """Draws the curves of a fit."""
     width = shutil.get_terminal_size().columns
     ascii_only = not (sys.stdout.encoding or "").lower().startswith("utf")
-    _say(history.sketch(width, ascii_only=ascii_only))
-    name = "val_loss" if "val_loss" in history.names() else history.names()[0]
-    best = history.best(name)
-    # A name and its number stay on one line.
-    values = ", ".join(f"{key}~{number(best[key])}" for key in history.names() if key in best)
-    text = f"best:     epoch~{best['epoch']}, {values}"
-    lines = textwrap.fill(text, max(width, 20), subsequent_indent=" " * 10, break_on_hyphens=False)
-    _say(lines.replace("~", " "))
+    _say(trainer.history.sketch(width, ascii_only=ascii_only))
 
 
 def _launch(config: Config, words: _Words) -> None:

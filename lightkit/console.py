@@ -38,8 +38,9 @@ class ConsoleHandler(logging.Handler):
             word = _WORDS.get(record.levelno, "")
             if word:
                 text = f"{self._start}{word}: {text}"
-                if _colored():
-                    text = f"{_COLORS[word]}{text}\x1b[0m"
+            text = screen.fold(text, stream, " \\" if hasattr(record, "command") else "")
+            if word and _colored():
+                text = f"{_COLORS[word]}{text}\x1b[0m"
             with contextlib.suppress(OSError):  # a reader that has gone must not end a training
                 stream.write(text + "\n")
                 stream.flush()

@@ -26,9 +26,7 @@ NAMES: dict[str, str] = {
     "LightningCLI": "the command `lightkit fit --config FILE`, as in docs/configuration.md",
     "Tuner": "lk.lr_find or lk.scale_batch_size",
     "Fabric": "a `for` over lightkit.loops, or a task in manual optimization",
-    "STEP_OUTPUT": "typing.Any",
-    "EVAL_DATALOADERS": "typing.Any",
-    "TRAIN_DATALOADERS": "typing.Any",
+    **dict.fromkeys(("STEP_OUTPUT", "EVAL_DATALOADERS", "TRAIN_DATALOADERS"), "typing.Any"),
     "DummyLogger": "Trainer(logger=False), for which trainer.logger is None",
     "LightningLoggerBase": "lk.loggers.Logger",
     "CombinedLoader": _LOADERS,
@@ -46,9 +44,7 @@ NAMES: dict[str, str] = {
     "ModelPruning": "torch.nn.utils.prune in a hook of your own",
     "OnExceptionCheckpoint": "lk.callbacks.ModelCheckpoint, which saves after an exception",
     "ProgressBarBase": "lk.callbacks.ProgressBar",
-    "CometLogger": _OWN_LOGGER,
-    "MLFlowLogger": _OWN_LOGGER,
-    "NeptuneLogger": _OWN_LOGGER,
+    **dict.fromkeys(("CometLogger", "MLFlowLogger", "NeptuneLogger"), _OWN_LOGGER),
 }
 #: Of ``Trainer(...)``.
 ARGUMENTS: dict[str, str] = {
@@ -99,43 +95,33 @@ CALL_ARGUMENTS: dict[str, str] = {
 }
 #: Of a trainer.
 TRAINER: dict[str, str] = {
-    "accelerator": _DEVICE,
+    **dict.fromkeys(("accelerator", "data_parallel_device_ids", "device_ids", "root_gpu"), _DEVICE),
     "batch_idx": "trainer.state.batch_idx",
-    "ckpt_path": "fit(..., ckpt_path=...)",
-    "data_parallel_device_ids": _DEVICE,
-    "device_ids": _DEVICE,
+    **dict.fromkeys(("ckpt_path", "resume_from_checkpoint"), "fit(..., ckpt_path=...)"),
     "early_stopping_callbacks": "trainer.early_stopping_callback",
     "evaluating": "trainer.validating or trainer.testing",
     "fit_loop": "trainer.current_epoch or trainer.state; for its limits fit(..., max_epochs=...)",
-    "gpus": "trainer.num_devices",
+    **dict.fromkeys(("gpus", "num_gpus"), "trainer.num_devices"),
     "lightning_optimizers": "trainer.optimizers",
-    "num_gpus": "trainer.num_devices",
     "num_sanity_val_batches": "trainer.sanity_batches",
-    "precision_plugin": "trainer.precision",
+    **dict.fromkeys(("precision_plugin", "scaler"), "trainer.precision"),
     "print": "task.print",
     "proc_rank": "trainer.global_rank",
     "profiler": "trainer.callbacks, where it is one",
     "progress_bar_dict": "trainer.progress_bar_metrics",
     "received_sigterm": "trainer.interrupted",
-    "resume_from_checkpoint": "fit(..., ckpt_path=...)",
-    "root_gpu": _DEVICE,
     "running_sanity_check": "trainer.sanity_checking",
-    "scaler": "trainer.precision",
     "test_loop": "trainer.testing",
     "train_dataloaders": "trainer.train_dataloader",
-    "tune": "lk.lr_find or lk.scale_batch_size",
-    "tuner": "lk.lr_find or lk.scale_batch_size",
+    **dict.fromkeys(("tune", "tuner"), "lk.lr_find or lk.scale_batch_size"),
     "use_ddp": "trainer.world_size > 1",
     "validate_loop": "trainer.validating",
     "weights_save_path": "trainer.checkpoint_callback.dirpath",
 }
 #: Of ``trainer.state``.
 STATE: dict[str, str] = {
-    "finished": _STAGE,
-    "fn": _STAGE,
+    **dict.fromkeys(("finished", "fn", "status", "stopped"), _STAGE),
     "stage": "trainer.training, trainer.validating and the like",
-    "status": _STAGE,
-    "stopped": _STAGE,
 }
 #: Of ``trainer.strategy``.
 STRATEGY: dict[str, str] = {
@@ -160,6 +146,7 @@ MODEL_CHECKPOINT: dict[str, str] = {
     "filepath": "dirpath and filename",
     "period": "every_n_epochs",
     "prefix": "filename, which may begin with it",
+    "save_best_only": "nothing: best.ckpt and last.ckpt are written by default",
 }
 #: Arguments of hooks that nobody gives.
 HOOK_ARGUMENTS: dict[str, str] = {
@@ -169,6 +156,32 @@ HOOK_ARGUMENTS: dict[str, str] = {
     "optimizer_idx": "leave it out. Several optimizers step in manual optimization: "
     "self.automatic_optimization = False, self.optimizers(), self.manual_backward(loss)",
     "outputs": "collect them in the step",
+}
+#: Of Keras, skorch and ignite: names of modules and of a trainer; their pages have them in tables.
+OTHERS: dict[str, str] = {
+    "BackupAndRestore": "ckpt_path='auto'",
+    **dict.fromkeys(("Engine", "create_supervised_trainer"), "lk.Trainer and a task, or lk.fit"),
+    "EpochScoring": "metrics=[...] of lk.fit",
+    "Events": "trainer.on('train_epoch_end', ...)",
+    "GradientNormClipping": "gradient_clip_val",
+    **dict.fromkeys(("LRScheduler", "LearningRateScheduler", "ReduceLROnPlateau"),
+                    "scheduler= of lk.fit, or what configure_optimizers returns"),
+    **dict.fromkeys(("LightkitClassifier", "LightkitRegressor", "NeuralNetClassifier", "sklearn"),
+                    "from lightkit.sklearn import LightkitClassifier, LightkitRegressor"),
+    "TensorBoard": "nothing: its files are written by default",
+    **dict.fromkeys(("TerminateOnNaN", "TerminateOnNan"), "nothing: a loss that is nan ends a run"),
+    "add_event_handler": "trainer.on(event, function)",
+    "evaluate": "trainer.validate or trainer.test",
+    "run": "trainer.fit",
+    "terminate": "trainer.stop('reason')",
+}  # fmt: skip
+#: Of an estimator's arguments.
+ESTIMATOR: dict[str, str] = {
+    "compile": "trainer__compile",
+    "criterion": "loss",
+    "device": "trainer__accelerator",
+    "train_split": "validation_fraction",
+    "warm_start": "partial_fit instead of fit",
 }
 
 
@@ -181,7 +194,8 @@ def refusal(what: str, name: str, names: Mapping[str, str], known: Iterable[str]
         names: One of the tables of this module.
         known: The names that there are.
     """
-    hint = f" Write {names[name]}." if name in names else did_you_mean(name, known)
+    public = (other for other in known if not other.startswith("_"))
+    hint = f" Write {names[name]}." if name in names else did_you_mean(name, public)
     return f"{what} {name!r}.{hint}"
 
 
@@ -191,6 +205,7 @@ def missing(module: str, name: str, known: Iterable[str]) -> Exception:
     ``from lightkit import LightningModule`` hides the text of an AttributeError, so there it is an
     ImportError where it says what to write.
     """
-    text = refusal(f"module {module!r} has no attribute", name, NAMES, known)
+    names = NAMES | OTHERS
+    text = refusal(f"module {module!r} has no attribute", name, names, known)
     imported = sys._getframe(2).f_code.co_name == "_handle_fromlist"
-    return ImportError(text) if imported and name in NAMES else AttributeError(text)
+    return ImportError(text) if imported and name in names else AttributeError(text)

@@ -174,6 +174,10 @@ def _check_name(place: str, name: str, valid: frozenset[str]) -> None:
             f"{place} is a hook of an earlier generation and would never be called. Write "
             f"{OLD_NAMES[name]}."
         )
+    if (start := name.replace("_begin", "_start")) != name:  # as Keras and skorch call it
+        start = OLD_NAMES.get(start, start)
+        if start in valid:
+            raise HookNameError(f"{place} would never be called. Write {start}.")
     if name in TASK_NAMES - CALLBACK_NAMES:
         data = name == "prepare_data" or name.endswith(("_dataloader", "_transfer", "_to_device"))
         raise HookNameError(

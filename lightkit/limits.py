@@ -188,6 +188,6 @@ def make_cadence(
         raise ConfigError(
             f"val_check_interval={interval} batches is longer than the epoch ({batches} batches), "
             f"so no validation would ever run. Give at most {batches}, a fraction such as 0.5, or "
-            f"check_val_every_n_epoch=None to count over epochs."
+            f"'{interval} steps' (of the optimizer), which are counted over epochs."
         )
     return Cadence("batches", interval, every_n_epochs)

@@ -193,7 +193,8 @@ def _stop(run: FitRun) -> NoReturn:
     """Ends the run for a signal."""
     number = run.flow.signal
     assert number is not None
-    _log.info("%s: stopped after step %d", signals.name(number), run.state.global_step)
+    place = run.state.global_step, run.state.epoch + 1, run.state.batch_idx
+    _log.info("%s: stopped after step %d (epoch %d, batch %d)", signals.name(number), *place)
     raise signals.ended_by(number)
 
 
@@ -465,6 +466,8 @@ def sanity_check(run: FitRun) -> None:
     """Tries a few validation batches before training, on a copy of the random states."""
     assert run.validation is not None
     loaders, most = run.validation.loaders, run.sanity_batches
+    results = run.metrics.callback_metrics.results
+    before = dict(results)
     run.flow.sanity_checking = True
     # With feeds of their own: persistent workers that start here would have drawn nothing.
     run.validation.loaders = [
@@ -484,6 +487,8 @@ def sanity_check(run: FitRun) -> None:
             for hook in run.hooks.on_sanity_check_end:
                 hook()
     finally:
+        results.clear()
+        results.update(before)
         run.validation.close_feeds()
         run.validation.loaders = loaders
         run.flow.sanity_checking = False

@@ -285,12 +285,14 @@ class MetricLog(Recorder, Callback):
         results = self.callback_metrics.results
         for column in columns:
             value, column.live = column.total, None
-            if value is None or (self._discard and column.name in self._eval):
+            if value is None:
                 continue
             results[column.name] = tensor = torch.tensor(value)
             if column.on_step and column.on_epoch:
                 results[column.epoch_name] = tensor
                 results[column.step_name] = torch.tensor(column.window)
+            if self._discard and column.name in self._eval:  # the sanity check takes them back
+                continue
             if column.prog_bar:
                 self.bar[column.name] = value
             self._epoch_row[column.name] = value

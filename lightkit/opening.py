@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim import Optimizer
 
+from lightkit import hints
 from lightkit.advice import Advice
 from lightkit.agreement import Agreement
+from lightkit.alarms import Alarms
 from lightkit.callbacks import ModelCheckpoint, ModelSummary, ProgressBar
 from lightkit.checkpoint import Writer
 from lightkit.checks import check_loaders, check_modes, check_parameters
@@ -139,6 +141,8 @@ def equip(trainer: Trainer, session: Session) -> None:
     session.callbacks = _all_callbacks(trainer, session)
     session.assembled = tuple(session.callbacks)
     listeners = [*session.callbacks, *trainer._handlers, session.metrics, Advice()]
+    if session.stage is Stage.FIT:
+        listeners.append(Alarms())
     session.hooks = HookTable(trainer, task, listeners, session.flow.times)
 
 
@@ -349,8 +353,8 @@ def _validation_plans(trainer: Trainer, session: Session, given: Any) -> list[Lo
             epochs,
         )
     named = [(p.name or "val", p.loader) for p in plans]
-    for text in check_loaders(session.given_train, named):
-        _log.warning("%s", text)
+    for name, text in check_loaders(session.given_train, named):
+        hints.say(trainer, name, text, warn=True)
     return plans
 
 
@@ -365,8 +369,8 @@ def _optimizers(trainer: Trainer, session: Session) -> OptimizerPlan:
     plan = OptimizerPlan.build(task, fused=options.fused, device=session.device)
     session.strategy.check_optimizers(plan.optimizers)
     session.plan = plan
-    for text in [*check_parameters(task, plan), *check_modes(session.callbacks)]:
-        _log.warning("%s", text)
+    for name, text in [*check_parameters(task, plan), *check_modes(session.callbacks)]:
+        hints.say(trainer, name, text, warn=True)
     require_automatic(plan, session.flow.accumulate)
     return plan
 

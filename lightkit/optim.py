@@ -113,8 +113,8 @@ class OptimizerPlan:
             if entry.is_plateau and entry.monitor is None:
                 name = type(entry.scheduler).__name__
                 raise OptimizerError(
-                    f"{name} needs the metric it reads. Return {{'optimizer': ..., 'lr_scheduler': "
-                    f"{{'scheduler': ..., 'monitor': 'val_loss'}}}}."
+                    f"{name} needs the metric it reads. Give {{'scheduler': ..., 'monitor': "
+                    f"'val_loss'}} for it, as 'lr_scheduler' or from the function scheduler=."
                 )
         method = getattr(type(task), "lr_scheduler_step", None)
         own = method is not None and method.__module__ != "lightkit.task"

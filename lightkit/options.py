@@ -11,6 +11,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
+from lightkit import hints
 from lightkit.data import limited
 from lightkit.distributed import Strategy, check_strategy
 from lightkit.elsewhere import ARGUMENTS, CALL_ARGUMENTS, refusal
@@ -120,6 +121,7 @@ class Options:
     memory_format: str | None
     prefetch: Any
     terminate_on_nan: bool
+    hints: bool | list[str]
     seed: int | None
     profiler: Any
 
@@ -143,6 +145,7 @@ class Options:
 
             compiling.settings(self.compile)
         check_strategy(self.strategy)
+        hints.check(self.hints)
         self._profiler()
         self._numbers()
         for name in ("train", "val", "test", "predict"):

@@ -12,7 +12,9 @@ import builtins
 import contextlib
 import logging
 import os
+import re
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Iterable, Mapping
@@ -84,7 +86,7 @@ class Table:
     def __init__(self) -> None:
         self._names: list[str] = []
         self._titles: list[str] = []  # of the last header
-        self._widest = 7
+        self._widths: dict[str, int] = {}  # what the columns have needed so far
 
     def lines(
         self,
@@ -108,20 +110,19 @@ class Table:
             speed: Samples per second; None where unknown.
             memory: Bytes in use; None where unknown.
         """
-        first = [n for n in ("train_loss", "val_loss") if n in row]
-        for name in (*first, *row):
-            if name not in self._names and name not in ("epoch", "step", "time"):
-                self._names.append(name)
-        self._widest = max(self._widest, len(position))
-        cells = [("epoch", position, self._widest)]
-        for name in self._names:
-            value = number(row[name]) if name in row else "-"
-            cells.append((name, value, max(len(name), 8)))
-        cells += [("time", duration(took), 7), ("data", f"{waited:.0%}", 4)]
+        known = dict.fromkeys([*self._names, *row])
+        self._names = [name for name in known if name not in ("epoch", "step", "time")]
+        self._names.sort(key=lambda name: ("train_loss", "val_loss", name).index(name))
+        texts = {"epoch": position}
+        texts |= {n: f"{number(row[n]) if n in row else '-':>8}" for n in self._names}
+        texts |= {"time": f"{duration(took):>5}", "data wait": f"{waited:.0%}"}
         if speed is not None:
-            cells.append(("samples/s", large(speed), 9))
+            texts["samples/s"] = large(speed)
         if memory is not None:
-            cells.append(("memory", size_of(memory), 7))
+            texts["memory"] = size_of(memory)
+        for title, text in texts.items():
+            self._widths[title] = max(self._widths.get(title, len(title)), len(text))
+        cells = [(title, text, self._widths[title]) for title, text in texts.items()]
         cut: list[str] = []
         while sum(size + 2 for _, _, size in cells) - 2 > width and len(cells) > 2:
             # On a narrow screen first what comes after the time goes, then the last metrics.
@@ -330,6 +331,30 @@ class _Above:
         return getattr(self._stream, name)
 
 
+def fold(text: str, stream: IO[str], joint: str = "") -> str:
+    """Returns text whose long lines go on in the next one of a terminal, broken between words.
+
+    They go on below what follows their label ("error: "). Elsewhere the text stays as it is.
+
+    Args:
+        text: One line or more.
+        stream: Where it will be written.
+        joint: What stands at the end of a line that goes on.
+    """
+    if not stream.isatty():
+        return text
+    from rich.console import Console
+
+    width, lines = Console(file=stream).width, []
+    for line in text.split("\n"):
+        label = re.match(r" *(\w+: +)?", line)
+        options: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
+        options["subsequent_indent"] = " " * (label.end() if label else 0)
+        parts = textwrap.wrap(line, width - len(joint), **options) if len(line) > width else [line]
+        lines.append(f"{joint}\n".join(parts))
+    return "\n".join(lines)
+
+
 def is_colored(stream: IO[str]) -> bool:
     """Tells whether ``stream`` is a terminal that shows colors and may (NO_COLOR, TERM=dumb)."""
     from rich.console import Console
@@ -364,7 +389,7 @@ def in_notebook() -> bool:
     return isinstance(find_display(), Notebook)
 
 
-def count(done: int, total: int | None) -> str:
+def count(done: int | str, total: int | None) -> str:
     """Returns "  7/120", as wide as it will ever be."""
     return f"{done:>{len(str(total))}}/{total}" if total else str(done)
 

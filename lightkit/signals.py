@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger("lightkit")
 #: Those that exist are watched: Ctrl-C, the usual word to end, SLURM's warning, a lost terminal.
 WATCHED = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
-_AGAIN = "stopping after this step and its checkpoint, if any; Ctrl-C again: at once\n"
+#: As short as the narrowest terminals, since a bar stands in the next line.
+_AGAIN = "stopping after this step; ^C again: now\n"
 
 
 @contextlib.contextmanager

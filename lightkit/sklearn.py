@@ -15,6 +15,7 @@ from typing_extensions import Self
 
 from lightkit import console, functional, rng
 from lightkit.callbacks import EarlyStopping, LambdaCallback
+from lightkit.elsewhere import ESTIMATOR, refusal
 from lightkit.errors import ConfigError, UsageError, did_you_mean
 from lightkit.history import History
 from lightkit.hooks import Callback
@@ -76,7 +77,7 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no ty
         own = self._get_param_names()
         for name in names:
             if name not in own and not name.startswith(("module__", "optimizer__", "trainer__")):
-                raise ConfigError(f"There is no argument {name!r}.{did_you_mean(name, own)}")
+                raise ConfigError(refusal("There is no argument", name, ESTIMATOR, own))
 
     def _part(self, part: str, make: Any) -> dict[str, Any]:
         """Returns the arguments that were given for a part, whose names ``make`` has to know."""

@@ -86,6 +86,7 @@ class Trainer(TrainerView):
             False never; True also where reading a batch draws; "epoch" lets the workers of the next
             epoch begin before the validation.
         terminate_on_nan: Whether a loss that is not finite ends the run.
+        hints: Whether it is told what is slow and what does not learn; a list names what is not told.
         seed: Seeds everything when the trainer is made.
         profiler: "simple" shows where the time went, in a table at the end; "trace" records a few
             steps with ``torch.profiler``; or ``lk.callbacks.SimpleProfiler()``,
@@ -145,6 +146,7 @@ class Trainer(TrainerView):
         memory_format: str | None = None,
         prefetch: bool | Literal["epoch"] | None = None,
         terminate_on_nan: bool = True,
+        hints: bool | list[str] = True,
         seed: int | None = None,
         profiler: str | Callback | None = None,
     ) -> None:

@@ -45,11 +45,12 @@ class TrainerView:
         """Says for names of other trainers what to write; called where there is no such name."""
         if hasattr(type(self), name):  # a property raised an AttributeError: let it be seen
             return object.__getattribute__(self, name)
-        from lightkit.elsewhere import TRAINER, refusal
+        from lightkit.elsewhere import OTHERS, TRAINER, refusal
 
         options = vars(self).get("options", ())
         names = {n: f"trainer.options.{n}" for n in getattr(options, "__dataclass_fields__", ())}
-        text = refusal("Trainer has no attribute", name, {**names, **TRAINER}, dir(type(self)))
+        names |= TRAINER | OTHERS
+        text = refusal("Trainer has no attribute", name, names, dir(type(self)))
         raise AttributeError(text)
 
     # --- position --------------------------------------------------------------------------------

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import inspect
 import linecache
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 import textwrap
 import types
@@ -17,6 +20,7 @@ import pytest
 import yaml
 
 import lightkit
+from tests import own_data
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -94,14 +98,26 @@ def run_shell(block: Block, folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
                 assert program in PROGRAMS | {"ruff", "mypy"}, f"{block.page}: {command}"
 
 
+def check_unread(block: Block) -> None:
+    """A block that is not run is code all the same, and what its reason names is there."""
+    for path in re.findall(r"tests/[\w/.]+", block.skipped or ""):
+        assert (ROOT / path).is_file(), f"{block.page}, line {block.line}: {path}"
+    if block.language == "python":
+        compile(block.code, f"{block.page}, line {block.line}", "exec")
+    elif block.language == "bash":
+        done = subprocess.run(["bash", "-n"], input=block.code, text=True, capture_output=True)
+        assert done.returncode == 0, f"{block.page}, line {block.line}: {done.stderr}"
+
+
 def check_yaml(block: Block) -> None:
-    from lightkit.config import KEYS, read_sources, resolve
+    from lightkit.config import KEYS, build, read_sources, resolve
 
     tree = yaml.safe_load(block.code)
     if isinstance(tree, dict) and set(tree) <= set(KEYS):
         Path("block.yaml").write_text(block.code, encoding="utf-8")
-        if "task" in tree:
-            resolve(read_sources(["block.yaml"], {}, "page"))
+        # What names no task is an overlay.
+        files = ["block.yaml"] if "task" in tree else ["configs/digits.yaml", "block.yaml"]
+        build(resolve(read_sources(files, {}, "page")))
 
 
 @pytest.fixture
@@ -132,11 +148,15 @@ def test_blocks(page, clone, monkeypatch):
         from lightkit._share import copy_template
 
         copy_template(page.split("/")[1], clone / "copy")
+        own_data.write(page.split("/")[1], clone / "copy")
         monkeypatch.chdir(clone / "copy")
     for block in blocks(page):
         if block.skipped:
-            continue
-        if block.language == "python":
+            check_unread(block)
+        elif block.code.startswith("# data.py, "):
+            with Path("data.py").open("a", encoding="utf-8") as file:  # what is later there holds
+                file.write(f"\n\n{block.code}\n")
+        elif block.language == "python":
             run_python(block, module)
         elif block.language == "bash":
             run_shell(block, clone, monkeypatch)
@@ -239,10 +259,20 @@ def test_the_layout_is_the_package():
     assert sorted(drawn) == sorted(files + folders)
 
 
+def prose_of(path: Path) -> str:
+    """Returns a page without its blocks."""
+    return re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def anchors(path: Path) -> set[str]:
+    """Returns the anchors of the titles of a page."""
+    titles = re.findall(r"^#+ (.+)$", prose_of(path), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in titles}
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_and_paths_exist(page):
-    text = (ROOT / page).read_text(encoding="utf-8")
-    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    prose = prose_of(ROOT / page)
     folder = (ROOT / page).parent
     links = re.findall(r"\]\(([^)\s]+)\)", prose) + re.findall(r"^\[.+\]: (\S+)$", prose, re.M)
     for link in links:
@@ -252,16 +282,50 @@ def test_links_and_paths_exist(page):
         target = folder / file if file else ROOT / page
         assert target.exists(), f"{page}: {link}"
         if anchor:
-            titles = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE)
-            slugs = {re.sub(r"[^\w -]", "", t).strip().lower().replace(" ", "-") for t in titles}
-            assert anchor in slugs, f"{page}: {link}"
+            assert anchor in anchors(target), f"{page}: {link}"
     for path in re.findall(r"`((?:tests|lightkit|configs|templates|docs)/[\w./-]*)`", prose):
         assert (ROOT / path).exists(), f"{page}: {path}"
 
 
-def test_every_page_is_in_the_navigation():
-    shown = set(re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text("utf-8"), re.M))
-    assert shown == {path.name for path in DOCS.glob("*.md")}
+def test_the_navigation_has_every_page_and_no_dead_link():
+    settings = (ROOT / "mkdocs.yml").read_text("utf-8")
+    shown = re.findall(r": (\S+\.md)$", settings, re.M)
+    assert sorted(shown) == sorted(path.name for path in DOCS.glob("*.md"))
+    within = re.findall(r": ([\w-]+)/#(\S+)$", settings, re.M)
+    assert len(within) > 2
+    assert [link for link in within if link[1] not in anchors(DOCS / f"{link[0]}.md")] == []
+    assert all((DOCS / file).is_file() for file in re.findall(r"extra_css: \[(\S+)\]", settings))
+
+
+#: Their tables quote other libraries.
+QUOTING = {"docs/keras.md", "docs/sklearn.md"}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in QUOTING])
+def test_calls_in_the_text_are_accepted(page, tmp_path, monkeypatch):
+    """``ModelCheckpoint(save_top_k=3)`` in a table is copied like a block of code."""
+    monkeypatch.chdir(tmp_path)
+    rooms = (lightkit, lightkit.callbacks, lightkit.loggers)
+    names = {name: getattr(room, name) for room in rooms for name in room.__all__}
+    for code in re.findall(r"`([^`]+)`", prose_of(ROOT / page)):
+        try:
+            call = ast.parse(" ".join(code.split()), mode="eval").body
+        except SyntaxError:
+            continue
+        if not isinstance(call, ast.Call):
+            continue
+        made = names.get(ast.unparse(call.func).rpartition(".")[2])
+        given = {node.value for node in ast.walk(call) if isinstance(node, ast.Constant)}
+        if isinstance(made, type) and ... not in given:
+            with contextlib.suppress(NameError):  # `lk.Trainer(max_epochs=n)`
+                eval(ast.unparse(call), {**names, "lk": lightkit})
+
+
+def test_every_argument_of_the_trainer_is_on_its_page():
+    page = (DOCS / "trainer.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`.+?) \|", page, re.MULTILINE)
+    listed = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert set(inspect.signature(lightkit.Trainer).parameters) - listed == set()
 
 
 def test_all_callbacks_are_on_the_page():

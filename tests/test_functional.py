@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset, random_
 
 import lightkit as lk
 from lightkit import functional
-from lightkit.errors import ConfigError, DataError, UsageError
+from lightkit.errors import ConfigError, DataError, OptimizerError, UsageError
 from tests.small import Net
 
 X = np.random.default_rng(0).normal(size=(50, 4)).astype("float32")
@@ -108,6 +108,16 @@ def test_S2_10_callbacks_and_schedules_control_it():
     assert len(history) < 4
     assert [type(optimizer) for optimizer in seen] == [torch.optim.SGD]
     assert seen[0].param_groups[0]["lr"] < 1e-12
+
+
+def test_a_plateau_schedule_is_told_its_metric_in_place():
+    def lowered(optimizer):
+        return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
+
+    with pytest.raises(
+        OptimizerError, match=r"'monitor': 'val_loss'.* from the function scheduler="
+    ):
+        lk.fit(network(), (X, Y), loss="cross_entropy", epochs=1, scheduler=lowered, **QUIET)
 
 
 def test_a_schedule_that_lasts_as_long_as_the_fit():

@@ -235,7 +235,9 @@ def test_validation_by_the_clock(quiet):
 
 
 def test_an_interval_longer_than_the_epoch_is_an_error(quiet):
-    with pytest.raises(ConfigError, match="no validation would ever run"):
+    with pytest.raises(
+        ConfigError, match="no validation would ever run.*. steps. .of the optimizer"
+    ):
         quiet(max_epochs=1, val_check_interval=6).fit(Net(), loader(), loader(1))
 
 
@@ -278,6 +280,24 @@ def test_the_sanity_check_leaves_no_trace(quiet):
     assert torch.equal(states[0][0], states[1][0])
     assert states[0][1:] == states[1][1:]
     assert metrics == [{}, {}]
+
+
+def test_hooks_of_the_sanity_check_find_its_metrics(quiet):
+    """As those of a validation do: code that reads a metric there need not know of the check."""
+
+    class Look(Net):
+        def on_validation_epoch_end(self):
+            found.append(float(self.trainer.callback_metrics["val_loss"]))
+
+        def on_train_start(self):
+            found.append(len(self.trainer.callback_metrics))
+
+    found = []
+    t = quiet(max_epochs=1, num_sanity_val_steps=-1)
+    history = t.fit(Look(), loader(), loader(3, seed=2))
+    first, there, last = found
+    assert there == 0  # training begins without them
+    assert history["val_loss"] == [pytest.approx(last)] != [pytest.approx(first)]
 
 
 def test_an_error_in_the_sanity_check_comes_before_training(quiet):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 
 import pytest
@@ -113,7 +114,11 @@ def test_ctrl_c_leaves_the_terminal_clean(tmp_path):
     status, raw = run(program(tmp_path, step), keys=[("now", b"\x03")])
     assert status != 0
     shown = lines(raw)
-    assert any(re.match(r"Epoch 2/2 stopped at batch \d+/30$", line) for line in shown), shown
+    told = [line for line in shown if "stopped" in line]
+    assert [re.sub(r"\d+", "N", line) for line in told] == [
+        "SIGINT: stopped after step N (epoch N, batch N)"
+    ]
+    assert "stopping after this step; ^C again: now" in shown
     assert not any("━" in line for line in shown)
     assert "the end" not in shown
     assert "\x1b[?25l" not in raw  # the cursor was never hidden, so it need not come back
@@ -149,15 +154,53 @@ def test_speed_and_memory_stand_behind_the_time_and_go_first_where_it_is_narrow(
 
     both = {"speed": 12345.6, "memory": 3_250_000_000}
     assert shown(80, **both) == [
-        "  epoch  train_loss  val_loss     time  data  samples/s   memory",
-        "    1/3      0.5000   12.5000     1.2s   10%      12.3k   3.2 GB",
+        "epoch  train_loss  val_loss   time  data wait  samples/s  memory",
+        "  1/3      0.5000   12.5000   1.2s        10%      12.3k  3.2 GB",
     ]
-    assert shown(63, **both)[0] == "  epoch  train_loss  val_loss     time  data  samples/s"
-    assert shown(54, **both)[0] == "  epoch  train_loss  val_loss     time  data"
-    assert shown(43, **both)[0] == "  epoch  train_loss  val_loss     time"
-    assert shown(37, **both)[:2] == ["(too narrow for val_loss)", "  epoch  train_loss     time"]
-    assert shown(80, memory=850_400_000)[0].endswith("  data   memory")
-    assert shown(80)[0].endswith("  data")
+    assert shown(63, **both)[0] == "epoch  train_loss  val_loss   time  data wait  samples/s"
+    assert shown(54, **both)[0] == "epoch  train_loss  val_loss   time  data wait"
+    assert shown(43, **both)[0] == "epoch  train_loss  val_loss   time"
+    assert shown(31, **both)[:2] == ["(too narrow for val_loss)", "epoch  train_loss   time"]
+    assert shown(80, memory=850_400_000)[0].endswith("  data wait  memory")
+    assert shown(80)[0].endswith("  data wait")
+
+
+def test_columns_take_the_room_that_their_values_need_and_the_losses_come_first():
+    table = screen.Table()
+    lines = table.lines("0.50/12", {"val_acc": 0.5, "val_loss": 1.0}, 3700.0, 0.0, 80)
+    lines += table.lines("1/12", {"train_loss": 2.0, "val_loss": 1.0, "val_acc": 0.5}, 9.0, 0.0, 80)
+    assert lines == [
+        "  epoch  val_loss   val_acc     time  data wait",
+        "0.50/12    1.0000    0.5000  1:01:40         0%",
+        "  epoch  train_loss  val_loss   val_acc     time  data wait",
+        "   1/12      2.0000    1.0000    0.5000     9.0s         0%",
+    ]
+
+
+class Tty(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_long_lines_go_on_between_words_below_what_follows_their_label(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "20")
+    text = "error: a word-with-hyphens and\n  one line more: with two points\nshort"
+    assert screen.fold(text, Tty()).splitlines() == [
+        "error: a",
+        "       word-with-hyphens",  # no room, but a name is never broken
+        "       and",
+        "  one line more:",
+        "  with two points",
+        "short",
+    ]
+    assert screen.fold(text, io.StringIO()) == text
+    command = "curves:   tensorboard --logdir runs/a"
+    assert screen.fold(command, Tty(), " \\").splitlines() == [
+        "curves: \\",
+        "          tensorboard \\",
+        "          --logdir \\",
+        "          runs/a",
+    ]
 
 
 def test_numbers_have_the_units_that_fit_them():

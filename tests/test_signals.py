@@ -91,7 +91,7 @@ def test_ctrl_c_says_one_line(capfd):
         watched(Flow(), INT)
     out, err = capfd.readouterr()
     assert out == ""
-    assert err == "stopping after this step and its checkpoint, if any; Ctrl-C again: at once\n"
+    assert err == "stopping after this step; ^C again: now\n"
     with pytest.raises(SystemExit):
         watched(Flow(), TERM)
     assert capfd.readouterr() == ("", "")

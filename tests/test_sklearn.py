@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lightkit as lk
+from lightkit.elsewhere import ESTIMATOR
 from lightkit.errors import ConfigError, NonFiniteError, UsageError
 
 pytest.importorskip("sklearn", minversion="1.6")
@@ -345,6 +346,9 @@ def test_wrong_names_name_the_nearest():
         LightkitClassifier(optimizer__weight_decy=3).fit(X, y)
     with pytest.raises(ConfigError, match=r"trainer__precison.*'precision'"):
         LightkitClassifier(trainer__precison=3).fit(X, y)
+    for name, instead in ESTIMATOR.items():
+        with pytest.raises(ConfigError, match=f"no argument {name!r}. Write {instead}."):
+            LightkitClassifier(**{name: None}).fit(X, y)
     with pytest.raises(ConfigError, match=r"Write epochs"):
         LightkitClassifier(trainer__max_epochs=3).fit(X, y)
     with pytest.raises(ConfigError, match=r"trainer__callbacks(?s:.*) write callbacks="):

@@ -9,10 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lightkit._share import copy_template, share_dir, templates
 from lightkit.errors import ConfigError
+from tests import own_data
 
 ROOT = Path(__file__).parents[1]
 #: What each README promises of the last epoch: a name, "at least" or "at most", and a number.
@@ -59,6 +61,17 @@ def test_complete(name):
     assert readme.startswith(f"# {name}: ")
     value, bound, number = PROMISES[name]
     assert f"`{value}` of {bound} {number}" in readme
+    assert "\n## With your own data" in readme
+
+
+@pytest.mark.parametrize("name", templates())
+def test_a_page_of_the_docs_shows_the_guide_and_the_code(name):
+    page = (ROOT / f"docs/template-{name}.md").read_text(encoding="utf-8")
+    folder = ROOT / "templates" / name.replace("-", "_")
+    files = [path for path in folder.glob("*.py") if not path.name.startswith("test_")]
+    shown = {f"templates/{folder.name}/{file}" for file in ("README.md", *(f.name for f in files))}
+    assert set(re.findall(r'--8<-- "(.+)"', page)) == shown
+    assert f"](template-{name}.md)" in (ROOT / "docs/how-to.md").read_text(encoding="utf-8")
 
 
 def test_templates_are_listed_with_a_line_each():
@@ -110,6 +123,35 @@ def test_as_a_copy(name, tmp_path):
     assert done.returncode == 0, done.stdout
 
 
+def test_photos_of_dogs_and_cats(tmp_path):
+    """The code for torchvision runs, with what `tests/stand_ins` has in the place of it."""
+    copy_template("transfer", tmp_path / "copy")
+    for part in ("train", "val"):
+        for kind in ("cat", "dog"):
+            folder = tmp_path / "copy" / "photos" / part / kind
+            own_data.pictures(folder, 4, np.random.default_rng(0))
+    # Only what comes after torchmetrics finds it, which would import more from torchvision.
+    begin = f"import sys, torchmetrics; sys.path.insert(0, {str(ROOT / 'tests/stand_ins')!r}); "
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    fit = "fit --task model.PhotoNet --data data.Photos --data.folder photos --data.size 32"
+    assert fit.partition(" --data.size")[0] in (tmp_path / "copy/README.md").read_text("utf-8")
+    fit += " --data.num_workers 0 --trainer.max_epochs 3"
+    for code in (
+        f"import lightkit.cli; sys.exit(lightkit.cli.main({fit.split()}))",
+        "import pytest; sys.path.insert(0, '.'); sys.exit(pytest.main(['-k', 'photos']))",
+    ):
+        done = subprocess.run(
+            [sys.executable, "-W", "error", "-c", begin + code],
+            cwd=tmp_path / "copy",
+            env=env,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert "skipped" not in done.stdout
+
+
 def test_a_copy_is_rewritten(tmp_path):
     target = tmp_path / "deep" / "project"
     written = copy_template("digits", target)
@@ -132,14 +174,19 @@ def test_a_name_of_two_words_in_either_spelling(tmp_path):
 
 
 def test_an_empty_folder_may_be_there(tmp_path):
+    (tmp_path / ".git").mkdir()  # as `git init` leaves it
     assert copy_template("tabular", tmp_path)
+
+
+def test_a_folder_with_a_space_can_be_pasted(tmp_path):
+    assert "\n  cd 'my project'\n" in lightkit("new", "tabular", "my project", cwd=tmp_path)
 
 
 def test_wrong_targets(tmp_path):
     (tmp_path / "mine.txt").write_text("precious")
     with pytest.raises(ConfigError, match="is not empty"):
         copy_template("digits", tmp_path)
-    with pytest.raises(ConfigError, match="is not empty"):
+    with pytest.raises(ConfigError, match=r"mine\.txt' is a file"):
         copy_template("digits", tmp_path / "mine.txt")
     with pytest.raises(ConfigError, match=r"no template 'digit'\. Did you mean 'digits'\?"):
         copy_template("digit", tmp_path / "new")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import math
 from typing import TYPE_CHECKING, Any
@@ -124,7 +125,9 @@ class EarlyStopping(Callback):
         self._there_before = self.monitor in trainer.callback_metrics
 
     def on_validation_end(self, trainer: Trainer, task: TaskModule) -> None:
-        """Checks, if the monitor comes from validation."""
+        """Checks, if the monitor comes from validation; the sanity check shows how that is spelled."""
+        if trainer.sanity_checking and self.strict:
+            self._compare(trainer)
         if trainer.sanity_checking or not self._fitting:
             return
         self._validated = True
@@ -160,13 +163,27 @@ class EarlyStopping(Callback):
         trainer.session.metrics.check_shared(self.monitor)
         return self.monitor in trainer.callback_metrics
 
+    def _compare(self, trainer: Trainer) -> None:
+        """Raises for a name that is all but one that validation logs, before hours are trained."""
+        assert trainer.session.metrics is not None
+        rows = trainer.session.metrics.eval_results(len(trainer.num_val_batches))
+        names = sorted({name for row in rows for name in row})
+        near = difflib.get_close_matches(self.monitor, names, n=1, cutoff=0.8)
+        forms = (self.monitor, self.monitor.removesuffix("_epoch"))
+        if near and "val" in self.monitor and not set(forms) & set(names):
+            raise LoggingError(no_such_metric("EarlyStopping", self.monitor, names))
+
     def _missing(self, trainer: Trainer) -> None:
         text = no_such_metric("EarlyStopping", self.monitor, trainer.callback_metrics)
         if self.strict:
-            raise LoggingError(
-                f"{text} Log it with self.log({self.monitor!r}, ...). If it is logged at the end "
-                f"of a training epoch, set check_on_train_epoch_end=True."
-            )
+            log = "Else log" if text.endswith("?") else "Log"
+            text += f" {log} it with self.log({self.monitor!r}, ...)."
+            if _within_epoch(trainer):
+                text += (
+                    " If it is logged at the end of a training epoch, set "
+                    "check_on_train_epoch_end=True."
+                )
+            raise LoggingError(text)
         if not self._warned:
             self._warned = True
             _log.warning("%s Nothing is checked without it.", text)

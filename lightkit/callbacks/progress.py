@@ -25,7 +25,7 @@ class ProgressBar(Callback):
 
     On a terminal and in a notebook the bar is live. In a pipe, a file or a dumb terminal there is
     the same line per epoch, and inside long epochs one plain line per ``interval``. A validation
-    in the middle of an epoch leaves a line too, with the epochs done as a fraction. The loop only
+    in the middle of an epoch leaves a line of what it logged, with the epochs done as a fraction. The loop only
     compares a clock: between two drawings nothing is rendered, and no tensor is ever read. Shows
     something on rank zero only.
 
@@ -108,8 +108,9 @@ class ProgressBar(Callback):
         self._close()
 
     def on_exception(self, trainer: Trainer, task: TaskModule, exception: BaseException) -> None:
-        """Takes the bar away and says where it stood."""
-        if self._display is not None and self._in_epoch:
+        """Takes the bar away and says where it stood; the loop does where a signal ended the run."""
+        told = trainer.run_ending and isinstance(exception, (KeyboardInterrupt, SystemExit))
+        if self._display is not None and self._in_epoch and not told:
             done = screen.count(trainer.state.batch_idx, trainer.num_training_batches).strip()
             self._display.leave(f"{_epoch_label(trainer)} stopped at batch {done}")
         self._close()
@@ -143,7 +144,9 @@ class ProgressBar(Callback):
             done, total = trainer.state.batch_idx, trainer.num_training_batches
             fraction = f"{trainer.current_epoch + done / total:.2f}" if total else None
             position = fraction or f"step {trainer.global_step}"
-            self._pending = position, dict(trainer.progress_bar_metrics)
+            assert trainer.session.metrics is not None
+            rows = trainer.session.metrics.eval_results(len(trainer.num_val_batches))
+            self._pending = position, {name: row[name] for row in rows for name in row}
 
     def on_test_start(self, trainer: Trainer, task: TaskModule) -> None:
         """Begins the bar of ``test``."""
@@ -252,7 +255,7 @@ class ProgressBar(Callback):
         seconds = row.get("time", time.perf_counter() - trainer.epoch_started)
         waited = trainer.epoch_times["data"] / seconds if seconds > 0 else 0.0
         if trainer.max_epochs > 0 and not position.startswith("step"):
-            position += f"/{trainer.max_epochs}"
+            position = screen.count(position, trainer.max_epochs)
         more: dict[str, Any] = {"speed": trainer.samples_per_second, "memory": trainer.memory}
         for line in self._table.lines(position, row, seconds, waited, display.width, **more):
             display.leave(line)

@@ -45,7 +45,7 @@ class ModelSummary(Callback):
         """Logs the table."""
         if trainer.is_global_zero and _log.isEnabledFor(logging.INFO):
             shapes, width = _shapes(trainer, task), screen.find_display().width
-            _log.info(summarize(task, self.max_depth, shapes, width))
+            _log.info("\n%s\n", summarize(task, self.max_depth, shapes, width))
 
 
 def summarize(
@@ -140,7 +140,7 @@ def _totals(module: nn.Module) -> str:
     total = sum(p.numel() for p in known)
     trained = sum(p.numel() for p in known if p.requires_grad)
     size = sum(p.numel() * p.element_size() for p in known)
-    memory = f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e3:.3g} kB"
+    memory = f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e3:,.1f} kB"
     parts = (
         f": {trained:,} trainable, {total - trained:,} not"
         if trained < total

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import functools
-import logging
 import sys
 import types
 from collections import Counter, OrderedDict, deque
@@ -20,8 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from lightkit.errors import CheckpointError
-
-_log = logging.getLogger("lightkit")
 
 #: The one key of the mapping that stands for a constructor argument that cannot be stored.
 PLACEHOLDER = "__lightkit_placeholder__"
@@ -77,18 +73,14 @@ def storable_hparams(hparams: Mapping[str, Any]) -> dict[str, Any]:
     """Returns constructor arguments as they are stored.
 
     An argument that cannot be stored (a network, a factory) becomes a placeholder that names its
-    type; ``load_from_checkpoint`` asks for it. This is said once.
+    type; ``load_from_checkpoint`` asks for it.
     """
     stored: dict[str, Any] = {}
-    replaced: list[str] = []
     for name, value in hparams.items():
         try:
             stored[str(name)] = _convert(value, 0)
         except _RefusedError:
             stored[str(name)] = {PLACEHOLDER: _type_name(value)}
-            replaced.append(f"{name} ({_type_name(value)})")
-    if replaced:
-        _note_placeholders(", ".join(replaced))
     return stored
 
 
@@ -103,14 +95,6 @@ def reference(value: Any) -> str | None:
     """Returns ``module.Name`` of a class or function that has a name; None for any other value."""
     local = "<" in getattr(value, "__qualname__", "<")  # lambdas, and what a function has made
     return None if local else _type_name(value)
-
-
-@functools.lru_cache(maxsize=64)
-def _note_placeholders(replaced: str) -> None:
-    """Says once which arguments are not in the checkpoints."""
-    _log.info(
-        "Not stored in checkpoints, to be passed to load_from_checkpoint again: %s.", replaced
-    )
 
 
 def _type_name(value: Any) -> str:

@@ -114,8 +114,9 @@ class Logger:
         if not self._said_unopened and self._followed is None:
             self._said_unopened = True
             _log.info(
-                "%s has no run folder here: what is sent to .experiment is dropped",
+                "%s has no %s here: what is sent to .experiment is dropped",
                 type(self).__name__,
+                "run folder" if self._run_dir is None else "experiment",
             )
         return NullExperiment()
 

@@ -2,13 +2,21 @@
 
 import torch
 from sklearn.datasets import load_digits
+from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset, random_split
 
 import lightkit as lk
 
 
+def read() -> tuple[Tensor, Tensor]:
+    """Returns grey images of shape (1797, 1, 8, 8) in [0, 1], and their labels 0 to 9."""
+    digits = load_digits()
+    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
+    return images, torch.tensor(digits.target)
+
+
 class DigitsData(lk.DataModule):
-    """Grey images of 8 x 8 pixels in [0, 1], split into 70 % train, 15 % validation, 15 % test.
+    """What `read` returns, split into 70 % train, 15 % validation, 15 % test.
 
     Args:
         batch_size: Images per batch.
@@ -22,11 +30,8 @@ class DigitsData(lk.DataModule):
         self.split_seed = split_seed
 
     def setup(self, stage: str) -> None:
-        digits = load_digits()
-        images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
-        labels = torch.tensor(digits.target)
         self.train, self.val, self.test = random_split(
-            TensorDataset(images, labels),
+            TensorDataset(*read()),
             [0.7, 0.15, 0.15],
             generator=torch.Generator().manual_seed(self.split_seed),
         )

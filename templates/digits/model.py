@@ -9,28 +9,39 @@ import lightkit as lk
 
 
 class DigitsNet(lk.TaskModule):
-    """Classifies images of digits, of shape (batch, 1, 8, 8).
+    """Classifies images of shape (batch, channels, size, size).
 
     Args:
+        classes: How many classes there are.
+        channels: 1 for grey images, 3 for colours.
+        size: Height and width of the images.
         width: Channels of the first layer; the others have twice as many.
         dropout: Share of the features that is dropped before the last layer.
         lr: Highest learning rate of the one-cycle schedule.
     """
 
-    def __init__(self, width: int = 16, dropout: float = 0.3, lr: float = 0.01) -> None:
+    def __init__(
+        self,
+        classes: int = 10,
+        channels: int = 1,
+        size: int = 8,
+        width: int = 16,
+        dropout: float = 0.3,
+        lr: float = 0.01,
+    ) -> None:
         super().__init__()
         self.lr = lr
         self.net = nn.Sequential(
-            *convolution(1, width),
+            *convolution(channels, width),
             *convolution(width, 2 * width),
             nn.MaxPool2d(2),
             *convolution(2 * width, 2 * width),
             nn.MaxPool2d(2),
             nn.Flatten(),
             nn.Dropout(dropout),
-            nn.Linear(2 * width * 2 * 2, 10),
+            nn.Linear(2 * width * (size // 4) ** 2, classes),  # pooled twice: a quarter
         )
-        self.accuracy = MulticlassAccuracy(num_classes=10, average="micro")
+        self.accuracy = MulticlassAccuracy(num_classes=classes, average="micro")
 
     def forward(self, images: Tensor) -> Tensor:
         return self.net(images)

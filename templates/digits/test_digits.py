@@ -9,8 +9,9 @@ from model import DigitsNet
 import lightkit as lk
 
 
-def test_one_score_per_digit() -> None:
+def test_one_score_per_class() -> None:
     assert DigitsNet()(torch.zeros(5, 1, 8, 8)).shape == (5, 10)
+    assert DigitsNet(classes=3, channels=3, size=30)(torch.zeros(5, 3, 30, 30)).shape == (5, 3)
 
 
 def test_no_image_is_in_two_splits() -> None:

@@ -2,13 +2,19 @@
 
 import torch
 from sklearn.datasets import load_digits
+from torch import Tensor
 from torch.utils.data import DataLoader, random_split
 
 import lightkit as lk
 
 
+def read() -> Tensor:
+    """Returns grey images of shape (1797, 1, 8, 8) in [-1, 1]."""
+    return torch.tensor(load_digits().images, dtype=torch.float32).unsqueeze(1) / 8 - 1
+
+
 class DigitImages(lk.DataModule):
-    """Grey images of 8 x 8 pixels in [-1, 1]: 60 % to learn from, 20 % each to judge by.
+    """What `read` returns: 60 % to learn from, 20 % each to judge by.
 
     Args:
         batch_size: Images per batch of the training.
@@ -22,9 +28,8 @@ class DigitImages(lk.DataModule):
         self.split_seed = split_seed
 
     def setup(self, stage: str) -> None:
-        images = torch.tensor(load_digits().images, dtype=torch.float32).unsqueeze(1) / 8 - 1
         self.train, self.val, self.test = random_split(
-            images, [0.6, 0.2, 0.2], generator=torch.Generator().manual_seed(self.split_seed)
+            read(), [0.6, 0.2, 0.2], generator=torch.Generator().manual_seed(self.split_seed)
         )
 
     def train_dataloader(self) -> DataLoader:

@@ -8,12 +8,13 @@ import lightkit as lk
 
 
 class GAN(lk.TaskModule):
-    """Learns to draw images of shape (batch, 1, 8, 8) with pixels in [-1, 1].
+    """Learns to draw images of shape (batch, 1, size, size) with pixels in [-1, 1].
 
     Two optimizers take turns, so this is manual optimization: ``training_step`` itself says what is
     stepped when.
 
     Args:
+        size: Height and width of the images.
         latent: Numbers of noise that an image is made of.
         width: Features of the hidden layers.
         lr: Learning rate of both networks.
@@ -23,7 +24,12 @@ class GAN(lk.TaskModule):
     automatic_optimization = False
 
     def __init__(
-        self, latent: int = 32, width: int = 256, lr: float = 1e-3, penalty: float = 10.0
+        self,
+        size: int = 8,
+        latent: int = 32,
+        width: int = 256,
+        lr: float = 1e-3,
+        penalty: float = 10.0,
     ) -> None:
         super().__init__()
         self.latent, self.lr, self.penalty = latent, lr, penalty
@@ -32,13 +38,13 @@ class GAN(lk.TaskModule):
             nn.ReLU(),
             nn.Linear(width, width),
             nn.ReLU(),
-            nn.Linear(width, 8 * 8),
+            nn.Linear(width, size * size),
             nn.Tanh(),
-            nn.Unflatten(1, (1, 8, 8)),
+            nn.Unflatten(1, (1, size, size)),
         )
         self.discriminator = nn.Sequential(
             nn.Flatten(),
-            nn.Linear(8 * 8, width),
+            nn.Linear(size * size, width),
             nn.LeakyReLU(0.2),
             nn.Linear(width, width),
             nn.LeakyReLU(0.2),
@@ -89,7 +95,9 @@ class GAN(lk.TaskModule):
         if isinstance(self.logger, lk.loggers.TensorBoardLogger):
             with torch.no_grad():
                 fakes = F.pad(self(self.fixed_noise[:64]), (1, 1, 1, 1)) / 2 + 0.5  # grey edges
-            sheet = fakes.view(8, 8, 10, 10).transpose(1, 2).reshape(1, 80, 80)  # 8 by 8 images
+            side = fakes.shape[-1]
+            sheet = fakes.view(8, 8, side, side).transpose(1, 2)  # 8 by 8 images
+            sheet = sheet.reshape(1, 8 * side, 8 * side)
             self.logger.experiment.add_image("fakes", sheet, self.global_step)
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:

@@ -13,6 +13,7 @@ def test_an_image_for_each_noise() -> None:
     images = GAN(latent=3)(torch.randn(5, 3))
     assert images.shape == (5, 1, 8, 8)
     assert images.abs().max() <= 1
+    assert GAN(size=28)(torch.randn(5, 32)).shape == (5, 1, 28, 28)
 
 
 def test_the_fixed_noise_is_the_same_in_every_run() -> None:

@@ -28,13 +28,23 @@ class Windows(Dataset):
         return self.text[start : start + self.context + 1]
 
 
+def read(folder: Path, pattern: str) -> list[str]:
+    """Returns the text of each file in a folder; a file that is alone comes in a hundred pieces."""
+    # Letters that cannot be read would become question marks later anyway.
+    texts = [f.read_text("utf-8", errors="replace") for f in sorted(folder.glob(pattern))]
+    if len(texts) != 1:
+        return texts
+    step = len(texts[0]) // 100 + 1
+    return [texts[0][start : start + step] for start in range(0, len(texts[0]), step)]
+
+
 class SourceCode(lk.DataModule):
     """Whole files: four fifths of the characters for training, the rest to validate and to test.
 
     Args:
         folder: Where the files are; None for Python's standard library.
         pattern: Which files of the folder.
-        characters: How much text in all; the files are taken in an order of chance.
+        characters: How much text at most; the files are taken in an order of chance.
         context: How many characters the network sees at once.
         batch_size: Windows per batch.
         split_seed: Decides which files are taken and where each goes. It is apart from the seed
@@ -56,18 +66,19 @@ class SourceCode(lk.DataModule):
         self.context, self.batch_size, self.split_seed = context, batch_size, split_seed
 
     def setup(self, stage: str) -> None:
-        files = sorted(self.folder.glob(self.pattern))
+        texts = read(self.folder, self.pattern)
+        characters = min(self.characters, sum(map(len, texts)))
         generator = torch.Generator().manual_seed(self.split_seed)
-        shuffled = [files[i] for i in torch.randperm(len(files), generator=generator)]
+        shuffled = [texts[i] for i in torch.randperm(len(texts), generator=generator)]
         # No file is in two parts: code repeats itself, and a score must not come from memory.
         parts = {"val": 0.1, "test": 0.1, "train": 0.8}
         for name, share in parts.items():
             text = ""
-            while shuffled and len(text) < share * self.characters:
-                text += shuffled.pop().read_text(encoding="utf-8")
+            while shuffled and len(text) < share * characters:
+                text += shuffled.pop()
             if len(text) <= self.context:
-                raise ValueError(f"too little text in {self.pattern} of {self.folder}")
-            codes = text[: int(share * self.characters)].encode("ascii", errors="replace")
+                raise ValueError(f"too little text in {self.pattern} of {self.folder} for {name}")
+            codes = text[: int(share * characters)].encode("ascii", errors="replace")
             setattr(self, name, Windows(torch.tensor(list(codes)), self.context))
 
     def train_dataloader(self) -> DataLoader:

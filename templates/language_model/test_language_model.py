@@ -30,6 +30,17 @@ def test_windows_follow_each_other(tmp_path: Path) -> None:
     assert bytes(data.train[1].tolist()) == b"ijabcdefg"
 
 
+@pytest.mark.parametrize("files", [1, 3, 40])
+def test_a_text_that_is_short_has_all_parts(files: int, tmp_path: Path) -> None:
+    for number in range(files):
+        (tmp_path / f"{number}.txt").write_bytes(b"\xe4 short text. " * (600 // files))
+    data = SourceCode(str(tmp_path), "*.txt", context=8)
+    data.setup("fit")
+    train, val, test = (len(part.text) for part in (data.train, data.val, data.test))
+    assert val == test == 840
+    assert train >= 2 * val
+
+
 def test_only_matrices_decay(tmp_path: Path) -> None:
     trainer = lk.Trainer(max_steps=1, accelerator="cpu", default_root_dir=tmp_path)
     trainer.fit(LanguageModel(), datamodule=SourceCode(characters=20_000))

@@ -41,10 +41,23 @@ def collate(samples: list[Sample]) -> tuple[Tensor, list[int], Tensor]:
     return pad_sequence(names, batch_first=True), [len(name) for name in names], labels
 
 
-class SyllableData(lk.DataModule):
-    """Names such as GGWALB (Hangul) or NZUOP (Yi), and the script that each belongs to.
+def read() -> list[Sample]:
+    """Returns names such as GGWALB (Hangul) or NZUOP (Yi), and the script that each belongs to."""
+    names = [unicode.name(chr(code), "") for code in range(sys.maxunicode)]
+    labels: dict[str, list[int]] = {}
+    for label, (script, step) in enumerate(SCRIPTS.items()):
+        for name in [name for name in names if name.startswith(script)][::step]:
+            labels.setdefault(name.removeprefix(script), []).append(label)
+    # Names that two scripts share (RO is in all four) have no right answer.
+    return [
+        (encode(name), found[0])
+        for name, found in labels.items()
+        if name.isalpha() and len(found) == 1
+    ]
 
-    60 % of the names are for training, 20 % for validation and 20 % for testing.
+
+class SyllableData(lk.DataModule):
+    """What `read` returns: 60 % of the names for training, 20 % each for validation and testing.
 
     Args:
         batch_size: Names per batch.
@@ -58,20 +71,8 @@ class SyllableData(lk.DataModule):
         self.split_seed = split_seed
 
     def setup(self, stage: str) -> None:
-        names = [unicode.name(chr(code), "") for code in range(sys.maxunicode)]
-        labels: dict[str, list[int]] = {}
-        for label, (script, step) in enumerate(SCRIPTS.items()):
-            for name in [name for name in names if name.startswith(script)][::step]:
-                labels.setdefault(name.removeprefix(script), []).append(label)
-        # Names that two scripts share (RO is in all four) have no right answer.
-        samples = [
-            (encode(name), found[0])
-            for name, found in labels.items()
-            if name.isalpha() and len(found) == 1
-        ]
-        self.train, self.val, self.test = random_split(
-            samples, [0.6, 0.2, 0.2], generator=torch.Generator().manual_seed(self.split_seed)
-        )
+        generator = torch.Generator().manual_seed(self.split_seed)
+        self.train, self.val, self.test = random_split(read(), [0.6, 0.2, 0.2], generator=generator)
 
     def loader(self, samples: list[Sample], shuffle: bool = False) -> DataLoader:
         return DataLoader(samples, self.batch_size, shuffle=shuffle, collate_fn=collate)

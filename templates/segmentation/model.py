@@ -9,20 +9,21 @@ import lightkit as lk
 
 
 class UNet(lk.TaskModule):
-    """Finds the pixels of things in pictures of shape (batch, 1, height, width).
+    """Finds the pixels of things in pictures of shape (batch, channels, height, width).
 
     Half of the loss is binary cross-entropy, which judges each pixel; the other half is 1 - Dice,
     which judges what was found as a whole, so that small things are not lost in the background.
 
     Args:
+        channels: 1 for grey pictures, 3 for colours.
         width: Channels at full size; twice as many at half size, four times at a quarter.
         lr: Highest learning rate of the one-cycle schedule.
     """
 
-    def __init__(self, width: int = 8, lr: float = 0.01) -> None:
+    def __init__(self, channels: int = 1, width: int = 8, lr: float = 0.01) -> None:
         super().__init__()
         self.lr = lr
-        self.down1 = block(1, width)
+        self.down1 = block(channels, width)
         self.down2 = block(width, 2 * width)
         self.bottom = block(2 * width, 4 * width)
         self.up2 = nn.ConvTranspose2d(4 * width, 2 * width, kernel_size=2, stride=2)
@@ -35,13 +36,16 @@ class UNet(lk.TaskModule):
         self.dice = BinaryF1Score()
 
     def forward(self, pictures: Tensor) -> Tensor:
-        """Returns a logit for each pixel, in the shape of the pictures."""
+        """Returns a logit for each pixel, of shape (batch, 1, height, width)."""
         full = self.down1(pictures)
         half = self.down2(F.max_pool2d(full, 2))
         quarter = self.bottom(F.max_pool2d(half, 2))
-        # What was seen at each size on the way down is joined in again on the way up.
-        half = self.join2(torch.cat([self.up2(quarter), half], dim=1))
-        full = self.join1(torch.cat([self.up1(half), full], dim=1))
+        # What was seen at each size on the way down is joined in again on the way up. Halves of odd
+        # sizes were rounded down, so the way up is told what to reach.
+        up = self.up2(quarter, output_size=half.shape[-2:])
+        half = self.join2(torch.cat([up, half], dim=1))
+        up = self.up1(half, output_size=full.shape[-2:])
+        full = self.join1(torch.cat([up, full], dim=1))
         return self.head(full)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:

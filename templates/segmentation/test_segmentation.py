@@ -12,6 +12,7 @@ import lightkit as lk
 
 def test_one_logit_per_pixel() -> None:
     assert UNet()(torch.zeros(2, 1, 16, 32)).shape == (2, 1, 16, 32)
+    assert UNet(channels=3)(torch.zeros(2, 3, 15, 29)).shape == (2, 1, 15, 29)
 
 
 @pytest.mark.parametrize("mask", [torch.zeros(1, 1, 8, 8), torch.eye(8).view(1, 1, 8, 8)])

@@ -8,10 +8,14 @@ from torch.utils.data import DataLoader, TensorDataset
 import lightkit as lk
 
 
-class TumourData(lk.DataModule):
-    """Rows of 30 standardised numbers and a label (0 malignant, 1 benign).
+def read() -> tuple[Tensor, Tensor]:
+    """Returns rows of shape (569, 30), and their labels (0 malignant, 1 benign)."""
+    table = load_breast_cancer()
+    return torch.tensor(table.data, dtype=torch.float32), torch.tensor(table.target)
 
-    60 % of the rows are for training, 20 % for validation and 20 % for testing.
+
+class TumourData(lk.DataModule):
+    """What `read` returns: 60 % of the rows for training, 20 % each for validation and testing.
 
     Args:
         batch_size: Rows per batch.
@@ -25,24 +29,15 @@ class TumourData(lk.DataModule):
         self.split_seed = split_seed
 
     def setup(self, stage: str) -> None:
-        table = load_breast_cancer()
-        rows = torch.tensor(table.data, dtype=torch.float32)
-        labels = torch.tensor(table.target)
+        rows, labels = read()
         shuffled = torch.randperm(
             len(rows), generator=torch.Generator().manual_seed(self.split_seed)
         )
         fifth = len(rows) // 5
         test, val, train = shuffled.split([fifth, fifth, len(rows) - 2 * fifth])
-        # Statistics of the training rows only: what is judged later must not leak into them.
-        self.mean, self.std = rows[train].mean(dim=0), rows[train].std(dim=0)
-        rows = self.standardise(rows)
         self.train, self.val, self.test = (
             TensorDataset(rows[part], labels[part]) for part in (train, val, test)
         )
-
-    def standardise(self, rows: Tensor) -> Tensor:
-        """Returns new rows as the network wants them."""
-        return (rows - self.mean) / self.std
 
     def train_dataloader(self) -> DataLoader:
         return DataLoader(self.train, batch_size=self.batch_size, shuffle=True)

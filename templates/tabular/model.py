@@ -8,7 +8,10 @@ import lightkit as lk
 
 
 class TabularNet(lk.TaskModule):
-    """Classifies rows of standardised numbers, of shape (batch, columns).
+    """Classifies rows of numbers, of shape (batch, columns).
+
+    It standardises the columns itself. So the statistics are in its checkpoints and exports, which
+    take rows as they are in the table.
 
     Args:
         columns: Numbers per row.
@@ -33,6 +36,8 @@ class TabularNet(lk.TaskModule):
         super().__init__()
         self.lr = lr
         self.weight_decay = weight_decay
+        self.register_buffer("mean", torch.zeros(columns))
+        self.register_buffer("std", torch.ones(columns))
         widths = [columns] + [hidden] * layers
         blocks = [
             nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Dropout(dropout))
@@ -40,8 +45,17 @@ class TabularNet(lk.TaskModule):
         ]
         self.net = nn.Sequential(*blocks, nn.Linear(widths[-1], classes))
 
+    def setup(self, stage: str) -> None:
+        if stage == "fit":
+            # Of the training rows only: what is judged later must not leak into the statistics.
+            rows, _ = self.trainer.datamodule.train.tensors
+            self.mean.copy_(rows.mean(dim=0))
+            std = rows.std(dim=0)
+            # A column that is the same in all rows is not divided by (almost) nothing.
+            self.std.copy_(std.where(std > 1e-6 * rows.mean(dim=0).abs(), 1.0))
+
     def forward(self, rows: Tensor) -> Tensor:
-        return self.net(rows)
+        return self.net((rows - self.mean) / self.std)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         rows, labels = batch

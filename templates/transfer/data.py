@@ -23,6 +23,15 @@ class Pictures(Dataset):
         return self.images[index], self.labels[index]
 
 
+def read(digits: list[int]) -> tuple[Tensor, Tensor]:
+    """Returns pictures of these digits, of shape (count, 1, 8, 8) in [0, 1], and their labels."""
+    found = load_digits()
+    targets = torch.tensor(found.target)
+    chosen = torch.isin(targets, torch.tensor(digits))
+    images = torch.tensor(found.images, dtype=torch.float32).unsqueeze(1) / 16
+    return images[chosen], torch.tensor([digits.index(t) for t in targets[chosen]])
+
+
 class SomeDigits(lk.DataModule):
     """Pictures of some digits: 30 % for testing, 30 % for validation, some of the rest to learn.
 
@@ -47,18 +56,13 @@ class SomeDigits(lk.DataModule):
         self.loading = {"batch_size": batch_size, "num_workers": num_workers}
 
     def setup(self, stage: str) -> None:
-        found = load_digits()
-        targets = torch.tensor(found.target)
-        chosen = torch.isin(targets, torch.tensor(self.digits)).nonzero().squeeze(1)
+        images, labels = read(self.digits)
         generator = torch.Generator().manual_seed(self.split_seed)
-        chosen = chosen[torch.randperm(len(chosen), generator=generator)]
-        images = torch.tensor(found.images, dtype=torch.float32).unsqueeze(1) / 16
-        labels = torch.tensor([self.digits.index(t) for t in targets[chosen]])
-        rest = len(chosen) * 3 // 10
-        parts = torch.arange(len(chosen)).split([rest, rest, len(chosen) - 2 * rest])
+        shuffled = torch.randperm(len(labels), generator=generator)
+        rest = len(labels) * 3 // 10
+        test, val, train = shuffled.split([rest, rest, len(labels) - 2 * rest])
         self.test, self.val, self.train = (
-            Pictures(images[chosen[part]], labels[part])
-            for part in (*parts[:2], parts[2][: self.samples])
+            Pictures(images[part], labels[part]) for part in (test, val, train[: self.samples])
         )
 
     def train_dataloader(self) -> DataLoader:
@@ -107,6 +111,11 @@ class Photos(lk.DataModule):
             ImageFolder(self.folder / part, T.Compose([*cut, T.ToTensor(), colours]))
             for part, cut in (("train", varied), ("val", plain))
         )
+        if self.val.classes != self.train.classes:  # the same labels would mean other things
+            raise ValueError(
+                f"{self.folder} has other classes in val ({', '.join(self.val.classes)}) "
+                f"than in train ({', '.join(self.train.classes)})"
+            )
 
     def train_dataloader(self) -> DataLoader:
         return DataLoader(self.train, shuffle=True, **self.loading)

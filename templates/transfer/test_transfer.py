@@ -62,6 +62,11 @@ def test_photos_of_two_classes(tmp_path: Path) -> None:
     assert lk.is_frozen(task.backbone)
     assert task.head.weight.requires_grad
 
+    (tmp_path / "val" / "bird").mkdir()
+    Image.new("RGB", (40, 50), "white").save(tmp_path / "val" / "bird" / "0.png")
+    with pytest.raises(ValueError, match="other classes in val"):
+        photos.setup("fit")
+
 
 def test_what_photos_need_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("torchvision", "torchvision.models"):

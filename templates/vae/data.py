@@ -8,8 +8,13 @@ from torch.utils.data import DataLoader, random_split
 import lightkit as lk
 
 
+def read() -> Tensor:
+    """Returns grey images of shape (1797, 1, 8, 8) in [0, 1]."""
+    return torch.tensor(load_digits().images, dtype=torch.float32).unsqueeze(1) / 16
+
+
 class DigitImages(lk.DataModule):
-    """Grey images of 8 x 8 pixels in [0, 1], split into 70 % train, 15 % validation, 15 % test.
+    """What `read` returns, split into 70 % train, 15 % validation, 15 % test.
 
     Args:
         batch_size: Images per batch.
@@ -23,10 +28,9 @@ class DigitImages(lk.DataModule):
         self.split_seed = split_seed
 
     def setup(self, stage: str) -> None:
-        images: Tensor = torch.tensor(load_digits().images, dtype=torch.float32).unsqueeze(1) / 16
         # A tensor is a dataset too: its samples are its rows, so a batch is one tensor of images.
         self.train, self.val, self.test = random_split(
-            images, [0.7, 0.15, 0.15], generator=torch.Generator().manual_seed(self.split_seed)
+            read(), [0.7, 0.15, 0.15], generator=torch.Generator().manual_seed(self.split_seed)
         )
 
     def train_dataloader(self) -> DataLoader:

@@ -7,13 +7,14 @@ import lightkit as lk
 
 
 class VAE(lk.TaskModule):
-    """Encodes images of shape (batch, 1, 8, 8) as a few normally distributed numbers, and decodes.
+    """Encodes images of shape (batch, 1, size, size) as a few normal numbers, and decodes them.
 
     The loss is that of Kingma and Welling (2013), "Auto-Encoding Variational Bayes": what it costs
     to say the pixels of an image when its code is known (reconstruction), and to say the code
     (kl), in nats per image and up to a constant. It is logged with its two parts.
 
     Args:
+        size: Height and width of the images.
         latent: Numbers in a code.
         hidden: Width of the hidden layers.
         noise: Standard deviation of the pixels around what is decoded. With less of it images
@@ -22,14 +23,19 @@ class VAE(lk.TaskModule):
     """
 
     def __init__(
-        self, latent: int = 8, hidden: int = 256, noise: float = 0.2, lr: float = 3e-3
+        self,
+        size: int = 8,
+        latent: int = 8,
+        hidden: int = 256,
+        noise: float = 0.2,
+        lr: float = 3e-3,
     ) -> None:
         super().__init__()
         self.noise = noise
         self.lr = lr
         self.encoder = nn.Sequential(
             nn.Flatten(),
-            nn.Linear(64, hidden),
+            nn.Linear(size * size, hidden),
             nn.ReLU(),
             nn.Linear(hidden, hidden),
             nn.ReLU(),
@@ -40,9 +46,9 @@ class VAE(lk.TaskModule):
             nn.ReLU(),
             nn.Linear(hidden, hidden),
             nn.ReLU(),
-            nn.Linear(hidden, 64),
+            nn.Linear(hidden, size * size),
             nn.Sigmoid(),
-            nn.Unflatten(1, (1, 8, 8)),
+            nn.Unflatten(1, (1, size, size)),
         )
         # The same codes are drawn in each epoch, to see how their images become better.
         self.register_buffer("shown", torch.randn(64, latent))
@@ -81,9 +87,10 @@ class VAE(lk.TaskModule):
         return self(images)
 
     def on_validation_epoch_end(self) -> None:
-        if self.logger is not None and not self.trainer.sanity_checking:
-            board = self.logger.experiment  # the SummaryWriter of TensorBoard
-            board.add_images("samples", self.decoder(self.shown), self.global_step)
+        if isinstance(self.logger, lk.loggers.TensorBoardLogger):
+            with torch.no_grad():
+                images = self.decoder(self.shown)
+            self.logger.experiment.add_images("samples", images, self.global_step)
 
     def configure_optimizers(self) -> dict:
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr)

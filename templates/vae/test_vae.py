@@ -24,6 +24,7 @@ def test_images_come_out_as_images() -> None:
     images = VAE()(torch.rand(5, 1, 8, 8))
     assert images.shape == (5, 1, 8, 8)
     assert 0 <= images.min() <= images.max() <= 1
+    assert VAE(size=28)(torch.rand(5, 1, 28, 28)).shape == (5, 1, 28, 28)
 
 
 def test_learns_and_shows_its_images(tmp_path: Path) -> None:

@@ -30,7 +30,11 @@ class FakeTrainer(SimpleNamespace):
             state=SimpleNamespace(batch_idx=10),
             reasons=[],
         )
-        known = SimpleNamespace(reduced=self.callback_metrics.get, check_shared=lambda name: None)
+        known = SimpleNamespace(
+            reduced=self.callback_metrics.get,
+            check_shared=lambda name: None,
+            eval_results=lambda loaders: [{"val_loss": 1.0, "val_acc": 0.5}] * loaders,
+        )
         self.session = SimpleNamespace(metrics=known)
 
     def stop(self, reason: str) -> None:
@@ -176,6 +180,34 @@ def test_within_an_epoch_a_missing_monitor_is_told_at_once() -> None:
     callback.setup(trainer, task, "fit")
     callback.on_validation_start(trainer, task)
     callback.on_validation_end(trainer, task)
+
+
+@pytest.mark.parametrize("monitor", ["val_los", "val_lossy", "vall_loss"])
+def test_a_misspelled_name_of_validation_is_told_by_the_sanity_check(monitor: str) -> None:
+    with pytest.raises(LoggingError, match=r"Did you mean 'val_loss'\?$"):
+        try_validation(EarlyStopping(monitor))
+    try_validation(EarlyStopping(monitor, strict=False))
+
+
+@pytest.mark.parametrize(
+    "monitor", ["val_loss", "val_loss_epoch", "val_map", "train_loss", "train_acc", "loss"]
+)
+def test_what_may_come_later_is_not_told_by_the_sanity_check(monitor: str) -> None:
+    try_validation(EarlyStopping(monitor))
+
+
+def try_validation(callback: EarlyStopping) -> None:
+    trainer, task = FakeTrainer(), nn.Linear(1, 1)
+    trainer.sanity_checking = True
+    callback.setup(trainer, task, "fit")
+    callback.on_validation_start(trainer, task)
+    callback.on_validation_end(trainer, task)
+
+
+def test_a_missing_monitor_is_told_with_the_advice_that_fits() -> None:
+    end = r"Did you mean 'val_loss'\? Else log it with self\.log\('va_loss', \.\.\.\)\.$"
+    with pytest.raises(LoggingError, match=end):
+        run(EarlyStopping("va_loss"), [1.0])
 
 
 def test_a_missing_monitor_warns_once_if_not_strict(caplog: pytest.LogCaptureFixture) -> None:
@@ -324,6 +356,13 @@ def test_a_fit_with_a_monitor_that_is_not_there_ends_with_the_names(tmp_path: Pa
     with pytest.raises(LoggingError, match=r"'score'.*Did you mean 'score'"):
         trainer.fit(Scripted([1.0, 1.0]), loader(4), loader(1))
     assert trainer.current_epoch == 0
+
+
+def test_a_misspelled_monitor_ends_a_fit_before_its_first_step(tmp_path: Path) -> None:
+    trainer = real(tmp_path, num_sanity_val_steps=1, callbacks=[EarlyStopping("val_los")])
+    with pytest.raises(LoggingError, match="Did you mean 'val_loss'"):
+        trainer.fit(Scripted([1.0]), loader(), loader())
+    assert trainer.global_step == 0
 
 
 def test_a_fit_that_is_resumed_remembers_the_best(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ class FakeTrainer(SimpleNamespace):
             "state": TrainState(),
             "stage": Stage.FIT,
             "sanity_checking": False,
+            "run_ending": False,
             "progress_bar_metrics": {},
             "history": History(),
             "is_global_zero": True,
@@ -53,6 +54,9 @@ class FakeTrainer(SimpleNamespace):
             "epoch_started": time.perf_counter(),
         }
         super().__init__(**{**defaults, **kwargs})
+        self.validated = {}  # what the last validation logged
+        results = SimpleNamespace(eval_results=lambda loaders: [self.validated] * loaders)
+        self.session = SimpleNamespace(metrics=results)
 
     @property
     def global_step(self):
@@ -88,7 +92,7 @@ class Fit:
         self.bar.on_validation_start(self.trainer, None)
         for i in range(number):
             self.bar.on_validation_batch_end(self.trainer, None, None, None, i)
-        self.trainer.progress_bar_metrics.update(metrics)
+        self.trainer.validated = metrics
         self.bar.on_validation_end(self.trainer, None)
 
     def end_epoch(self, took=1.25, **row):
@@ -172,9 +176,9 @@ def test_an_epoch_leaves_a_row_and_the_header_comes_once(terminal):
         fit.end_epoch(train_loss=loss, val_acc=0.75, val_loss=12.5)
     fit.end()
     assert shown(terminal) == [
-        "  epoch  train_loss  val_loss   val_acc     time  data",
-        "    1/3      0.5000   12.5000    0.7500     1.2s   10%",
-        "    2/3      0.2500   12.5000    0.7500     1.2s   10%",
+        "epoch  train_loss  val_loss   val_acc   time  data wait",
+        "  1/3      0.5000   12.5000    0.7500   1.2s        10%",
+        "  2/3      0.2500   12.5000    0.7500   1.2s        10%",
     ]
 
 
@@ -185,11 +189,11 @@ def test_a_new_column_brings_the_header_again_and_gaps_are_dashes(terminal):
         fit.end_epoch(**row)
     fit.end()
     assert shown(terminal) == [
-        "  epoch  train_loss     time  data",
-        "    1/3      1.0000     1.2s    0%",
-        "  epoch  train_loss  val_loss     time  data",
-        "    2/3      0.5000    2.0000     1.2s    0%",
-        "    3/3      0.2500         -     1.2s    0%",
+        "epoch  train_loss   time  data wait",
+        "  1/3      1.0000   1.2s         0%",
+        "epoch  train_loss  val_loss   time  data wait",
+        "  2/3      0.5000    2.0000   1.2s         0%",
+        "  3/3      0.2500         -   1.2s         0%",
     ]
 
 
@@ -227,9 +231,10 @@ def test_a_validation_in_the_middle_leaves_a_row_with_the_fraction(terminal):
     fit.end_epoch(train_loss=0.375, val_loss=0.5)
     fit.end()
     rows = [line.split()[:3] for line in shown(terminal)]
-    assert rows == [
+    assert rows == [  # what it logged; the mean of training is not known before the epoch's end
+        ["epoch", "val_loss", "time"],
+        ["0.50/3", "0.7500", "0.0s"],
         ["epoch", "train_loss", "val_loss"],
-        ["0.50/3", "0.5000", "0.7500"],
         ["1/3", "0.3750", "0.5000"],
     ]
 
@@ -316,7 +321,7 @@ def test_no_line_is_wider_than_the_terminal(terminal, monkeypatch, columns):
         assert lines[0] == "(too narrow for val_acc, val_f1_macro)"
         assert header.split() == ["epoch", "train_loss", "val_loss", "time"]
     if columns >= 80:
-        assert header.split()[-2:] == ["time", "data"]
+        assert header.split()[-3:] == ["time", "data", "wait"]
         assert len(lines) == 2
 
 
@@ -433,6 +438,14 @@ def test_an_exception_takes_the_bar_away_and_says_where_it_stood(terminal):
     assert shown(terminal) == ["Epoch 1/3 stopped at batch 4/6"]
 
 
+def test_where_a_signal_ended_the_run_the_loop_says_where_alone(terminal):
+    fit = Fit(ProgressBar(refresh_hz=EVERY_BATCH), run_ending=True)
+    fit.start_epoch()
+    fit.batches(4)
+    fit.bar.on_exception(fit.trainer, None, SystemExit(143))
+    assert shown(terminal) == []
+
+
 def test_a_second_bar_takes_over_and_the_first_comes_back(terminal):
     outer = Fit(ProgressBar(refresh_hz=EVERY_BATCH), max_epochs=9)
     outer.start_epoch()
@@ -478,9 +491,9 @@ def test_plain_lines_where_there_is_no_terminal(pipe):
         fit.end_epoch(train_loss=0.5)
     fit.end()
     assert pipe.getvalue().splitlines() == [
-        "  epoch  train_loss     time  data",
-        "    1/3      0.5000     1.2s    0%",
-        "    2/3      0.5000     1.2s    0%",
+        "epoch  train_loss   time  data wait",
+        "  1/3      0.5000   1.2s         0%",
+        "  2/3      0.5000   1.2s         0%",
     ]
 
 

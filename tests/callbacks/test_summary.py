@@ -33,7 +33,7 @@ def test_children_and_totals():
         "loss   CrossEntropyLoss       0  -",
         "(own)  Parameter              5  yes",
         "------------------------------------------",
-        "708 parameters: 488 trainable, 220 not; 2.83 kB",
+        "708 parameters: 488 trainable, 220 not; 2.8 kB",
     ]
 
 
@@ -43,7 +43,7 @@ def test_depth():
 
     assert names(2) == ["body", "body.0", "body.1", "body.2", "head", "loss", "(own)"]
     assert names(-1) == names(2)
-    assert summarize(Net(), 0) == "708 parameters: 488 trainable, 220 not; 2.83 kB"
+    assert summarize(Net(), 0) == "708 parameters: 488 trainable, 220 not; 2.8 kB"
 
 
 def test_a_narrow_screen_has_fewer_columns():
@@ -74,7 +74,7 @@ def test_parameters_whose_shape_is_not_known_yet():
 
 
 def test_a_module_without_parts():
-    assert summarize(nn.ReLU()) == "0 parameters, all trainable; 0 kB"
+    assert summarize(nn.ReLU()) == "0 parameters, all trainable; 0.0 kB"
 
 
 def test_the_size_follows_the_type():
@@ -87,7 +87,7 @@ def test_the_callback_logs_it_once_on_rank_zero(caplog):
     assert not caplog.records
     ModelSummary(max_depth=0).on_fit_start(SimpleNamespace(is_global_zero=True), Net())
     (record,) = caplog.records
-    assert record.message == summarize(Net(), 0)
+    assert record.message == f"\n{summarize(Net(), 0)}\n"  # apart from the lines around it
 
 
 def test_the_name_of_ported_code():
@@ -134,7 +134,7 @@ def test_S4_02_shapes_of_one_pass_with_the_example(quiet, caplog):
         return task
 
     task = fitted(torch.zeros(8, 10))
-    (table,) = [r.message for r in caplog.records if r.message.startswith("name ")]
+    (table,) = [m.strip() for m in caplog.messages if m.startswith("\nname ")]
     assert [re.split("  +", line) for line in table.splitlines()[:6]] == [
         ["name", "type", "params", "trainable", "in", "out"],
         [table.splitlines()[1]],
@@ -162,7 +162,7 @@ def test_S4_02_a_failing_pass_is_one_line_and_the_table_goes_without(quiet, capl
     trainer.fit(task, [(torch.randn(8, 10),)])
     (warning,) = [r.message for r in caplog.records if r.levelno == logging.WARNING]
     assert warning.startswith("no shapes in the summary: forward(example_input_array) failed: mat1")
-    assert summarize(task) in caplog.messages
+    assert f"\n{summarize(task)}\n" in caplog.messages
     assert not any(module._forward_hooks for module in task.modules())
 
 
@@ -180,5 +180,5 @@ def test_no_pass_where_it_would_not_be_free(caplog, why):
         strategy=SimpleNamespace(sharded=why == "sharded"),
     )
     ModelSummary().on_fit_start(trainer, task)
-    assert caplog.messages == [summarize(task)]
+    assert caplog.messages == [f"\n{summarize(task)}\n"]
     assert task.calls == 0

@@ -184,7 +184,7 @@ def test_ctrl_c_once(lives, tmp_path, bar, workers):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_ctrl_c_twice(lives, tmp_path, workers):
-    keys = [("ready", b"\x03"), ("Ctrl-C again: at once", b"\x03")]
+    keys = [("ready", b"\x03"), ("^C again: now", b"\x03")]
     code, seen, usable = in_terminal(lives, tmp_path, keys, ignore=True, bar=True, workers=workers)
     assert code == 130
     assert usable

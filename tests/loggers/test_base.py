@@ -72,6 +72,17 @@ def test_experiment_without_a_run_takes_every_call_and_says_so_once(caplog):
     ]
 
 
+def test_a_logger_of_rows_says_that_it_has_no_experiment(caplog, tmp_path):
+    caplog.set_level(logging.INFO, logger="lightkit")
+    logger = CSVLogger()
+    logger.open(tmp_path)
+    logger.experiment.add_image("digit", object(), 3)
+    logger.close()
+    assert [r.message for r in caplog.records] == [
+        "CSVLogger has no experiment here: what is sent to .experiment is dropped"
+    ]
+
+
 def test_a_logger_of_ones_own_needs_log_metrics_only(tmp_path):
     class Mine(Logger):
         def __init__(self):  # without super().__init__()

@@ -254,6 +254,24 @@ def test_imports():
                 exec(f"from {module} import {name}")
 
 
+def test_names_of_keras_skorch_and_ignite():
+    names = ("keras.md", "sklearn.md", "events.md")
+    pages = "".join(PAGE.with_name(name).read_text("utf-8") for name in names)
+    trainer = lk.Trainer()
+    for name, instead in elsewhere.OTHERS.items():
+        assert re.search(rf"\b{name}\b", pages), f"{name} is on no page"
+        for owner in (lk.callbacks, lk.loggers, trainer):
+            with pytest.raises(AttributeError, match=re.escape(f"{name!r}. Write {instead}.")):
+                getattr(owner, name)
+    with pytest.raises(ImportError, match="Write lk.Trainer and a task, or lk.fit"):
+        exec("from lightkit import Engine")
+
+
+def test_nothing_private_is_proposed():
+    with pytest.raises(AttributeError, match=r"no attribute 'evaluatee'\.$"):
+        lk.Trainer().evaluatee  # noqa: B018
+
+
 def test_what_is_written_instead_exists():
     """Every ``lk.Name`` and ``trainer.name`` of the tables is there."""
     text = "\n".join(verdict for table in TABLES.values() for verdict in table.values())

@@ -1,0 +1,254 @@
+"""What a step was doing when it failed: its module, shapes, dtypes and devices, as a note on the error.
+
+All of it is read from the frames that the exception passed, so nothing runs a second time and nothing
+is kept. The note is text; tensors are named by their shapes, and their values are not read.
+"""
+
+from __future__ import annotations
+
+import dis
+import inspect
+import linecache
+import logging
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from traceback import walk_tb
+from types import FrameType
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from lightkit.data.move import members_of
+from lightkit.errors import LightkitError, some
+from lightkit.mending import mend
+
+_log = logging.getLogger("lightkit")
+
+#: What torch raises where shapes, dtypes, devices or the structure of a batch do not fit.
+_KINDS = (RuntimeError, ValueError, IndexError, TypeError, AssertionError, KeyError)
+#: The functions that call the user's steps, and where batches come from.
+_DOORS = {("lightkit.loops", "train_step"), ("lightkit.evaluation", "_evaluate_loader")}
+_FETCHING = ("lightkit.data.stream", "lightkit.data.groups", "lightkit.evaluation")
+_LIBRARIES = sys.stdlib_module_names | {"lightkit", "torch", "torchmetrics"}
+_CALLS = ("_wrapped_call_impl", "_call_impl")
+_START = "lightkit: "
+_MOST = 8
+
+
+@dataclass
+class Step:
+    """Where an exception was in the loop.
+
+    Attributes:
+        stage: "training", "validation", "test" or "predict".
+        batch: The batch, on its device.
+        index: Its number in its loader, from 0.
+        loader: The number of the loader.
+        frames: The frames below the loop, from the step to where the exception was raised.
+    """
+
+    stage: str
+    batch: Any
+    index: int
+    loader: int
+    frames: list[tuple[FrameType, int]]
+
+
+def step_of(error: BaseException) -> Step | None:
+    """Returns the step that an exception came out of; None where it did not, as from a loader."""
+    frames, doors = list(walk_tb(error.__traceback__)), []
+    for number, (frame, _) in enumerate(frames):
+        name = frame.f_globals.get("__name__", ""), frame.f_code.co_name
+        if name in _DOORS:
+            doors.append(number)
+    if not doors or not (below := frames[doors[-1] + 1 :]):
+        return None
+    if below[0][0].f_globals.get("__name__") in _FETCHING:
+        return None
+    names = frames[doors[-1]][0].f_locals
+    if "index" not in names or "batch" not in names:
+        return None
+    stage = "training" if "group" in names else names["run"].stage
+    return Step(stage, names["batch"], names["index"], names.get("number", 0), below)
+
+
+def explain(error: BaseException, task: nn.Module) -> None:
+    """Adds a note to an error that torch raised in a step of the task; never raises.
+
+    On Python 3.10, where exceptions have no notes, it is logged.
+
+    Args:
+        error: The exception under way.
+        task: The task whose submodules are named.
+    """
+    try:
+        noted = any(note.startswith(_START) for note in getattr(error, "__notes__", ()))
+        if noted or not isinstance(error, _KINDS) or isinstance(error, LightkitError):
+            return
+        step = step_of(error)
+        if step is None or _raised_by_user(error):
+            return
+        note = _note(error, step, task)
+        if hasattr(error, "add_note"):
+            error.add_note(note)
+        else:
+            _log.error("%s", note)
+    except Exception as problem:  # noqa: BLE001  must not hide the error itself
+        _log.debug("no note on the error: %s", problem)
+
+
+def _raised_by_user(error: BaseException) -> bool:
+    """Tells whether a ``raise`` or ``assert`` in the user's code made the error, which says enough."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None or not of_user(trace.tb_frame):
+        return False
+    code = trace.tb_frame.f_code
+    raised = dis.opname[code.co_code[trace.tb_lasti]] == "RAISE_VARARGS"
+    return raised and "site-packages" not in code.co_filename
+
+
+def of_user(frame: FrameType) -> bool:
+    """Tells whether a frame is of code that is neither ours nor torch's nor Python's."""
+    name = frame.f_globals.get("__name__", "")
+    return name.startswith("lightkit._shared.") or name.partition(".")[0] not in _LIBRARIES
+
+
+def _note(error: BaseException, step: Step, task: nn.Module) -> str:
+    """Returns the lines of a note."""
+    module, inputs = module_of(step.frames, task)
+    where = f"in {step.stage} batch {step.index}"
+    rows: list[tuple[str, Any]] = []
+    loss = _loss(step.frames)
+    if module is not None:
+        where = f"in {name_of(module, task)}, {where}"
+        own = list(module.named_parameters(recurse=False))
+        weights = [(name, p) for name, p in own if is_lazy(p) or p.ndim > 1]
+        rows = [*inputs.items(), *(weights or own)[:4]]
+    elif loss is not None:
+        where = f"in {loss[0]}, {where}"
+        rows = [("input", loss[1]), ("target", loss[2])]
+    lines = [(f"{_START}{where}", rows)]
+    if (line := line_of(step.frames)) is not None:
+        shown = {(name, id(value)) for name, value in rows}
+        own = [(n, v) for n, v in line[1] if (n, id(v)) not in shown and v is not step.batch]
+        lines.append((line[0], own))
+    lines.append(("", [("batch", step.batch)]))
+    hint = mend(error, module, inputs, loss, line[1] if line else [], task)
+    width = max(len(name) for _, part in lines for name, _ in part)
+    text = []
+    for head, part in lines:
+        text += [head] if head else []
+        text += [f"  {name:{width}}  {seen(value)}" for name, value in part]
+    return "\n".join([*text, f"  {'hint':{width}}  {hint}"] if hint else text)
+
+
+def module_of(
+    frames: list[tuple[FrameType, int]], task: nn.Module
+) -> tuple[nn.Module | None, dict[str, Any]]:
+    """Returns the innermost module that was called in these frames, and what it was called with.
+
+    None where it is the task itself or none was called.
+    """
+    for frame, _ in reversed(frames):
+        module = frame.f_locals.get("self")
+        if frame.f_code.co_name in _CALLS and isinstance(module, nn.Module):
+            if any(one is task for one in module.modules()):  # itself, or what shares it over ranks
+                return None, {}
+            args, kwargs = frame.f_locals.get("args", ()), frame.f_locals.get("kwargs", {})
+            try:
+                inputs = dict(
+                    inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+                )
+            except TypeError:  # it cannot be called so, which is perhaps the error
+                inputs = {f"input {i}": value for i, value in enumerate(args, 1)} | kwargs
+            return module, inputs
+    return None, {}
+
+
+def name_of(module: nn.Module, task: nn.Module) -> str:
+    """Returns where a module stands in the task, and what it is: ``"net.fc: Linear(...)"``."""
+    path = next((name for name, found in task.named_modules() if found is module), "")
+    kind = type(module).__name__ if any(True for _ in module.children()) else repr(module)
+    return f"{path}: {kind}" if path else f"{kind} (no submodule of the task)"
+
+
+def line_of(frames: list[tuple[FrameType, int]]) -> tuple[str, list[tuple[str, Any]]] | None:
+    """Returns the innermost line of the user's, and the tensors that it could see, by name."""
+    for frame, number in reversed(frames):
+        if of_user(frame):
+            code = frame.f_code
+            text = linecache.getline(code.co_filename, number, frame.f_globals).strip()
+            place = f"{Path(code.co_filename).name}:{number}, in {code.co_name}: {text}"
+            return place, list(_tensors(frame, text))[:_MOST]
+    return None
+
+
+def _tensors(frame: FrameType, text: str) -> Iterator[tuple[str, Any]]:
+    """Yields the local tensors of a frame, those that its line names first, and attributes there."""
+    names = {name: value for name, value in frame.f_locals.items() if _holds_tensors(value)}
+    words = re.findall(r"[A-Za-z_]\w*(?:\.\w+)*", text)
+    for word in dict.fromkeys(words):
+        first, *others = word.split(".")
+        value = frame.f_locals.get(first)
+        for name in others:
+            if isinstance(value, nn.Module):  # a property of the user's is not called
+                held = {**vars(value), **value._parameters, **value._buffers, **value._modules}
+                value = held.get(name)
+            elif isinstance(value, Tensor):  # a method of it
+                word, value = first, frame.f_locals.get(first)
+                break
+            else:
+                value = None
+        if isinstance(value, Tensor) and word not in names:
+            yield word, value
+        elif word in names:
+            yield word, names.pop(word)
+    yield from names.items()
+
+
+def _holds_tensors(value: Any, depth: int = 0) -> bool:
+    if isinstance(value, Tensor):
+        return True
+    if depth > 3 or isinstance(value, nn.Module):
+        return False
+    return any(_holds_tensors(item, depth + 1) for _, item in (members_of(value) or [])[:_MOST])
+
+
+def _loss(frames: list[tuple[FrameType, int]]) -> tuple[str, Any, Any] | None:
+    """Returns the loss function of torch's among the frames, with its input and its target."""
+    for frame, _ in frames:
+        names = frame.f_locals
+        own = frame.f_globals.get("__name__") == "torch.nn.functional"
+        if (
+            own
+            and isinstance(names.get("input"), Tensor)
+            and isinstance(names.get("target"), Tensor)
+        ):
+            return frame.f_code.co_name, names["input"], names["target"]
+    return None
+
+
+def seen(value: Any, depth: int = 0) -> str:
+    """Returns the structure of a value: ``[float32 (64, 3), int64 (64,)]``. Reads no tensor."""
+    if isinstance(value, Tensor):
+        shape = "without a shape yet" if is_lazy(value) else tuple(value.shape)
+        device = "" if value.device.type == "cpu" else f" on {value.device}"
+        return f"{str(value.dtype).removeprefix('torch.')} {shape}{device}"
+    if value is None or isinstance(value, (bool, int, float)):
+        return repr(value)
+    members, name = members_of(value), type(value).__name__
+    if members is None or depth > 3:
+        return name
+    if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
+        inner = some([seen(item, depth + 1) for _, item in members], most=_MOST)
+        return f"({inner})" if isinstance(value, tuple) else f"[{inner}]"
+    if hasattr(value, "_fields"):
+        members = list(zip(value._fields, value, strict=False))
+    inner = some([f"{key}: {seen(item, depth + 1)}" for key, item in members], most=_MOST)
+    return f"{{{inner}}}" if isinstance(value, Mapping) else f"{name}({inner})"

@@ -1,0 +1,1 @@
+"""What the template `transfer` takes from torchvision, where that is not installed."""
