@@ -1,8 +1,9 @@
 """Puts docstrings into the reference pages: a hook of mkdocs, named in mkdocs.yml.
 
 Where a page has ``<!-- docstring: lightkit.Trainer -->``, the site shows the signature, the
-docstring and the public methods of that name; ``(no methods)`` after the name leaves these out. The
-sources are read, not imported, so that the site is built without torch.
+docstring and the public methods of that name; ``(no methods)`` after the name leaves these out.
+Public names in its text are links to where they stand themselves. The sources are read, not
+imported, so that the site is built without torch.
 """
 
 from __future__ import annotations
@@ -17,13 +18,51 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 MARK = re.compile(r"<!-- docstring: ([\w.]+)( \(no methods\))? -->")
+FENCED = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
+NAMED = re.compile(
+    r"(?<!\[)`(?:lightkit\.|lk\.)?(?:callbacks\.|loggers\.)?([A-Z][\w.]*)(?:\(.*?\))?`"
+)
 SECTION = re.compile(r"(Args|Attributes|Returns|Raises):")
 LINE = 88
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Returns a page with its docstrings; mkdocs calls this for each."""
+    if not MARK.search(markdown):
+        return markdown
+    parts = FENCED.split(filled(markdown))
+    parts[::2] = [NAMED.sub(linked, part) for part in parts[::2]]  # not in code
+    return "".join(parts)
+
+
+def filled(markdown: str) -> str:
+    """Returns a page with its docstrings, as they stand in the sources."""
     return MARK.sub(lambda mark: described(mark[1], methods=not mark[2]), markdown)
+
+
+def linked(name: re.Match[str]) -> str:
+    """Returns a name with a link to its place, if it has one."""
+    place = places().get(name[1])
+    return f"[{name[0]}]({place})" if place else name[0]
+
+
+@cache
+def places() -> dict[str, str]:
+    """Returns ``page#anchor`` of each name on the reference pages: a class, ``Class.method``."""
+    found: dict[str, str] = {}
+    for path in sorted((ROOT / "docs").glob("reference*.md")):
+        seen, around = [], ""
+        page = filled(path.read_text(encoding="utf-8"))
+        for level, title in re.findall(r"^(#{1,3}) (\w+)$", page, re.MULTILINE):
+            again = seen.count(title.lower())
+            seen.append(title.lower())
+            around = around if level == "###" else title
+            name = f"{around}.{title}" if level == "###" else title
+            found[name] = f"{path.name}#{title.lower()}{f'_{again}' if again else ''}"
+    for node in statements("lightkit.errors"):
+        if isinstance(node, ast.ClassDef):
+            found.setdefault(node.name, found["errors"])
+    return found
 
 
 def described(name: str, *, methods: bool = True) -> str:

@@ -147,7 +147,9 @@ class _Watch:
         found = list(self._found.items())
         loss, classes = self._loss or (0.0, 1)
         # Host sync: after the first step, and once more where that showed something.
-        values = read([loss, *(size for _, (size, _) in found), *(moved for _, (_, moved) in found)])
+        values = read(
+            [loss, *(size for _, (size, _) in found), *(moved for _, (_, moved) in found)]
+        )
         sizes = dict(zip(self._found, values[1:], strict=False))
         moved = any(values[1 + len(found) :])
         if self._loss is not None and values[0] > 3 * math.log(classes):
@@ -288,4 +290,29 @@ def _through(node: Any) -> Any:
 
 
 def _judge(trainer: Trainer) -> None:
-    """Says whether a fit on a few batches has learnt them."""
+    """Says whether a fit on a few batches has learnt them: below a tenth of the loss, or no error."""
+    rows = [row for row in trainer.history if "train_loss" in row]
+    if len(rows) < 2:
+        text = "nothing to judge by: that takes the train_loss of two epochs or more"
+        hints.say(trainer, "overfit", text, label="verdict:")
+        return
+    first, last = rows[0]["train_loss"], rows[-1]["train_loss"]
+    fell = f"from {first:.3g} to {last:.3g} in {rows[-1]['step']} steps on the same batches"
+    right = {n: v for n, v in rows[-1].items() if n.startswith("train_acc") and v > 0.999}
+    if last <= 0.1 * first or right:
+        also = "".join(f", {name} {value:.3g}" for name, value in right.items())
+        text = f"learnt: train_loss went {fell}{also}"
+        hints.say(trainer, "overfit", text, label="verdict:")
+    elif last < first - 0.1 * abs(first):
+        text = (
+            f"learning: train_loss went {fell}, not below a tenth; train longer while it falls, and "
+            f"leave out dropout and augmentation. Some losses end above 0, as that of a VAE does"
+        )
+        hints.say(trainer, "overfit", text, label="verdict:")
+    else:
+        text = (
+            f"Not learnt: train_loss went {fell}, where it should fall below a tenth. Look at the "
+            f"learning rate, whether the targets are those of the inputs, whether the loss takes "
+            f"what forward returns (no softmax before a cross entropy), and at warnings above."
+        )
+        hints.say(trainer, "overfit", text, warn=True)

@@ -6,6 +6,8 @@ import contextlib
 import logging
 import math
 import shlex
+import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,6 +93,10 @@ def the_end(trainer: Trainer, session: Session) -> Iterator[None]:
                     _say_resume(trainer, session, session.ledger)
                 except Exception as problem:  # noqa: BLE001  must not hide the error itself
                     _log.error("and in looking for the last checkpoint: %s", problem)
+                if session.failure is not None:
+                    _say("failure", _short(session.failure))
+                    run = shlex.quote(str(_short(session.ledger.folder)))
+                    _say("replay", f"{program('lightkit')} replay {run}", command=True)
 
 
 def _say_results(trainer: Trainer, session: Session) -> None:
@@ -103,7 +109,8 @@ def _say_results(trainer: Trainer, session: Session) -> None:
         _say("best", best)
     _say("results", _short(folder))
     if any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
-        _say("curves", f"tensorboard --logdir {shlex.quote(str(_short(folder)))}", command=True)
+        logdir = shlex.quote(str(_short(folder)))
+        _say("curves", f"{program('tensorboard')} --logdir {logdir}", command=True)
 
 
 def _best(trainer: Trainer) -> str:
@@ -137,7 +144,8 @@ def _say_resume(trainer: Trainer, session: Session, ledger: Ledger) -> None:
     if trainer.config_text is not None:
         config = shlex.quote(str(_short(ledger.folder / "config.yaml")))
         ckpt_path = shlex.quote(str(shown))
-        _say("resume", f"lightkit fit --config {config} --ckpt_path {ckpt_path}", command=True)
+        line = f"{program('lightkit')} fit --config {config} --ckpt_path {ckpt_path}"
+        _say("resume", line, command=True)
     else:
         _say("resume", f'trainer.fit(..., ckpt_path="{shown}")')
 
@@ -195,6 +203,19 @@ def _say(what: str, text: object, **extra: bool) -> None:
 
 def _count(number: int, one: str, many: str | None = None) -> str:
     return f"{number} {one if number == 1 else many or one + 's'}"
+
+
+def program(name: str, *, here: bool = True) -> str:
+    """Returns what to type for a program of this Python: its path where the name would not do.
+
+    Args:
+        name: The program.
+        here: Whether it will be typed in the current folder.
+    """
+    path = shutil.which(name, path=str(Path(sys.executable).parent))
+    if path is None or shutil.which(name) is not None:
+        return name
+    return shlex.quote(str(_short(Path(path)) if here else Path(path).absolute()))
 
 
 def _short(folder: Path) -> Path:

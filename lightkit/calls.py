@@ -11,7 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 from torch.nn.parameter import is_lazy
 
-from lightkit import announce, console, explaining, opening, places, resuming, rng, saving, signals
+from lightkit import (
+    announce,
+    console,
+    explaining,
+    failure,
+    opening,
+    places,
+    resuming,
+    rng,
+    saving,
+    signals,
+)
 from lightkit.data import DataModule
 from lightkit.distributed import launched
 from lightkit.errors import UsageError
@@ -60,6 +71,12 @@ def open_fit(
     ):
         trainer._run = run = opening.build_fit(trainer, session, train, val)
         resumed = resuming.restore(trainer, run, start)
+        planned = announce.planned(trainer)
+        run.plan.check_horizon(*planned)
+        if resumed is None and trainer.options.rehearse is not False:
+            from lightkit import rehearsal
+
+            rehearsal.before(trainer, run, own, planned[0])
         if not trainer.options.fast_dev_run:
             places.open_run(trainer, run, start)
         if resumed is None:
@@ -67,11 +84,9 @@ def open_fit(
             rng.for_rank(session.strategy.data_ranks[0])  # dropout differs over ranks
         elif run.reload is not None and run.state.batch_idx:
             run.reload(run)  # those that were made before know nothing of the epoch
-        planned = announce.planned(trainer)
-        run.plan.check_horizon(*planned)
         announce.say_start(trainer, run, resumed)
         try:
-            _collect_garbage(run, planned[0])
+            _collect_garbage(run, 0 if trainer.rehearsing else planned[0])
             if run.agree is not None:
                 run.agree.reach("the time at which the fit begins")  # a collective
             run.flow.validated_at = run.flow.clock()
@@ -95,11 +110,15 @@ def _collect_garbage(run: FitRun, steps: int | None) -> None:
     A full collection costs a tenth of a second with all that is imported; what is there after it
     stays for the whole fit, so later ones need not look at it.
     """
-    own = [p for p in run.task.parameters() if not is_lazy(p)]
-    little = sum(p.numel() for p in own) <= SMALL_SIZE and all(p.device.type == "cpu" for p in own)
-    if steps is None or steps > SMALL_STEPS or not little:
+    if steps is None or steps > SMALL_STEPS or not is_small(run.task):
         gc.collect()
         gc.freeze()
+
+
+def is_small(task: TaskModule) -> bool:
+    """Tells whether a task is on the CPU and has few parameters."""
+    own = [p for p in task.parameters() if not is_lazy(p)]
+    return sum(p.numel() for p in own) <= SMALL_SIZE and all(p.device.type == "cpu" for p in own)
 
 
 def _adopt(trainer: Trainer) -> None:
@@ -188,6 +207,7 @@ def _opened(trainer: Trainer, session: Session) -> Iterator[None]:
         if session.compilation is not None:
             error = session.compilation.explained(error)
         explaining.explain(error, session.task)
+        failure.leave(trainer, session, error)
         for hook in () if session.hooks is None else session.hooks.on_exception:
             _shielded(hook, error)
         ranks.failed(error)

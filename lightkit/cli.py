@@ -12,7 +12,7 @@ import shlex
 import shutil
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from traceback import walk_tb
@@ -38,13 +38,13 @@ COMMANDS = {
     "new": "start a project from a template",
     "export": "a checkpoint as a program, as weights, or (sharded) as one file",
 }
-_USAGE = """\
-usage: lightkit fit|validate|test|predict --config FILE [--config FILE ...] [--KEY VALUE ...]
-       lightkit demo [--KEY VALUE ...]
-       lightkit new TEMPLATE FOLDER
-       lightkit new --list
-       lightkit export CHECKPOINT FILE [--task module.Class]
-"""
+_RUN = "--config FILE [--config FILE ...] [--KEY VALUE ...]"
+#: What follows a command's name; `_RUN` for the others.
+_WORDS = {
+    "demo": "[--KEY VALUE ...]",
+    "new": "TEMPLATE FOLDER\n       lightkit new --list",
+    "export": "CHECKPOINT FILE [--task module.Class]",
+}
 _OPTIONS = {
     "--config FILE": "YAML with the keys trainer, data, task, ckpt_path; may be given several "
     "times, later files win",
@@ -120,9 +120,10 @@ def _split(argv: Sequence[str]) -> _Words:
             known = ", ".join(_OPTIONS)
             raise ConfigError(f"command line: unknown flag {word}\n  allowed: {known}")
         elif not equals and (not rest or rest[0].startswith("--")):
-            raise ConfigError(
-                f"command line: {key} needs a value\n  allowed: {key} VALUE or {key}=VALUE"
-            )
+            hint = did_you_mean(key, _SWITCHES)
+            allowed = f"{key} VALUE or {key}=VALUE"
+            text = f"command line: {key} needs a value\n  allowed: {allowed}\n {hint}"
+            raise ConfigError(text.rstrip())
         else:
             value = value if equals else rest.pop(0)
             if key == "--config":
@@ -136,9 +137,11 @@ def _run(words: _Words) -> int:
     if "--version" in words.switches:
         return _say(f"lightkit {lightkit.__version__}")
     command, *others = words.positional or [""]
-    wants_help = bool(words.switches & {"--help", "-h"})
+    wants_help = command == "help" or bool(words.switches & {"--help", "-h"})
+    if command == "help":
+        command, *others = others or [""]
     if not command:
-        if words.files or words.values:
+        if (words.files or words.values) and not wants_help:
             raise ConfigError(f"command line: no command\n  allowed: {', '.join(COMMANDS)}")
         return _say(_help())
     if command not in COMMANDS:
@@ -150,9 +153,9 @@ def _run(words: _Words) -> int:
     if wrong := words.switches - _ANYWHERE - {own}:
         raise ConfigError(f"command line: {command} has no flag {', '.join(wrong)}")
     if command == "new":
-        return _say(_help()) if wants_help else _new(words, others)
+        return _say(_help(command)) if wants_help else _new(words, others)
     if command == "export":
-        return _say(_help()) if wants_help else _export(words, others)
+        return _say(_help(command)) if wants_help else _export(words, others)
     if others:
         is_file = others[0].endswith((".yaml", ".yml"))
         hint = f"Did you mean --config {others[0]}?" if is_file else ""
@@ -162,20 +165,32 @@ def _run(words: _Words) -> int:
 
 
 def _new(words: _Words, others: list[str]) -> int:
-    from lightkit._share import copy_template, templates
+    from lightkit import announce
+    from lightkit._share import copy_template
 
     if "--list" in words.switches:
-        return _say("\n".join(f"{name:16}{line}" for name, line in templates().items()))
+        return _say("\n".join(_templates()))
     if len(others) != 2 or words.values or words.files:
-        given = " ".join(["lightkit new", *others])
-        allowed = f"lightkit new TEMPLATE FOLDER, where TEMPLATE is {' or '.join(templates())}"
-        raise ConfigError(f"command line: wrong use\n  given:   {given}\n  allowed: {allowed}")
+        what = "no folder" if len(others) == 1 else "wrong use"
+        given = shlex.join(["lightkit", *words.given])
+        allowed = "lightkit new TEMPLATE FOLDER; lightkit new --list shows the templates"
+        raise ConfigError(f"command line: {what}\n  given:   {given}\n  allowed: {allowed}")
     name, folder = others
-    files = copy_template(name, folder)
+    try:
+        files = copy_template(name, folder)
+    except OSError as error:
+        raise ConfigError(f"{folder}: {error.strerror}. Choose another folder.") from error
     return _say(
         f"{len(files)} files written to {folder}. To train:\n"
-        f"  cd {shlex.quote(folder)}\n  lightkit fit --config config.yaml"
+        f"  cd {shlex.quote(folder)}\n  {announce.program('lightkit', here=False)} fit "
+        f"--config config.yaml"
     )
+
+
+def _templates() -> list[str]:
+    from lightkit._share import templates
+
+    return [f"{name:16}{line}" for name, line in templates().items()]
 
 
 def _export(words: _Words, others: list[str]) -> int:
@@ -215,13 +230,18 @@ def _entry_point(command: str, words: _Words, wants_help: bool) -> int:
     if output is not None and command != "predict":
         raise ConfigError(f"command line: --output is for predict only\n  given:   {command}")
     if demo := command == "demo":
-        command = "fit"
         words.files.insert(0, _demo_config())
     sources = read_sources(words.files, words.values, "command line")
     if demo:
         _find_anywhere(sources)
     if wants_help:
-        return _say(_help(sources))
+        return _say(_help(command, sources))
+    if demo:
+        import torch
+
+        command = "fit"
+        # More threads gain nothing with so small a network; on a busy machine each waits for all.
+        torch.set_num_threads(1)
     config = resolve(sources)
     if "--print_config" in words.switches:
         return _say(config.to_yaml())
@@ -285,7 +305,8 @@ def _launch(config: Config, words: _Words) -> None:
     if number < 2:
         return
     words_after = ["-m", "lightkit", *words.given]
-    _say(f"starting: torchrun --standalone --nproc-per-node {number} {shlex.join(words_after)}")
+    text = f"starting: torchrun --standalone --nproc-per-node {number} {shlex.join(words_after)}"
+    _say(screen.fold(text, sys.stdout, " \\"))
     run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(number)]
     os.execv(sys.executable, [sys.executable, *run, *words_after])  # noqa: S606  this very command
 
@@ -301,22 +322,37 @@ def _checkpoint_near(files: list[str]) -> str:
     return ""
 
 
-def _help(sources: Sources | None = None) -> str:
-    """Returns the help; with the sources of an entry point, all arguments that it takes."""
-    lines = [_USAGE]
-    if sources is None:
-        lines += ["commands:", *(f"  {name:10}{line}" for name, line in COMMANDS.items()), ""]
-    lines += ["flags, in any order (--KEY=VALUE works too; a value is read as YAML):"]
-    for flag, text in _OPTIONS.items():
-        lines += _entry(flag, text)
-    if sources is None:
-        return "\n".join([*lines, "", "lightkit fit --help shows every argument of the Trainer."])
+def _help(command: str = "", sources: Sources | None = None) -> str:
+    """Returns the help: of all commands, or of one, with the arguments that it takes."""
+    if not command:
+        lines = [f"usage: lightkit fit|validate|test|predict {_RUN}"]
+        lines += [f"       lightkit {name} {words}" for name, words in _WORDS.items()]
+        lines += ["", "commands:", *(f"  {name:10}{line}" for name, line in COMMANDS.items())]
+        each = "lightkit COMMAND --help shows more, as every argument of the Trainer."
+        return "\n".join([*lines, "", *_flags(_OPTIONS), "", each])
+    lines = [f"usage: lightkit {command} {_WORDS.get(command, _RUN)}", "", COMMANDS[command], ""]
+    if command == "new":
+        return "\n".join([*lines, "templates:", *(f"  {line}" for line in _templates())])
+    if command == "export":
+        from lightkit.export import SUFFIXES
+
+        lines += ["FILE ends in:", *(f"  {end:14}{kind}" for end, kind in SUFFIXES.items())]
+        return "\n".join([*lines, "  .ckpt         a sharded checkpoint as one file"])
+    lines += _flags([f for f in _OPTIONS if command == "predict" or not f.startswith("--output")])
+    assert sources is not None
     classes: list[tuple[str, Any]] = [("trainer", lightkit.Trainer)]
     classes += [(section, sources.find_class(section)) for section in ("task", "data")]
     for section, cls in classes:
         if cls is not None:
             lines += ["", f"arguments of {cls.__name__}:", *_arguments(section, cls)]
     return "\n".join(lines)
+
+
+def _flags(names: Iterable[str]) -> list[str]:
+    lines = ["flags, in any order (--KEY=VALUE works too; a value is read as YAML):"]
+    for flag in names:
+        lines += _entry(flag, _OPTIONS[flag])
+    return lines
 
 
 def _arguments(section: str, cls: Any) -> list[str]:

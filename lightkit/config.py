@@ -250,7 +250,9 @@ def _resolve(sources: Sources, trainer_class: type) -> Config:
     if drawn:
         checked["seed"] = secrets.randbelow(2**31)
     if tree.get("task") is None:
-        raise MisfitError((), "task is missing", "task: {class_path: module.Class}, or --task")
+        raise MisfitError(
+            (), "task is missing", "task: {class_path: module.Class} in --config FILE, or --task"
+        )
     data = tree.get("data")
     return Config(
         Deferred(f"{trainer_class.__module__}.{trainer_class.__name__}", trainer_class, checked),

@@ -56,7 +56,13 @@ class CheckpointError(LightkitError, RuntimeError):
 
 
 class NonFiniteError(LightkitError, RuntimeError):
-    """A loss or a monitored metric is nan or inf."""
+    """A loss or a monitored metric is nan or inf.
+
+    Attributes:
+        step: Steps completed before the one with the first such loss; None where that is not known.
+    """
+
+    step: int | None = None
 
 
 class CompileError(LightkitError, RuntimeError):

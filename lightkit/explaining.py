@@ -61,6 +61,8 @@ class Step:
 def step_of(error: BaseException) -> Step | None:
     """Returns the step that an exception came out of; None where it did not, as from a loader."""
     frames, doors = list(walk_tb(error.__traceback__)), []
+    if (cause := _cause(error)) is not error:
+        frames += walk_tb(cause.__traceback__)
     for number, (frame, _) in enumerate(frames):
         name = frame.f_globals.get("__name__", ""), frame.f_code.co_name
         if name in _DOORS:
@@ -87,18 +89,24 @@ def explain(error: BaseException, task: nn.Module) -> None:
     """
     try:
         noted = any(note.startswith(_START) for note in getattr(error, "__notes__", ()))
-        if noted or not isinstance(error, _KINDS) or isinstance(error, LightkitError):
+        cause = _cause(error)
+        if noted or not isinstance(cause, _KINDS) or isinstance(cause, LightkitError):
             return
         step = step_of(error)
-        if step is None or _raised_by_user(error):
+        if step is None or _raised_by_user(cause):
             return
-        note = _note(error, step, task)
+        note = _note(cause, step, task)
         if hasattr(error, "add_note"):
             error.add_note(note)
         else:
             _log.error("%s", note)
     except Exception as problem:  # noqa: BLE001  must not hide the error itself
         _log.debug("no note on the error: %s", problem)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Returns what an error of ours was made of; any other is returned itself."""
+    return (error.__cause__ or error) if isinstance(error, LightkitError) else error
 
 
 def _raised_by_user(error: BaseException) -> bool:

@@ -52,7 +52,9 @@ def wanted(trainer: Trainer, names: Iterable[str]) -> bool:
     return trainer.is_global_zero and any(name not in asked for name in names)
 
 
-def say(trainer: Trainer, name: str, text: str, *, warn: bool = False) -> None:
+def say(
+    trainer: Trainer, name: str, text: str, *, warn: bool = False, label: str = "hint:"
+) -> None:
     """Logs a hint, if the trainer tells it.
 
     Args:
@@ -60,10 +62,11 @@ def say(trainer: Trainer, name: str, text: str, *, warn: bool = False) -> None:
         name: One of `NAMES`.
         text: The sentence, without a full stop; sentences with one where it is a warning.
         warn: Whether it spoils the result.
+        label: What a line begins with that is no warning.
     """
     if not wanted(trainer, [name]):
         return
     if warn:
         _log.warning("%s [%s]", text, name, extra={"hint": name})
     else:
-        _log.info("%-9s %s [%s]", "hint:", text, name, extra={"hint": name})
+        _log.info("%-9s %s [%s]", label, text, name, extra={"hint": name})

@@ -62,6 +62,8 @@ def mend(
         return ""
     weight = next(module.parameters(recurse=False), None)
     if weight is not None and weight.device != value.device:
+        if all(one is not module for one in task.modules()):
+            return "nn.ModuleList, or an attribute of the task: only then it moves with the task"
         return f"{name}.to({str(weight.device)!r}), where the weights are"
     if isinstance(module, nn.Embedding):
         return _index(name, value, module.num_embeddings, "num_embeddings")
@@ -142,6 +144,6 @@ def _index(name: str, value: Tensor, size: int, what: str) -> str:
     if value.device.type != "cpu" or not value.numel():  # elsewhere it may not be readable any more
         return ""
     low, high = int(value.min()), int(value.max())  # on the CPU: no sync
-    if 0 <= low and high < size:
+    if low >= 0 and high < size:
         return ""
     return f"{name} goes from {low} to {high}, and allowed are 0 to {size - 1} ({what}={size})"

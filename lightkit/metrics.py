@@ -211,11 +211,13 @@ class MetricLog(Recorder, Callback):
             f"{self.note()}"
         )
         if self.stop_on_nan:
-            raise NonFiniteError(
+            error = NonFiniteError(
                 f"{text[0].upper()}{text[1:]}. Lower the learning rate, clip gradients "
                 f"(gradient_clip_val=1.0), or look for the operation with detect_anomaly=True. "
                 f"Trainer(terminate_on_nan=False) trains on."
             )
+            error.step = self.loss_steps[bad[0]]
+            raise error
         _log.warning("%s", text)
 
     def check_window(self) -> None:

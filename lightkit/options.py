@@ -103,6 +103,7 @@ class Options:
     val_check_interval: int | float | str | None
     check_val_every_n_epoch: int | None
     num_sanity_val_steps: int | None
+    rehearse: bool | None
     log_every_n_steps: int
     callbacks: Any
     logger: Any
@@ -136,6 +137,7 @@ class Options:
         self._one_of("gradient_clip_algorithm", ("norm", "value"))
         self._one_of("use_distributed_sampler", (True, False))
         self._one_of("fused", (None, True, False))
+        self._one_of("rehearse", (None, True, False))
         self._one_of("benchmark", (None, True, False))
         self._one_of("deterministic", (None, True, False, "warn"))
         self._one_of("memory_format", (None, "channels_last"))

@@ -27,10 +27,15 @@ if TYPE_CHECKING:
 _log = logging.getLogger("lightkit")
 
 
+def leaves_files(trainer: Trainer, session: Session) -> bool:
+    """Tells whether a fit has a folder."""
+    wanted = any(getattr(callback, "needs_folder", False) for callback in session.callbacks)
+    return bool(session.loggers or trainer.options.enable_checkpointing or wanted)
+
+
 def run_folder(trainer: Trainer, session: Session) -> Path | None:
     """Returns the folder of a fit, made; None where nothing shall be left behind."""
-    wanted = any(getattr(callback, "needs_folder", False) for callback in session.callbacks)
-    if not (session.loggers or trainer.options.enable_checkpointing or wanted):
+    if not leaves_files(trainer, session):
         return None
     chosen = next((d for logger in session.loggers if (d := logger.next_dir())), None)
     parent = trainer.default_root_dir / type(session.task).__name__

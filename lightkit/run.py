@@ -327,7 +327,7 @@ class FitRun:
         """
         now, self.loaders_now = self.loaders_now, []
         records = [self.data, *[{}] * len(now)]
-        for feed, state, record in zip(self._feeds(), now, records, strict=False):
+        for feed, state, record in zip(self.feeds(), now, records, strict=False):
             if (record or state).get("open"):
                 feed.reopen()
             feed.load(record, state, _name(feed is self.feed))
@@ -342,11 +342,11 @@ class FitRun:
         self.resting = switches(self.task)["eval"]
         state = {"rng": rng.rng_state(), "generators": self._generator_states()}
         state["next"] = self.next_data
-        return {**state, "loaders": [feed.now() for feed in self._feeds()[1:]]}
+        return {**state, "loaders": [feed.now() for feed in self.feeds()[1:]]}
 
     def undo_validation(self, state: dict[str, Any]) -> None:
         """Puts back random states and validation loaders, as if a validation had not begun."""
-        for feed, now in zip(self._feeds()[1:], state["loaders"], strict=True):
+        for feed, now in zip(self.feeds()[1:], state["loaders"], strict=True):
             if not now["open"]:
                 feed.close()
             feed.load({}, now, _name(False))
@@ -368,7 +368,7 @@ class FitRun:
         Also how many batches of it all ranks together have done ("done"), and how many ranks there
         are ("world"). No collective: each rank says what it knows.
         """
-        train, *others = self._feeds()
+        train, *others = self.feeds()
         done = self.completed()["batch_idx"] if self.data else None
         state = {**self.data, "world": train.world}
         if self.next_data:
@@ -411,10 +411,11 @@ class FitRun:
         """Ends what the loaders keep between passes."""
         if self.next_stream is not None:
             self.next_stream.close()
-        for feed in self._feeds():
+        for feed in self.feeds():
             feed.close()
 
-    def _feeds(self) -> list[Feed]:
+    def feeds(self) -> list[Feed]:
+        """Returns what begins passes over the loaders: the training's first."""
         plans = [] if self.validation is None else self.validation.loaders
         return [self.feed, *(plan.feed for plan in plans)]
 

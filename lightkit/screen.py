@@ -231,8 +231,8 @@ class Terminal(Plain):
             self._take_streams()
             self._bars = "\r\x1b[K\n" + "\x1b[K\n".join(drawn) + f"\x1b[J\x1b[{len(drawn)}A\r"
             if not self._open_line:
+                self._visible = True  # before it is: a second Ctrl-C may come in between
                 self._put(self._bars)
-                self._visible = True
 
     def leave(self, line: str) -> None:
         """Writes a line in place of the bars; they come back with the next drawing."""
@@ -262,8 +262,8 @@ class Terminal(Plain):
             self._open_line = text[-1] not in "\r\n"
             if self._bars and not self._open_line:
                 stream.flush()
-                self._put(self._bars)
                 self._visible = True
+                self._put(self._bars)
         return written
 
     def _hide(self) -> None:

@@ -52,6 +52,7 @@ class Session:
         ended: The last fit, where it came to its end: it may be saved afterwards.
         ledger: The record of the fit's run folder; None where nothing is written.
         compilation: What is compiled in the fit that runs; None where nothing is.
+        failure: What the fit left behind when it failed; see ``failure.py``.
     """
 
     task: TaskModule = None  # type: ignore[assignment]  # before the first call there is none
@@ -82,3 +83,4 @@ class Session:
     ended: FitRun | None = None
     ledger: Ledger | None = None
     compilation: Compilation | None = None
+    failure: Path | None = None

@@ -60,7 +60,10 @@ class Trainer(TrainerView):
         check_val_every_n_epoch: Validate in every so many epochs; None counts the interval over
             epochs.
         num_sanity_val_steps: Validation batches tried before a fresh fit, on a copy of the random
-            states; default 2, -1 for all, 0 for none.
+            states; -1 for all, 0 for none. Default: 2, or none where the fit was rehearsed.
+        rehearse: Whether a fresh fit is tried before, in about two seconds on a copy of everything:
+            two batches, a validation, a checkpoint. None leaves it out where the fit has no more than
+            100 steps of a small model on the CPU, and with ``overfit_batches``.
         log_every_n_steps: Steps per row of the loggers; a row holds means over them.
         callbacks: A callback or a list of them.
         logger: True for TensorBoard and metrics.jsonl, False for none, a logger, or a list.
@@ -128,6 +131,7 @@ class Trainer(TrainerView):
         val_check_interval: int | float | str | None = None,
         check_val_every_n_epoch: int | None = 1,
         num_sanity_val_steps: int | None = None,
+        rehearse: bool | None = None,
         log_every_n_steps: int = 50,
         callbacks: list[Callback] | Callback | None = None,
         logger: bool | Logger | list[Logger] | None = True,

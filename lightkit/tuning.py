@@ -16,20 +16,17 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from lightkit import opening, optim, rng
-from lightkit.callbacks import BaseFinetuning, GradientAccumulationScheduler
-from lightkit.data import DataModule, generators
+from lightkit import opening, optim, rng, trials
+from lightkit.data import DataModule
 from lightkit.distributed import launched
 from lightkit.errors import ConfigError, UsageError, one_of
 from lightkit.history import finished, pyplot_for
-from lightkit.hooks import Callback, listens
-from lightkit.options import listed
+from lightkit.hooks import Callback
 from lightkit.run import FitRun
 from lightkit.trainer import Trainer
 
@@ -39,8 +36,6 @@ if TYPE_CHECKING:
     from lightkit.task import TaskModule
 
 _log = logging.getLogger("lightkit")
-#: What is said where memory ends, beside errors of a kind of their own.
-_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
 
 
 # --- the learning rate ---------------------------------------------------------------------------
@@ -187,20 +182,14 @@ class _Trial(Callback):
 
     def __init__(self) -> None:
         self.samples: int | None = None
-        self._put_back: list[Callable[[], Any]] = []
+        self.put_back: Callable[[], None] = lambda: None
 
     def on_fit_start(self, trainer: Trainer, task: TaskModule) -> None:
         run = trainer._run
         assert isinstance(run, FitRun)
-        self._put_back.append(partial(run.feed.load, {}, run.feed.now(), "training loader"))
-        for generator in generators(run.train_loader):
-            self._put_back.append(partial(generator.set_state, generator.get_state()))
+        self.put_back = trials.keep(run)
         with contextlib.suppress(TypeError, AttributeError):  # no length: a stream
             self.samples = len(run.train_loader.dataset)
-
-    def put_back(self) -> None:
-        for one in self._put_back:
-            one()
 
 
 class _Sweep(_Trial):
@@ -343,7 +332,7 @@ class _Sizes:
                 _trial(*self._given, loader, datamodule, trial, self._steps)
             fits = True
         except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
+            if not trials.is_out_of_memory(error):
                 raise
             fits = False
         gc.collect()  # what the traceback held
@@ -364,12 +353,6 @@ class _Sizes:
             yield None, self._loader
         finally:
             self._loader.batch_size = before
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return any(text in str(error) for text in _NO_MEMORY)
 
 
 # --- one trial -----------------------------------------------------------------------------------
@@ -400,43 +383,32 @@ def _trial(
         raise UsageError(
             f"A trial trains a copy of the task, and {type(task).__name__} cannot be copied: {error}"
         ) from error
-    _reduce(twin)
+    _without_schedules(twin)
+    trials.reduce_callbacks(twin)
     loader, datamodule = opening.as_datamodule(loader, datamodule)
-    if isinstance(datamodule, DataModule):
-        own._put_back.append(partial(setattr, datamodule, "trainer", datamodule.trainer))
-    level = _log.level
-    _log.setLevel(max(level, logging.ERROR))  # what an ordinary fit says; the later one says it too
-    try:
-        with rng.preserved():
-            _twin_of(trainer, own, steps).fit(twin, loader, datamodule=datamodule)
-    finally:
-        _log.setLevel(level)
-        own.put_back()
-
-
-def _twin_of(trainer: Trainer, own: Callback, steps: int) -> Trainer:
-    """Returns a trainer with the same options that shows and writes nothing."""
+    before = datamodule.trainer if isinstance(datamodule, DataModule) else None
+    callbacks = [*copy.deepcopy(trials.changing(trainer._callbacks)), own]
     changed: dict[str, Any] = {
         "max_epochs": steps,  # enough, and a number from which a task may make its schedules
         "max_steps": steps,
-        "callbacks": [*copy.deepcopy(_changing(trainer._callbacks)), own],
         "limit_val_batches": 0,
         "check_val_every_n_epoch": 1,
-        "num_sanity_val_steps": 0,
     }
-    changed |= dict.fromkeys(("min_epochs", "min_steps", "max_time", "val_check_interval"))
-    changed |= dict.fromkeys(("seed", "profiler"))
-    off = ("logger", "fast_dev_run", "terminate_on_nan", "enable_progress_bar")
-    changed |= dict.fromkeys((*off, "enable_checkpointing", "enable_model_summary"), False)
-    twin = Trainer(**{**vars(trainer.options), **changed})
-    twin._handlers = [handler for handler in trainer._handlers if listens(handler, "on_loss")]
-    return twin
+    changed |= dict.fromkeys(("min_epochs", "min_steps", "val_check_interval"))
+    changed |= dict.fromkeys(("logger", "terminate_on_nan"), False)
+    try:
+        with rng.preserved(), trials.silent():
+            trial = trials.like(Trainer, trainer, callbacks, **changed)
+            trial.fit(twin, loader, datamodule=datamodule)
+    finally:
+        if isinstance(datamodule, DataModule):
+            datamodule.trainer = before
+        own.put_back()
 
 
-def _reduce(task: TaskModule) -> None:
-    """Takes from a copy of the task what a trial does without: schedules, and some callbacks."""
-    configured, callbacks = task.configure_optimizers, task.configure_callbacks
-    own: Any = vars(task)
+def _without_schedules(task: TaskModule) -> None:
+    """Takes the schedules from a copy of the task."""
+    configured = task.configure_optimizers
 
     def configure_optimizers() -> Any:
         given = configured()
@@ -448,13 +420,4 @@ def _reduce(task: TaskModule) -> None:
             of.step = lambda *_, **__: None
         return given
 
-    own["configure_optimizers"] = configure_optimizers
-    own["configure_callbacks"] = lambda: _changing(
-        listed(callbacks(), Callback, "configure_callbacks")
-    )
-
-
-def _changing(callbacks: list[Callback]) -> list[Callback]:
-    """Returns the callbacks that change what is trained."""
-    kinds = (BaseFinetuning, GradientAccumulationScheduler)
-    return [one for one in callbacks if isinstance(one, kinds) or listens(one, "on_loss")]
+    vars(task)["configure_optimizers"] = configure_optimizers

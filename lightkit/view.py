@@ -40,6 +40,8 @@ class TrainerView:
     _callbacks: list[Callback]
     _loggers: list[Logger]
     _handlers: list[Handler]
+    #: Whether this is the trainer of a rehearsal, which trains a copy of the task.
+    rehearsing: bool = False
 
     def __getattr__(self, name: str) -> Any:
         """Says for names of other trainers what to write; called where there is no such name."""

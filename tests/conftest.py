@@ -6,11 +6,14 @@ import logging
 import os
 import random
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
+# As where this Python's environment is active: its programs are known by their names.
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 
 import numpy as np
 import pytest

@@ -34,7 +34,8 @@ def loader(dataset: Any = DATA, **kwargs: Any) -> DataLoader[Any]:
 
 def test_the_same_loader_is_told_with_its_name_and_the_fix() -> None:
     train = loader()
-    (message,) = check_loaders(train, [("val", loader(list(range(5)))), ("held_out", train)])
+    ((name, message),) = check_loaders(train, [("val", loader(list(range(5)))), ("held_out", train)])
+    assert name == "same-data"
     assert "'held_out' is the training loader itself" in message
     assert "random_split" in message
 
@@ -88,7 +89,8 @@ MEETING: dict[str, tuple[Callable[[], Any], Callable[[], Any], str]] = {
 @pytest.mark.parametrize("case", MEETING)
 def test_training_samples_in_validation_are_told(case: str) -> None:
     train, val, text = MEETING[case]
-    (message,) = check_loaders(train(), [("val", val())])
+    ((name, message),) = check_loaders(train(), [("val", val())])
+    assert name == "same-data"
     assert text in message
 
 
@@ -137,7 +139,7 @@ class ManualTask(Task):
     automatic_optimization = False
 
 
-def found(returned: Callable[[Task], Any], task: type[Task] = Task) -> list[str]:
+def found(returned: Callable[[Task], Any], task: type[Task] = Task) -> list[tuple[str, str]]:
     made = task(returned)
     plan = OptimizerPlan.build(made, fused=False, device=torch.device("cpu"))
     return check_parameters(made, plan)
@@ -157,7 +159,8 @@ def test_nothing_is_said_about_what_is_right() -> None:
 
 
 def test_parameters_in_no_optimizer_are_named() -> None:
-    (message,) = found(lambda t: sgd(t.head.parameters()))
+    ((name, message),) = found(lambda t: sgd(t.head.parameters()))
+    assert name == "no-optimizer"
     assert message.startswith("2 trainable parameters are in no optimizer")
     assert "body.weight, body.bias" in message
 
@@ -168,7 +171,8 @@ def test_long_lists_are_cut() -> None:
             super().__init__(returned)
             self.more = nn.Sequential(*[nn.Linear(1, 1) for _ in range(4)])
 
-    (message,) = found(lambda t: sgd(t.head.parameters()), Deep)
+    ((name, message),) = found(lambda t: sgd(t.head.parameters()), Deep)
+    assert name == "no-optimizer"
     assert "10 trainable parameters" in message
     assert "more.1.bias" not in message
     assert "and 5 more" in message
@@ -180,7 +184,8 @@ def test_manual_optimization_may_leave_parameters_out() -> None:
 
 def test_parameters_in_two_optimizers_are_named() -> None:
     both = lambda t: [sgd(t.parameters()), sgd(t.head.parameters())]  # noqa: E731
-    (message,) = found(both, ManualTask)
+    ((name, message),) = found(both, ManualTask)
+    assert name == "two-optimizers"
     assert "2 parameters are in more than one optimizer" in message
     assert "head.weight, head.bias" in message
 
@@ -189,7 +194,8 @@ def test_an_optimizer_of_another_model_is_told() -> None:
     other = nn.Linear(2, 2)
     messages = found(lambda t: sgd([*t.parameters(), *other.parameters()]))
     assert len(messages) == 1
-    assert "holds 2 parameters that are not the task's own" in messages[0]
+    assert messages[0][0] == "foreign-parameters"
+    assert "holds 2 parameters that are not the task's own" in messages[0][1]
 
 
 def test_nothing_to_train_is_an_error() -> None:
@@ -210,12 +216,14 @@ def test_no_optimizer_and_nothing_to_train_is_fine(caplog: pytest.LogCaptureFixt
 
 
 def test_a_monitor_whose_worse_values_count_as_better_is_told() -> None:
-    (message,) = check_modes([Timer(), EarlyStopping("val_accuracy"), EarlyStopping("val/loss")])
+    ((name, message),) = check_modes([Timer(), EarlyStopping("val_accuracy"), EarlyStopping("val/loss")])
+    assert name == "wrong-mode"
     assert message.startswith(
         "EarlyStopping('val_accuracy') has mode='min', by which a lower value"
     )
     assert "mode='max'" in message
-    (message,) = check_modes([ModelCheckpoint(monitor="val_loss", mode="max")])
+    ((name, message),) = check_modes([ModelCheckpoint(monitor="val_loss", mode="max")])
+    assert name == "wrong-mode"
     assert "mode='min'" in message
 
 

@@ -255,6 +255,8 @@ WRONG = {
         ["command line: --trainer.callbacks: no 'EarlyStoping'", "Did you mean 'EarlyStopping'?"],
     ),
     "short flag": ("fit -c run.yaml", None, ["unknown flag -c"]),
+    "misspelled switch": ("new --lst", None, ["--lst needs a value", "Did you mean '--list'?"]),
+    "no folder": ("new digits", None, ["no folder", "lightkit new TEMPLATE FOLDER", "--list"]),
     "unknown template": ("new digit x", None, ["'digit'", "Did you mean 'digits'?"]),
 }
 
@@ -346,6 +348,28 @@ def test_short_help_and_version(project, capsys):
     assert capsys.readouterr().out == f"lightkit {lk.__version__}\n"
 
 
+def test_each_command_has_a_help_of_its_own(project, capsys):
+    """What to type, what it does and its own flags; ``help COMMAND`` is the same."""
+    known = {
+        "fit": ["usage: lightkit fit --config FILE", "\ntrain a task\n", "--trainer.max_epochs"],
+        "predict": ["usage: lightkit predict", "--output FILE"],
+        "new": ["usage: lightkit new TEMPLATE FOLDER\n", "\n  digits    "],
+        "export": ["usage: lightkit export CHECKPOINT FILE", "\n  .onnx   ", "\n  .ckpt   "],
+    }
+    for command, parts in known.items():
+        assert main([command, "--help"]) == 0
+        out = capsys.readouterr().out
+        assert all(part in out for part in parts), out
+        assert "lightkit fit|validate" not in out
+        assert ("--output" in out) == (command == "predict")
+        assert ("--ckpt_path" in out) == (command in ("fit", "predict"))
+        assert main(["help", command]) == 0
+        assert capsys.readouterr().out == out
+    assert main(["help"]) == main(["--help"]) == 0
+    first, second = capsys.readouterr().out.split("usage: ")[1:]
+    assert first == second
+
+
 def test_the_users_own_error_keeps_its_traceback(project):
     words = ["fit", "--config", "run.yaml", "--task", "cli_project.Broken", "--task.width", "2"]
     done = start(*words, cwd=project)
@@ -379,6 +403,39 @@ def test_new_project(project, capsys):
     assert (project / "mine" / "config.yaml").is_file()
     assert main(["new", "digits", "mine"]) == 2
     assert "not empty" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(project, capsys):
+    (project / "file").write_text("")
+    assert main(["new", "digits", "file/mine"]) == 2
+    assert capsys.readouterr().err.startswith("error: file/mine: Not a directory.")
+
+
+def test_programs_that_are_not_on_the_path_are_given_with_theirs(project, monkeypatch, capsys):
+    """As after ``.venv/bin/lightkit new`` in an environment that is not active."""
+    programs = project / "environment" / "bin"
+    programs.mkdir(parents=True)
+    for name in ("lightkit", "tensorboard"):
+        (programs / name).touch(0o755)
+    monkeypatch.setattr(sys, "executable", str(programs / "python"))
+    monkeypatch.setenv("PATH", str(project))
+    assert main(["new", "digits", "mine"]) == 0
+    assert f"cd mine\n  {programs}/lightkit fit --config" in capsys.readouterr().out
+    assert main(["fit", "--config", "run.yaml", "--trainer.logger", "true"]) == 0
+    said = capsys.readouterr()
+    assert "curves:   environment/bin/tensorboard --logdir out/" in said.out + said.err
+
+
+def test_demo_is_computed_by_one_thread(project, monkeypatch, capsys):
+    """Small as it is, it gains nothing from more, and on a busy machine they wait for each other."""
+    pytest.importorskip("sklearn")
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert main(["demo", "--print_config"]) == 0
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_demo_trains_the_digits_and_ends_with_their_curves(project, monkeypatch, capsys):

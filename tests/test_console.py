@@ -74,6 +74,26 @@ def test_warnings_are_colored_on_a_terminal_that_shows_colors(log, monkeypatch, 
     assert out.getvalue() == first + "plain\n"
 
 
+def test_long_lines_are_broken_between_words_on_a_terminal_alone(log, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "24")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("NO_COLOR", "1")
+    console.install()
+    log.warning("more words than have room")
+    assert capsys.readouterr().out == "warning: more words than have room\n"
+    out = Terminal()
+    monkeypatch.setattr(sys, "stdout", out)
+    log.warning("more words than have room")
+    log.info("resume:   lightkit fit --config a", extra={"command": True})
+    assert out.getvalue().splitlines() == [
+        "warning: more words than",
+        "         have room",
+        "resume:   lightkit \\",
+        "          fit --config \\",
+        "          a",
+    ]
+
+
 def test_handlers_of_the_user_are_enough(log, capsys):
     mine = io.StringIO()
     log.addHandler(logging.StreamHandler(mine))

@@ -33,7 +33,7 @@ USES_QUICKSTART = "of the [quickstart](index.md)"
 #: Runs of the command line are cut short by these.
 SHORT = ("--trainer.max_epochs=1", "--trainer.limit_train_batches=2")
 #: Other programs that a block may call; the gate and the reader run them.
-PROGRAMS = {"cd", "mkdocs", "pip", "pytest", "python3", "tensorboard", ".ci/run"}
+PROGRAMS = {".", "cd", "mkdocs", "pip", "pytest", "python3", "tensorboard", ".ci/run"}
 
 
 @dataclass
@@ -236,16 +236,86 @@ def test_the_order_on_the_page_is_that_of_a_run(tmp_path):
     assert len(drawn) > 25
 
 
+def test_what_the_drawing_leaves_out_is_said_as_it_is(tmp_path):
+    """Checkpoints, exceptions, evaluations alone, and the pieces of the loop that are replaced."""
+    import torch
+
+    from tests import small
+
+    called: list[str] = []
+
+    def recording(name: str):
+        def hook(self, *args, **kwargs):
+            called.append(name)
+            return getattr(super(Recorder, self), name)(*args, **kwargs)
+
+        return hook
+
+    class Net(small.Net):
+        def training_step(self, batch, batch_idx):
+            if self.broken:
+                raise ZeroDivisionError
+            return super().training_step(batch, batch_idx)
+
+        def validation_step(self, batch, batch_idx):
+            return Net.training_step(self, batch, batch_idx)
+
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), 0.1)
+            schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+            return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    replaced = [*("configure_callbacks", "optimizer_zero_grad", "backward", "optimizer_step")]
+    replaced += ["configure_gradient_clipping", "lr_scheduler_step"]
+    page = (DOCS / "loop.md").read_text(encoding="utf-8")
+    assert all(f"\n| `{name}`" in page for name in replaced)
+    names = {*drawn_order(), *replaced, "on_exception", "on_save_checkpoint", "on_load_checkpoint"}
+    names |= {name.replace("_validation_", "_test_") for name in names if "_validation_" in name}
+    names -= {"training_step", "validation_step"}
+    Recorder = type("Recorder", (Net,), {name: recording(name) for name in names})
+    Recorder.broken = False
+
+    def trainer(epochs):
+        options = {"num_sanity_val_steps": 0, "rehearse": False, "gradient_clip_val": 1.0}
+        return lightkit.Trainer(
+            max_epochs=epochs, limit_train_batches=1, default_root_dir=tmp_path, **options
+        )
+
+    def in_this_order(*some):
+        assert [name for name in called if name in some] == [*some]
+
+    trainer(1).fit(Recorder(), small.loader())
+    assert called[0] == "configure_callbacks"
+    in_this_order("on_before_zero_grad", "optimizer_zero_grad")
+    in_this_order("on_before_backward", "backward", "on_after_backward")
+    in_this_order(
+        *("on_before_optimizer_step", "configure_gradient_clipping", "optimizer_step"),
+        *("lr_scheduler_step", "on_train_batch_end", "on_save_checkpoint", "on_train_end"),
+    )
+    called.clear()
+    trainer(2).fit(Recorder(), small.loader(), ckpt_path=next(tmp_path.rglob("last.ckpt")))
+    in_this_order("configure_optimizers", "on_load_checkpoint", "on_fit_start")
+    called.clear()
+    trainer(1).test(Recorder(), small.loader())
+    alone = ["configure_callbacks", "prepare_data", "setup", "configure_model", "on_test_start"]
+    assert called[:5] == alone
+    assert called[-3:] == ["on_test_epoch_end", "on_test_end", "teardown"]
+    called.clear()
+    Recorder.broken = True
+    with pytest.raises(ZeroDivisionError):
+        trainer(1).fit(Recorder(), small.loader())
+    assert called[-2:] == ["on_exception", "teardown"]
+
+
 def test_every_hook_is_in_the_order_or_named_beside_it():
     from lightkit.hook_names import LOOP_HOOKS
 
     page = (DOCS / "loop.md").read_text(encoding="utf-8")
-    # Test and prediction repeat the validation's; the others come when they come.
-    others = {"on_exception", "on_save_checkpoint", "on_load_checkpoint"}
+    # Test and prediction repeat the validation's.
     missing = [
         hook
         for hook in LOOP_HOOKS
-        if hook not in page and hook not in others and not re.match(r"on_(test|predict)_", hook)
+        if hook not in page and not re.match(r"on_(test|predict)_", hook)
     ]
     assert missing == []
 
@@ -319,6 +389,16 @@ def test_calls_in_the_text_are_accepted(page, tmp_path, monkeypatch):
         if isinstance(made, type) and ... not in given:
             with contextlib.suppress(NameError):  # `lk.Trainer(max_epochs=n)`
                 eval(ast.unparse(call), {**names, "lk": lightkit})
+
+
+def test_extras_in_the_text_exist():
+    settings = (ROOT / "pyproject.toml").read_text("utf-8")
+    part = settings.partition("[project.optional-dependencies]\n")[2].partition("\n[")[0]
+    there = set(re.findall(r"^([\w-]+) = \[", part, re.MULTILINE))
+    text = "".join((ROOT / page).read_text("utf-8") for page in PAGES)
+    named = re.findall(r"(?:lightkit|'\.|\"\.)\[([\w,-]+)\]", text)
+    assert len(named) > 10
+    assert {one for several in named for one in several.split(",")} <= there
 
 
 def test_every_argument_of_the_trainer_is_on_its_page():

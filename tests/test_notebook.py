@@ -63,9 +63,11 @@ def test_a_fit_leaves_plain_lines_and_no_bar(outputs):
     assert setup == []
     lines = text(fit).splitlines()
     assert lines[0].startswith("device:   cpu, precision 32-true")
-    assert [line.split()[:2] for line in lines if "train_loss" in line] == [["epoch", "train_loss"]]
+    assert [line.split()[1] for line in lines if line.startswith("epoch ")] == ["train_loss"]
     assert [line.split()[0] for line in lines if "/2 " in line] == ["1/2", "2/2"]
-    assert lines[-1] == "curves:   tensorboard --logdir runs/Net/version_0"
+    assert lines[-3].startswith("best:     epoch ")
+    assert lines[-2] == "results:  runs/Net/version_0"
+    assert lines[-1].endswith("tensorboard --logdir runs/Net/version_0")
     assert "\x1b" not in text(fit)
     assert {part["output_type"] for part in fit} <= {"stream", "display_data"}
     assert {part["name"] for part in fit if "name" in part} == {"stdout"}

@@ -108,6 +108,20 @@ def test_a_page_gets_its_docstrings(docstrings):
     assert "<!--" not in shown
 
 
+def test_public_names_are_links(docstrings):
+    """But for those in code, and those that are a link already."""
+    page = "`Trainer.fit`, `lk.callbacks.SWA()`, [`Trainer`](x), `ConfigError`, `Other`, `fit`\n\n"
+    mark = "<!-- docstring: lightkit.unfreeze -->"
+    shown = docstrings.on_page_markdown(f"{page}```\n`History`\n```\n{mark}\n")
+    assert shown.startswith(
+        "[`Trainer.fit`](reference.md#fit), [`lk.callbacks.SWA()`](reference-callbacks.md#swa), "
+        "[`Trainer`](x), [`ConfigError`](reference.md#errors), `Other`, `fit`\n\n```\n`History`\n```"
+    )
+    # The heading "history", of a property of the Trainer's, comes before.
+    assert docstrings.places()["History"] == "reference.md#history_1"
+    assert docstrings.on_page_markdown(page) == page  # another page than those of the reference
+
+
 @pytest.mark.parametrize("name", ["lightkit.Trainr", "lightkit.callbacks.Trainer", "torch.nn"])
 def test_a_name_that_does_not_exist_stops_the_build(docstrings, name):
     with pytest.raises(LookupError, match=re.escape(name)):

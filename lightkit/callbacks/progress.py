@@ -25,9 +25,9 @@ class ProgressBar(Callback):
 
     On a terminal and in a notebook the bar is live. In a pipe, a file or a dumb terminal there is
     the same line per epoch, and inside long epochs one plain line per ``interval``. A validation
-    in the middle of an epoch leaves a line of what it logged, with the epochs done as a fraction. The loop only
-    compares a clock: between two drawings nothing is rendered, and no tensor is ever read. Shows
-    something on rank zero only.
+    in the middle of an epoch leaves a line of what it logged, with the epochs done as a fraction.
+    The loop only compares a clock: between two drawings nothing is rendered, and no tensor is ever
+    read. Shows something on rank zero only.
 
     Args:
         refresh_hz: Drawings per second at most on a terminal (in a notebook: 2).

@@ -52,7 +52,11 @@ class Contents(dict[str, Any]):
 
 
 def collect(
-    run: FitRun, *, weights_only: bool = False, problem: Exception | None = None
+    run: FitRun,
+    *,
+    weights_only: bool = False,
+    problem: Exception | None = None,
+    alone: bool = False,
 ) -> dict[str, Any]:
     """Returns the checkpoint of a run as it stands now. The tensors are the live ones.
 
@@ -62,15 +66,19 @@ def collect(
         run: The run of a fit, at a save point.
         weights_only: Leave out what is only needed to go on with the run.
         problem: Why the state of this rank is not to be saved; all ranks raise it then.
+        alone: What this rank knows by itself, as if there were no others: no collective. Where there
+            are some, hooks are not called, as they may meet the others.
 
     Raises:
         ConfigError: Two callbacks want to store their state under one key.
     """
     task, state = run.task, run.state
     own = {} if weights_only else spread.part(run)
-    parts = spread.gathered(run.strategy.ranks, own, problem)
-    # Ranks that get the same batches, as in tensor parallelism, know the same.
-    parts = parts[:: len(parts) // run.strategy.data_ranks[1]]
+    parts = [own]
+    if not alone:
+        parts = spread.gathered(run.strategy.ranks, own, problem)
+        # Ranks that get the same batches, as in tensor parallelism, know the same.
+        parts = parts[:: len(parts) // run.strategy.data_ranks[1]]
     checkpoint = Contents(
         lightkit={
             "format": FORMAT,
@@ -105,7 +113,7 @@ def collect(
         checkpoint["callbacks"] = _callback_states(run)
         checkpoint["metrics"] = {**run.metrics.state_dict(), **checkpoint["metrics"]}
         checkpoint["history"] = _packed(run.history)
-    for hook in run.hooks.on_save_checkpoint:
+    for hook in () if alone and run.several else run.hooks.on_save_checkpoint:
         hook(checkpoint)
     return dict(checkpoint)  # what divides and copies it knows plain containers
 

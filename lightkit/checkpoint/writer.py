@@ -172,8 +172,9 @@ def _twice(write: Callable[[bool], _T]) -> _T:
         return write(True)
     except CheckpointError as error:
         _log.warning("%s Trying once more in %g s.", error, RETRY_SECONDS)
-        time.sleep(RETRY_SECONDS)
-        return write(False)
+    # Not while that is handled, else what fails again is shown with all of the first time.
+    time.sleep(RETRY_SECONDS)
+    return write(False)
 
 
 class Buffers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import re
 import zlib
@@ -106,6 +107,13 @@ class DDPStrategy(Strategy):
                 'trainer its own, or strategy="ddp".'
             )
         super().begin(device, ranks)
+
+    def fresh(self) -> DDPStrategy:
+        """See `Strategy.fresh`."""
+        other = copy.copy(self)
+        other._handles = []  # those of this one stay where they are
+        other.end()
+        return other
 
     def setup(self, task: nn.Module) -> None:
         """Moves the task to the device and gives it rank zero's weights."""

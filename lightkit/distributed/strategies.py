@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import zlib
 from datetime import timedelta
@@ -74,6 +75,10 @@ class Strategy:
     def begin(self, device: torch.device, ranks: Ranks) -> None:
         """Learns where this process runs, and with whom; at the start of every call."""
         self.device, self.ranks = device, ranks
+
+    def fresh(self) -> Strategy:
+        """Returns one with the same settings, for a call in the middle of this one's."""
+        return copy.copy(self)
 
     @property
     def world_size(self) -> int:

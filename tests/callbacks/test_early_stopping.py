@@ -359,9 +359,13 @@ def test_a_fit_with_a_monitor_that_is_not_there_ends_with_the_names(tmp_path: Pa
 
 
 def test_a_misspelled_monitor_ends_a_fit_before_its_first_step(tmp_path: Path) -> None:
+    class Logs(Scripted):
+        def validation_step(self, batch: Any) -> None:
+            self.log("val_loss", 1.0)
+
     trainer = real(tmp_path, num_sanity_val_steps=1, callbacks=[EarlyStopping("val_los")])
     with pytest.raises(LoggingError, match="Did you mean 'val_loss'"):
-        trainer.fit(Scripted([1.0]), loader(), loader())
+        trainer.fit(Logs([1.0]), loader(), loader())
     assert trainer.global_step == 0
 
 

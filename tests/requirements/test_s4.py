@@ -21,6 +21,25 @@ from tests.small import Net, loader
 ROOT = Path(__file__).parents[2]
 
 
+def test_S4_01_an_error_about_shapes_says_where(quiet):
+    """Two dozen faults are tested in tests/test_explaining.py."""
+
+    class Narrow(Net):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(4, 3), nn.Linear(2, 1))
+
+    with pytest.raises(RuntimeError, match="cannot be multiplied") as raised:
+        quiet_trainer(max_epochs=1).fit(Narrow(), loader())
+    if sys.version_info < (3, 11):
+        return  # there it is a line of the log
+    (note,) = raised.value.__notes__
+    assert "in net.1: Linear(in_features=2, out_features=1, bias=True)" in note
+    assert "input   float32 (4, 3)" in note
+    assert "weight  float32 (1, 2)" in note
+    assert "hint    Linear(in_features=3)" in note
+
+
 def test_S4_02_a_trial_of_everything_in_one_batch(quiet, tmp_path, monkeypatch):
     """Shapes in the summary are tested in tests/callbacks/test_summary.py."""
     monkeypatch.chdir(tmp_path)

@@ -98,6 +98,45 @@ def test_every_release_wrote_its_names_down():
     assert "surface_{}_{}_0".format(*lightkit.__version__.split(".")) in minors
 
 
+def too_early(row: str) -> str:
+    """Returns what is wrong with a row of "Deprecated now"; "" if it waits long enough."""
+    pattern = (
+        r"\| `[\w.]+` \| since (\d+)\.(\d+)\.0 \((\d{4})-(\d\d-\d\d)\) "
+        r"\| ends in (\d+)\.(\d+)\.0, not before (\d{4})-(\d\d-\d\d) \| .+ \|"
+    )
+    found = re.fullmatch(pattern, row)
+    if found is None:
+        return "not a row as the page describes it"
+    major, minor, year, day, to_major, to_minor, to_year, to_day = found.groups()
+    if int(to_major) == int(major) and int(to_minor) < int(minor) + 2:
+        return "less than two minor releases"
+    return "less than a year" if (int(to_year) - 1, to_day) < (int(year), day) else ""
+
+
+def test_what_is_deprecated_waits_two_minor_releases_and_a_year():
+    page = PAGE.read_text(encoding="utf-8")
+    section = page.partition("\n## Deprecated now\n")[2].partition("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| `")]
+    assert {row: wrong for row in rows if (wrong := too_early(row))} == {}
+    assert len(rows) == len(table("Deprecated now"))
+    (form,) = re.findall(r"^`(\| what .+ \|)`", section, re.MULTILINE)
+    assert too_early(form.replace("what", "`a.b`", 1)) == ""
+
+
+@pytest.mark.parametrize(
+    ("since", "ends", "wrong"),
+    [
+        ("0.3.0 (2027-02-01)", "0.5.0, not before 2028-02-01", ""),
+        ("0.3.0 (2027-02-01)", "1.0.0, not before 2028-03-01", ""),
+        ("0.3.0 (2027-02-01)", "0.4.0, not before 2028-02-01", "less than two minor releases"),
+        ("0.3.0 (2027-02-01)", "0.6.0, not before 2028-01-31", "less than a year"),
+        ("0.3.0", "0.6.0", "not a row as the page describes it"),
+    ],
+)
+def test_what_counts_as_too_early(since, ends, wrong):
+    assert too_early(f"| `lightkit.old` | since {since} | ends in {ends} | `new` |") == wrong
+
+
 def test_what_warns_stands_on_the_page():
     """One row for each place in the code that tells of a deprecation."""
     code = [path.read_text(encoding="utf-8") for path in (ROOT / "lightkit").rglob("*.py")]
