@@ -181,7 +181,7 @@ class _Watch:
             and any(p.requires_grad for p in module.parameters())
         ]
         if tops:
-            self._say(
+            self._warn(
                 "eval-mode",
                 f"training_step left {len(tops)} modules in eval mode that were in train mode: "
                 f"{some(tops)}. From now on they train without dropout, and their batch norms keep "
@@ -198,7 +198,7 @@ class _Watch:
 
     def _say_without(self, names: list[str], steps: str) -> None:
         total = len(self._with | self._without)
-        self._say(
+        self._warn(
             "no-gradient",
             f"{len(names)} of {total} trainable parameters got no gradient in the first {steps}: "
             f"{some(names)}. The loss does not depend on them: look for layers that forward does "
@@ -206,7 +206,7 @@ class _Watch:
         )
 
     def _say_zeros(self, modules: list[str], total: int, steps: str) -> None:
-        self._say(
+        self._warn(
             "zero-gradient",
             f"The gradients of {len(modules)} of {total} modules were zero in the first {steps}: "
             f"{some(modules)}. They do not learn: look for activations that are all cut off "
@@ -216,7 +216,7 @@ class _Watch:
     def _say_still(self, size: float, count: int, steps: str) -> None:
         groups = [group for one in self._run.plan.optimizers for group in one.param_groups]
         rates = sorted({f"{float(group['lr']):.3g}" for group in groups if "lr" in group})
-        self._say(
+        self._warn(
             "no-change",
             f"None of {count} parameters changed in the first {steps}, with gradients of up to "
             f"{size:.3g} and a learning rate of {some(rates) or 'its own'}. Look for an "
@@ -227,7 +227,7 @@ class _Watch:
     def _dtypes(self) -> list[str]:
         return sorted({str(p.dtype).removeprefix("torch.") for p in self._run.plan.parameters})
 
-    def _say(self, name: str, text: str) -> None:
+    def _warn(self, name: str, text: str) -> None:
         hints.say(self._trainer, name, text, warn=True)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import shlex
 import shutil
 import sys
@@ -13,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightkit import advice, screen
-from lightkit.callbacks import EarlyStopping, ModelCheckpoint
 from lightkit.errors import some
 from lightkit.feeds import NoData
 from lightkit.hints import say
-from lightkit.places import newest_checkpoint
+from lightkit.history import best_epoch
+from lightkit.places import monitors, newest_checkpoint
 from lightkit.precision import hints
 
 if TYPE_CHECKING:
@@ -62,10 +61,10 @@ def say_start(trainer: Trainer, run: FitRun, resumed: str | None) -> None:
         done = _count(state.epoch, "epoch")
         if state.batch_idx:
             done += f" and {_count(state.batch_idx, 'batch', 'batches')}"
-        where, steps = _short(Path(resumed)), _count(state.global_step, "step")
+        where, steps = short(Path(resumed)), _count(state.global_step, "step")
         _say("resumed", f"{where} ({steps}, {done} done)")
     if folder is not None:
-        _say("folder", _short(folder))
+        _say("folder", short(folder))
 
 
 @contextlib.contextmanager
@@ -85,7 +84,7 @@ def the_end(trainer: Trainer, session: Session) -> Iterator[None]:
             raise
     finally:
         if session.ledger is not None:
-            session.ledger.close(error, session.state)
+            session.ledger.close(error, session.state, session.history)
             if error is None:
                 _say_results(trainer, session)
             else:
@@ -94,8 +93,8 @@ def the_end(trainer: Trainer, session: Session) -> Iterator[None]:
                 except Exception as problem:  # noqa: BLE001  must not hide the error itself
                     _log.error("and in looking for the last checkpoint: %s", problem)
                 if session.failure is not None:
-                    _say("failure", _short(session.failure))
-                    run = shlex.quote(str(_short(session.ledger.folder)))
+                    _say("failure", short(session.failure))
+                    run = shlex.quote(str(short(session.ledger.folder)))
                     _say("replay", f"{program('lightkit')} replay {run}", command=True)
 
 
@@ -107,9 +106,9 @@ def _say_results(trainer: Trainer, session: Session) -> None:
     assert folder is not None
     if best := _best(trainer):
         _say("best", best)
-    _say("results", _short(folder))
+    _say("results", short(folder))
     if any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
-        logdir = shlex.quote(str(_short(folder)))
+        logdir = shlex.quote(str(short(folder)))
         _say("curves", f"{program('tensorboard')} --logdir {logdir}", command=True)
 
 
@@ -118,17 +117,12 @@ def _best(trainer: Trainer) -> str:
 
     Another callback's monitor or ``val_loss`` decides where no checkpoint's is logged; "" for none.
     """
-    history = trainer.history
-    savers = sorted(trainer.callbacks, key=lambda c: not isinstance(c, ModelCheckpoint))
-    watchers = (ModelCheckpoint, EarlyStopping)
-    asked: list[Any] = [(c.monitor, c.mode) for c in savers if isinstance(c, watchers)]
-    for name, mode in (*asked, ("val_loss", "min")):
-        known = [row[name] for row in history if name in row]
-        if len(known) > 1 and not all(map(math.isnan, known)):
-            best = history.best(name, mode)
-            names = [name, *(other for other in history.names() if other in best and other != name)]
-            return f"epoch {best['epoch']}, " + some(f"{n} {screen.number(best[n])}" for n in names)
-    return ""
+    found = best_epoch(trainer.history, [*monitors(trainer), ("val_loss", "min")], at_least=2)
+    if found is None:
+        return ""
+    name, best = found
+    names = [name, *(other for other in trainer.history.names() if other in best and other != name)]
+    return f"epoch {best['epoch']}, " + some(f"{n} {screen.number(best[n])}" for n in names)
 
 
 def _say_resume(trainer: Trainer, session: Session, ledger: Ledger) -> None:
@@ -140,9 +134,9 @@ def _say_resume(trainer: Trainer, session: Session, ledger: Ledger) -> None:
         if session.state.global_step:
             _say("resume", "nothing to go on from: no checkpoint was written")
         return
-    shown = _short(path)
+    shown = short(path)
     if trainer.config_text is not None:
-        config = shlex.quote(str(_short(ledger.folder / "config.yaml")))
+        config = shlex.quote(str(short(ledger.folder / "config.yaml")))
         ckpt_path = shlex.quote(str(shown))
         line = f"{program('lightkit')} fit --config {config} --ckpt_path {ckpt_path}"
         _say("resume", line, command=True)
@@ -215,10 +209,10 @@ def program(name: str, *, here: bool = True) -> str:
     path = shutil.which(name, path=str(Path(sys.executable).parent))
     if path is None or shutil.which(name) is not None:
         return name
-    return shlex.quote(str(_short(Path(path)) if here else Path(path).absolute()))
+    return shlex.quote(str(short(Path(path)) if here else Path(path).absolute()))
 
 
-def _short(folder: Path) -> Path:
+def short(folder: Path) -> Path:
     """Returns a folder relative to the current one where it lies below it."""
     try:
         return folder.absolute().relative_to(Path.cwd())

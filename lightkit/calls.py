@@ -53,7 +53,7 @@ def open_fit(
     console.install(launched().rank)
     train, val, datamodule = data
     train, datamodule = opening.as_datamodule(train, datamodule)
-    _adopt(trainer)
+    adopt(trainer)
     opening.check_task(task, _needs_of_fit(trainer, task))
     session = Session(task=task, datamodule=datamodule, stage=Stage.FIT, given_train=train)
     session.limits = make_limits(trainer.options, **own)
@@ -121,7 +121,7 @@ def is_small(task: TaskModule) -> bool:
     return sum(p.numel() for p in own) <= SMALL_SIZE and all(p.device.type == "cpu" for p in own)
 
 
-def _adopt(trainer: Trainer) -> None:
+def adopt(trainer: Trainer) -> None:
     """Takes over how the user changed ``trainer.callbacks`` since the last call began."""
     session = trainer.session
     now, before = session.callbacks, session.assembled
@@ -150,7 +150,7 @@ def open_evaluation(
     keep: bool = False,
 ) -> Iterator[EvalRun]:
     """Opens an evaluation; ``keep`` collects the outputs of its steps."""
-    _adopt(trainer)
+    adopt(trainer)
     given, datamodule = opening.as_datamodule(given, datamodule)
     old = trainer.session
     task, ckpt_path = opening.task_of(trainer, stage, task, ckpt_path)

@@ -37,6 +37,7 @@ COMMANDS = {
     "demo": "train a small network on handwritten digits and draw its curves",
     "new": "start a project from a template",
     "export": "a checkpoint as a program, as weights, or (sharded) as one file",
+    "replay": "run the step again at which a fit failed, and say where",
 }
 _RUN = "--config FILE [--config FILE ...] [--KEY VALUE ...]"
 #: What follows a command's name; `_RUN` for the others.
@@ -44,6 +45,7 @@ _WORDS = {
     "demo": "[--KEY VALUE ...]",
     "new": "TEMPLATE FOLDER\n       lightkit new --list",
     "export": "CHECKPOINT FILE [--task module.Class]",
+    "replay": "RUN [--task module.Class] [--data module.Class] [--debug]",
 }
 _OPTIONS = {
     "--config FILE": "YAML with the keys trainer, data, task, ckpt_path; may be given several "
@@ -53,11 +55,12 @@ _OPTIONS = {
     "--task module.Class": "the class of the task; --task.NAME VALUE sets its argument NAME",
     "--data module.Class": "the class of the data; --data.NAME VALUE sets its argument NAME",
     "--print_config": "print the resolved configuration, which repeats the run, and stop",
+    "--debug": "replay: stop in the debugger of Python where it fails",
     "--output FILE": "predict: where the predictions go (<default_root_dir>/predictions.pt)",
     "--help": "print this help, with the arguments of the task and data that are given",
     "--version": "print the version",
 }
-_SWITCHES = ("--help", "-h", "--version", "--print_config", "--list")
+_SWITCHES = ("--help", "-h", "--version", "--print_config", "--list", "--debug")
 _ANYWHERE = {"--help", "-h", "--version"}
 
 
@@ -149,13 +152,15 @@ def _run(words: _Words) -> int:
             f"command line: unknown command {command!r}\n"
             f"  allowed: {', '.join(COMMANDS)}\n {did_you_mean(command, COMMANDS)}".rstrip()
         )
-    own = "--list" if command == "new" else "--print_config"
+    own = {"new": "--list", "replay": "--debug"}.get(command, "--print_config")
     if wrong := words.switches - _ANYWHERE - {own}:
         raise ConfigError(f"command line: {command} has no flag {', '.join(wrong)}")
     if command == "new":
         return _say(_help(command)) if wants_help else _new(words, others)
     if command == "export":
         return _say(_help(command)) if wants_help else _export(words, others)
+    if command == "replay" and not wants_help:
+        return _replay(words, others)
     if others:
         is_file = others[0].endswith((".yaml", ".yml"))
         hint = f"Did you mean --config {others[0]}?" if is_file else ""
@@ -221,6 +226,13 @@ def _export(words: _Words, others: list[str]) -> int:
             f"  allowed: lightkit export {checkpoint} {file} --task module.Class"
         )
     return _say(f"written: {task_class.load_from_checkpoint(checkpoint).export(file)}")
+
+
+def _replay(words: _Words, others: list[str]) -> int:
+    from lightkit.replay import from_words
+
+    console.install()
+    return from_words(others, words.values, debug="--debug" in words.switches)
 
 
 def _entry_point(command: str, words: _Words, wants_help: bool) -> int:

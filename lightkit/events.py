@@ -129,6 +129,8 @@ class Handler(Callback):
 
     Attributes:
         label: What profilers and hints call it.
+        function: The function as it was given.
+        when: At which events it is called.
 
     Raises:
         ConfigError: For conditions that mean nothing at this event.
@@ -139,7 +141,7 @@ class Handler(Callback):
     order = 30
 
     def __init__(self, event: Any, function: Callable[..., Any], when: When) -> None:
-        name = hook_of(event)
+        name, self.function, self.when = hook_of(event), function, when
         self.label = getattr(function, "__name__", type(function).__name__)
         if not callable(function):
             raise UsageError(

@@ -12,7 +12,7 @@ import linecache
 import logging
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from traceback import walk_tb
@@ -31,7 +31,7 @@ _log = logging.getLogger("lightkit")
 #: What torch raises where shapes, dtypes, devices or the structure of a batch do not fit.
 _KINDS = (RuntimeError, ValueError, IndexError, TypeError, AssertionError, KeyError)
 #: The functions that call the user's steps, and where batches come from.
-_DOORS = {("lightkit.loops", "train_step"), ("lightkit.evaluation", "_evaluate_loader")}
+DOORS = {("lightkit.loops", "train_step"), ("lightkit.evaluation", "_evaluate_loader")}
 _FETCHING = ("lightkit.data.stream", "lightkit.data.groups", "lightkit.evaluation")
 _LIBRARIES = sys.stdlib_module_names | {"lightkit", "torch", "torchmetrics"}
 _CALLS = ("_wrapped_call_impl", "_call_impl")
@@ -64,8 +64,7 @@ def step_of(error: BaseException) -> Step | None:
     if (cause := _cause(error)) is not error:
         frames += walk_tb(cause.__traceback__)
     for number, (frame, _) in enumerate(frames):
-        name = frame.f_globals.get("__name__", ""), frame.f_code.co_name
-        if name in _DOORS:
+        if passes(frame, DOORS):
             doors.append(number)
     if not doors or not (below := frames[doors[-1] + 1 :]):
         return None
@@ -76,6 +75,11 @@ def step_of(error: BaseException) -> Step | None:
         return None
     stage = "training" if "group" in names else names["run"].stage
     return Step(stage, names["batch"], names["index"], names.get("number", 0), below)
+
+
+def passes(frame: FrameType, functions: Set[tuple[str, str]]) -> bool:
+    """Tells whether a frame is of one of these functions, named by module and name."""
+    return (frame.f_globals.get("__name__", ""), frame.f_code.co_name) in functions
 
 
 def explain(error: BaseException, task: nn.Module) -> None:

@@ -34,7 +34,7 @@ from lightkit.checkpoint.savers import leaves_a_state
 from lightkit.data import move_to_device
 from lightkit.data.move import members_of
 from lightkit.errors import CheckpointError, NonFiniteError, PeerError, UsageError
-from lightkit.explaining import step_of
+from lightkit.explaining import passes, step_of
 from lightkit.ledger import Record
 from lightkit.places import newest_checkpoint
 from lightkit.run import FitRun
@@ -65,7 +65,12 @@ def leave(trainer: Trainer, session: Session, error: BaseException) -> None:
     """
     try:
         run, state = trainer._run, session.state
-        if session.run_dir is None or not isinstance(run, FitRun) or not _counts(error, run):
+        if (
+            trainer.rehearsing
+            or session.run_dir is None
+            or not isinstance(run, FitRun)
+            or not _counts(error, run)
+        ):
             return
         rank = run.strategy.ranks.rank
         folder = session.run_dir / (FOLDER if rank == 0 else f"{FOLDER}_rank_{rank}")
@@ -82,6 +87,7 @@ def leave(trainer: Trainer, session: Session, error: BaseException) -> None:
             "processes": run.strategy.world_size,
             "task": f"{type(run.task).__module__}.{type(run.task).__qualname__}",
             "trainer": {name: getattr(trainer.options, name) for name in _OPTIONS},
+            "seed": trainer.options.seed,
             "checkpoint": None,
             "when": datetime.now().astimezone().isoformat(timespec="seconds"),
             "versions": {"python": platform.python_version(), "torch": str(torch.__version__)},
@@ -104,9 +110,9 @@ def _counts(error: BaseException, run: FitRun) -> bool:
         return False
     if isinstance(error, UsageError) and not (run.state.global_step or run.state.batch_idx):
         return False
-    frames = (frame for frame, _ in walk_tb(error.__traceback__))
-    names = {(frame.f_globals.get("__name__"), frame.f_code.co_name) for frame in frames}
-    return ("lightkit.loops", "fit") in names
+    return any(
+        passes(frame, {("lightkit.loops", "fit")}) for frame, _ in walk_tb(error.__traceback__)
+    )
 
 
 def _write_files(

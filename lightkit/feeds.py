@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("lightkit")
 _SHORT = {"validation": "val", "test": "test", "predict": "predict"}
-_TRANSFER = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+TRANSFER = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 
 class NoData:
@@ -206,7 +206,7 @@ def _feed(trainer: Trainer, session: Session, loader: Any, **options: Any) -> Fe
 def _why_not_ahead(session: Session, feed: Feed) -> str:
     """Returns why batches of a loader cannot be on their way before their turn; "" if they can."""
     kind = type(feed.loader).__name__
-    own = [name for name in _TRANSFER[:2] if _transfer_of(session, name) is not None]
+    own = [name for name in TRANSFER[:2] if _transfer_of(session, name) is not None]
     if own:
         return f"{own[0]} is to get each batch as the loader gave it. Remove one of the two."
     if not feed.may_look_ahead:
@@ -356,13 +356,13 @@ def make_transfer(session: Session, memory_format: str | None) -> Callable[[Any,
     if memory_format is not None:
         layout = getattr(torch, memory_format)
     own: dict[str, Callable[..., Any]] = {}
-    for name in _TRANSFER:
+    for name in TRANSFER:
         function = _transfer_of(session, name)
         if function is not None:
             own[name] = function
     if not own and device.type == "cpu" and dtype is None and layout is None:
         return None
-    before, move, after = (own.get(name) for name in _TRANSFER)
+    before, move, after = (own.get(name) for name in TRANSFER)
     non_blocking = device.type == "cuda"
 
     def transfer(batch: Any, dataloader_idx: int) -> Any:
@@ -381,15 +381,16 @@ def make_transfer(session: Session, memory_format: str | None) -> Callable[[Any,
 
 
 def _transfer_of(session: Session, name: str) -> Callable[..., Any] | None:
-    """Returns the user's function of one of the names of `_TRANSFER`: the task's comes first."""
+    """Returns the user's function of one of the names of `TRANSFER`: the task's comes first."""
     task, datamodule = session.task, session.datamodule
     if overrides(task, name):
         return getattr(task, name)  # type: ignore[no-any-return]
-    if datamodule is not None and _redefined(datamodule, name):
+    if datamodule is not None and redefined(datamodule, name):
         return getattr(datamodule, name)  # type: ignore[no-any-return]
     return None
 
 
-def _redefined(datamodule: Any, name: str) -> bool:
+def redefined(datamodule: Any, name: str) -> bool:
+    """Tells whether a data module defines ``name`` itself."""
     method = getattr(type(datamodule), name, None)
     return method is not None and method.__module__ != "lightkit.data.module"

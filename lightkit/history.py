@@ -197,6 +197,23 @@ class History(list[dict[str, float]]):
         return "\n".join(lines)
 
 
+def best_epoch(
+    history: History, monitors: Iterable[Sequence[str]], at_least: int = 1
+) -> tuple[str, dict[str, float]] | None:
+    """Returns the best epoch and the metric that tells so; None where no monitor has values.
+
+    Args:
+        history: The epochs.
+        monitors: Names with "min" or "max"; the first that is known decides.
+        at_least: How many epochs must have a value of it.
+    """
+    for name, mode in monitors:
+        known = [row[name] for row in history if name in row]
+        if len(known) >= at_least and not all(map(math.isnan, known)):
+            return name, history.best(name, "max" if mode == "max" else "min")
+    return None
+
+
 def _curve(points: list[tuple[float, float]], columns: int, marks: str) -> list[str]:
     """Returns three lines with the area under the points, joined by straight lines."""
     (first, _), (last, _) = points[0], points[-1]

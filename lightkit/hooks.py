@@ -318,22 +318,24 @@ class HookTable:
         callbacks: Sequence[Callback],
         times: Times | None = None,
     ) -> None:
-        listeners = sorted(callbacks, key=lambda callback: callback.order)
-        offered = {name: _arguments_after_self(getattr(Callback, name)) - 2 for name in LOOP_HOOKS}
         for name in LOOP_HOOKS:
+            offered = _arguments_after_self(getattr(Callback, name))
             found: list[Callable[..., Any]] = []
-            if listens(task, name):
-                mine = getattr(task, name)
-                found.append(_timed(_trimmed(mine, offered[name]), task, name, times))
-            for callback in listeners:
-                if listens(callback, name):
-                    method = _trimmed(getattr(callback, name), offered[name] + 2)
-                    method = _timed(method, callback, name, times)
-                    found.append(functools.partial(method, trainer, task))
+            for owner in listeners(name, task, callbacks):
+                mine = owner is task
+                method = _trimmed(getattr(owner, name), offered - 2 * mine)
+                method = _timed(method, owner, name, times)
+                found.append(method if mine else functools.partial(method, trainer, task))
             setattr(self, name, tuple(found))
 
     def __getattr__(self, name: str) -> tuple[Callable[..., Any], ...]:  # for type checkers only
         raise AttributeError(f"{name!r} is no hook.{did_you_mean(name, LOOP_HOOKS)}")
+
+
+def listeners(name: str, task: TaskModule, callbacks: Sequence[Callback]) -> list[Any]:
+    """Returns who listens to a hook, in order: the task first, then by `Callback.order`."""
+    ordered = sorted(callbacks, key=lambda callback: callback.order)
+    return [owner for owner in (task, *ordered) if listens(owner, name)]
 
 
 def of_user(hook: Any) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import platform
 import time
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from lightkit.errors import ConfigError, UsageError
+from lightkit.history import History, best_epoch
 
 if TYPE_CHECKING:
     from lightkit.limits import Limits
@@ -68,6 +70,11 @@ class Record:
         process: Who writes it: the number of the process and its machine.
         epoch: Epochs completed when it ended.
         global_step: Steps completed when it ended.
+        seconds: How long it had trained then.
+        error: What ended it, where it failed.
+        monitors: Names that tell which epoch is the best, and "min" or "max", in their order.
+        last: The last epoch of the history; None for what is not finite.
+        best: The best one.
     """
 
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -82,12 +89,26 @@ class Record:
     process: str = ""
     epoch: int = 0
     global_step: int = 0
+    seconds: float = 0.0
+    error: str = ""
+    monitors: list[list[str]] = field(default_factory=list)
+    last: dict[str, Any] = field(default_factory=dict)
+    best: dict[str, Any] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         """Replaces the file of a run folder as a whole."""
         part = folder / f".{FILE}.part"
         part.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
         os.replace(part, folder / FILE)
+
+    def keep(self, history: History) -> None:
+        """Takes the last and the best epoch of a history."""
+        best = best_epoch(history, [*self.monitors, ("val_loss", "min"), ("train_loss", "min")])
+        last = history[-1] if history else {}
+        self.last, self.best = (
+            {name: value if math.isfinite(value) else None for name, value in row.items()}
+            for row in (last, best[1] if best else {})
+        )
 
     def folders(self, run_dir: Path) -> list[Path]:
         """Returns the folders of the checkpoints."""
@@ -148,10 +169,10 @@ def settings_of(
     found: dict[str, Any] = {"task": type(task).__name__, "processes": processes}
     for word, owner in (("task", task), ("data", datamodule)):
         for name, value in (getattr(owner, "hparams", None) or {}).items():
-            found[f"{word}.{name}"] = _plain(value)
+            found[f"{word}.{name}"] = plain(value)
     for name in _NUMBERS:
         value = None if name == "seed" and drawn else getattr(options, name)
-        found[f"trainer.{name}"] = _plain(value)
+        found[f"trainer.{name}"] = plain(value)
     if options.prefetch:  # else reading draws in its turn, whatever was said
         found["trainer.prefetch"] = options.prefetch
     for name, size in (
@@ -193,16 +214,16 @@ def _per_step(settings: Mapping[str, Any]) -> int:
     return int(settings.get("processes", 1) * settings.get(_ACCUMULATE, 1))
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Returns what JSON can hold and two processes agree on: of other objects only the class."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     kind = value if isinstance(value, type) else type(value)
     return f"<{kind.__module__}.{kind.__qualname__}>"
 
@@ -223,7 +244,7 @@ class Ledger:
     def __init__(self, folder: Path, record: Record, lock: Lock | None = None) -> None:
         self.folder, self.record = folder, record
         self._lock = Lock(folder) if lock is None else lock
-        record.status, record.process = "running", this_process()
+        record.status, record.process, record.error = "running", this_process(), ""
         try:
             record.write(folder)
         except OSError as error:
@@ -233,13 +254,18 @@ class Ledger:
                 f"with Trainer(default_root_dir=...)."
             ) from None
 
-    def close(self, error: BaseException | None, state: TrainState) -> None:
+    def close(self, error: BaseException | None, state: TrainState, history: History) -> None:
         """Writes how the run ended, and lets other processes go on with it."""
-        stopped = isinstance(error, (KeyboardInterrupt, SystemExit))
-        self.record.status = "interrupted" if stopped else "failed" if error else "finished"
-        self.record.epoch, self.record.global_step = state.epoch, state.global_step
+        record, stopped = self.record, isinstance(error, (KeyboardInterrupt, SystemExit))
+        record.status = "interrupted" if stopped else "failed" if error else "finished"
+        record.epoch, record.global_step = state.epoch, state.global_step
+        record.seconds = state.seconds
+        if record.status == "failed":
+            first = next(iter(str(error).splitlines()), "")
+            record.error = f"{type(error).__name__}: {first}"[:200]
+        record.keep(history)
         try:
-            self.record.write(self.folder)
+            record.write(self.folder)
         except OSError as problem:  # a full disk; the checkpoints tell all that is needed
             _log.warning("%s could not be written: %s", self.folder / FILE, problem.strerror)
         finally:
@@ -294,3 +320,18 @@ class Lock:
         file, self._file, self._folder = self._file, None, Path()
         if file is not None:
             file.close()
+
+
+def in_use(folder: Path) -> bool:
+    """Tells whether a process is at work in a run folder; True where locks cannot tell."""
+    # To open the file of a lock that this process holds would release it.
+    if fcntl is None or folder.resolve() in _held:
+        return True
+    try:
+        with open(folder / _LOCK, "rb") as file:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return True
+    except OSError:  # no such file, or no locks on this file system
+        return (folder / _LOCK).exists()
+    return False

@@ -138,7 +138,7 @@ def equip(trainer: Trainer, session: Session) -> None:
         how = compiling.settings(options.compile)
         if how is not None:
             session.compilation = compiling.Compilation(how, task, session.flow, session.device)
-    session.callbacks = _all_callbacks(trainer, session)
+    session.callbacks = all_callbacks(trainer, session)
     session.assembled = tuple(session.callbacks)
     listeners = [*session.callbacks, *trainer._handlers, session.metrics, Advice()]
     if session.stage is Stage.FIT:
@@ -146,7 +146,7 @@ def equip(trainer: Trainer, session: Session) -> None:
     session.hooks = HookTable(trainer, task, listeners, session.flow.times)
 
 
-def _all_callbacks(trainer: Trainer, session: Session) -> list[Callback]:
+def all_callbacks(trainer: Trainer, session: Session) -> list[Callback]:
     """Returns the user's callbacks, the task's and the default ones, in order."""
     options, old = trainer.options, session.callbacks
     needed = listed(session.task.configure_callbacks(), Callback, "configure_callbacks")

@@ -12,6 +12,7 @@ from pathlib import Path
 from traceback import walk_tb
 from typing import TYPE_CHECKING, Any
 
+from lightkit import announce
 from lightkit.callbacks import EarlyStopping, ModelCheckpoint, ProgressBar
 from lightkit.checkpoint.savers import in_validation
 from lightkit.errors import ConfigError, LightkitError, some
@@ -45,10 +46,14 @@ def disk(trainer: Trainer, size: int) -> tuple[int, int]:
         trainer: The trainer of a fit.
         size: Bytes of one.
     """
+    steps, epochs = announce.planned(trainer)
     files, folders = 0, [trainer.default_root_dir]
     for saver in savers_of(trainer):
-        kept = saver.save_top_k if saver.save_top_k >= 0 else max(trainer.max_epochs, 1)
-        files += kept + saver.save_last
+        kept: float = saver.save_top_k
+        if kept < 0:
+            kept = (epochs or 0) // (saver.every_n_epochs or math.inf)
+            kept += (steps or 0) // (saver.every_n_train_steps or math.inf)
+        files += int(kept) + saver.save_last
         folders += [Path(saver._given_dirpath)] if saver._given_dirpath else []
     free = min(shutil.disk_usage(existing(folder)).free for folder in folders)
     return free, size * (files + 1)  # a file goes when the next one is complete
@@ -114,7 +119,7 @@ def check_monitors(trainer: Trainer, run: FitRun, logged: Collection[str], sure:
         trainer: The trainer.
         run: Its fit.
         logged: The names that the rehearsal logged.
-        sure: Whether the task did there all that it will do, and no functions are registered.
+        sure: Whether the task did there all that it will do.
 
     Raises:
         ConfigError: One of them was not logged, and nobody's code looks as if it might be later.
@@ -129,7 +134,8 @@ def check_monitors(trainer: Trainer, run: FitRun, logged: Collection[str], sure:
     entries = run.plan.plateau_entries
     asked += [(type(e.scheduler).__name__, e.monitor or "", e.strict) for e in entries]
     there = [id(one) for one in changing(callbacks)]
-    left_out = [one for one in callbacks if id(one) not in there]
+    left_out: list[Any] = [one for one in callbacks if id(one) not in there]
+    left_out += [handler.function for handler in trainer._handlers]
     for who, monitor, strict in asked:
         if monitor in logged or any(map(_may_log, left_out)):
             continue
@@ -145,8 +151,8 @@ def check_monitors(trainer: Trainer, run: FitRun, logged: Collection[str], sure:
 
 
 def _sources(one: Any) -> Iterable[str]:
-    """Yields the code of an object's classes; "" where it cannot be read."""
-    for kind in type(one).__mro__:
+    """Yields the code of an object's classes, or of a function; "" where it cannot be read."""
+    for kind in [one] if inspect.isroutine(one) else type(one).__mro__:
         if kind in _SILENT or kind.__module__.partition(".")[0] in ("torch", "torchmetrics"):
             continue
         try:

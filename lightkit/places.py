@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightkit import checkpoint
+from lightkit import checkpoint, provenance
+from lightkit.callbacks import EarlyStopping, ModelCheckpoint
 from lightkit.checkpoint.disk import same
 from lightkit.errors import CheckpointError, ConfigError, UsageError, did_you_mean
 from lightkit.ledger import Ledger, Record, read
@@ -107,10 +108,13 @@ def _open_folder(trainer: Trainer, run: FitRun, start: Start) -> None:
     start.record.checkpoints = [
         _relative(callback._folder(trainer), folder) for callback in trainer.checkpoint_callbacks
     ]
+    start.record.monitors = monitors(trainer)
     session.ledger = Ledger(folder, start.record, start.lock)
     session.history.folder = folder
     hparams = _logged_hparams(session)
     _write_settings(trainer, folder, run.state.global_step, hparams)
+    if not trainer.rehearsing:
+        provenance.keep(trainer, run, folder)
     for key, logger in keyed(session.loggers).items():
         if start.folder is None:
             logger.open(folder)
@@ -119,6 +123,13 @@ def _open_folder(trainer: Trainer, run: FitRun, start: Start) -> None:
             logger.rewind(start.marks.get(key, {}))
     if start.path is None or start.folder is None:
         _begin_rows(session, session.ledger, hparams)
+
+
+def monitors(trainer: Trainer) -> list[list[str]]:
+    """Returns the names by which callbacks tell the best epoch, each with "min" or "max"."""
+    savers = sorted(trainer.callbacks, key=lambda c: not isinstance(c, ModelCheckpoint))
+    watchers = (c for c in savers if isinstance(c, (ModelCheckpoint, EarlyStopping)))
+    return [[c.monitor, c.mode] for c in watchers if c.monitor is not None]
 
 
 def _begin_rows(session: Session, ledger: Ledger, hparams: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -138,7 +138,7 @@ def rehearse(trainer: Trainer, run: FitRun, own: Mapping[str, int | None]) -> Re
         Exception: What would have ended the fit later.
     """
     start = _clock()
-    put_back = trials.keep(run, *_given(trainer))
+    put_back, restore = trials.keep(run, *_given(trainer)), _keep_tensors(run.task)
     try:
         found = _rehearsed(trainer, run, own, _Watch(start, alone=run.strategy.world_size == 1))
     except Exception as error:
@@ -148,9 +148,11 @@ def rehearse(trainer: Trainer, run: FitRun, own: Mapping[str, int | None]) -> Re
         raise
     finally:
         put_back()
+        restore()
         if on_card(run):
             gc.collect()
             torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(run.device)
     if isinstance(found, Rehearsed):
         found.seconds = _clock() - start
     return found
@@ -173,8 +175,7 @@ def _rehearsed(
     if (signal := twin.session.flow.signal) is not None:  # in a notebook, where a fit ends quietly
         session.flow.signal = signal
         raise ended_by(signal)
-    sure = not (twin.asked or trainer._handlers)
-    outlook.check_monitors(trainer, run, twin.callback_metrics, sure=sure)
+    outlook.check_monitors(trainer, run, twin.callback_metrics, sure=not twin.asked)
     outlook.check_last_batch(run, watch.means)
     if watch.seen.size:
         outlook.check_disk(trainer, watch.seen.size)
@@ -289,6 +290,24 @@ def _copy(trainer: Trainer, run: FitRun, twin: _Understudy) -> TaskModule | str:
     trials.reduce_callbacks(task)
     vars(task).update(dict.fromkeys(_OFF, _nothing))
     return task
+
+
+def _keep_tensors(task: TaskModule) -> Callable[[], None]:
+    """Returns what puts gradients and buffers back, where a function of the copy holds the task.
+
+    A copy of ``lambda x: self.net(x)`` calls the network of the task itself.
+    """
+    gradients = [(p, p.grad) for p in task.parameters()]
+    buffers = [(buffer, buffer.clone()) for buffer in task.buffers() if not is_lazy(buffer)]
+
+    def restore() -> None:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+
+    return restore
 
 
 def _nothing(*_: Any, **__: Any) -> None:
@@ -429,7 +448,7 @@ def _try_save(twin: _Understudy, run: FitRun, watch: _Watch, weights_only: bool)
         again = checkpoint.read_checkpoint(path)
         written = move_to_device(checkpoint.storable(watch.saved), torch.device("cpu"))
         there = {name: again[name] for name in written if name in again}
-        lost = [name for name, _ in compare(written, there, "", ["*.loggers"])]
+        lost = [name.removeprefix(".") for name, _ in compare(written, there, "", [])]
         if lost:
             raise CheckpointError(
                 f"A checkpoint was written and read back, and holds something else: {some(lost)}. "

@@ -161,7 +161,7 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no ty
             self._optimizer.load_state_dict({**before.state_dict(), "param_groups": groups})
 
     def _options(self) -> dict[str, Any]:
-        off = ("logger", "enable_checkpointing", "enable_model_summary")
+        off = ("logger", "enable_checkpointing", "enable_model_summary", "rehearse")
         how = {"enable_progress_bar": self.verbose, "batch_size": self.batch_size}
         if hasattr(self, "trainer__callbacks"):
             raise ConfigError("trainer__callbacks does not exist: write callbacks=[...].")

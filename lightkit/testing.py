@@ -137,7 +137,7 @@ class _Given:
             "datamodule": datamodule,
         }
         rest = {k: v for k, v in options.items() if k not in ("callbacks", "logger")}
-        quiet = {"enable_progress_bar": False, "enable_model_summary": False}
+        quiet = {"enable_progress_bar": False, "enable_model_summary": False, "rehearse": False}
         self.options = {"log_every_n_steps": 1, "max_epochs": max_epochs, **rest, **quiet}
         self.shared: dict[str, str] = {}  # what could not be copied, and why
         for name, thing in self.things.items():

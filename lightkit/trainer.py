@@ -358,6 +358,34 @@ class Trainer(TrainerView):
         self.on("loss", returning(function) if callable(function) else function)
         return function
 
+    def explain(
+        self,
+        model: TaskModule,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: Any = None,
+        *,
+        stage: Literal["fit", "validate", "test", "predict"] = "fit",
+    ) -> str:
+        """Returns the loop as pseudocode, in which only the hooks stand that somebody listens to.
+
+        Each with its listeners in the order in which they are called. Nothing is run, loaded or
+        written; only ``configure_callbacks`` is called.
+
+        Args:
+            model: The task.
+            train_dataloaders: As for `fit`; where no data are given, their loaders count as there.
+            val_dataloaders: Likewise.
+            datamodule: Likewise.
+            stage: The entry point to explain.
+
+        Returns:
+            The text, which a notebook and the prompt show as it is.
+        """
+        from lightkit.pseudocode import explain
+
+        return explain(self, model, (train_dataloaders, val_dataloaders, datamodule), stage)
+
     def stop(self, reason: str) -> None:
         """Asks the fit to end at the next step, once the minimum of epochs and steps is done.
 

@@ -132,7 +132,11 @@ def bulk(task: nn.Module, loaders: Iterable[Any]) -> list[Any]:
         each
         for each in held
         if (isinstance(each, list) and len(each) > _LONG)
-        or (hasattr(each, "__array__") and not isinstance(each, nn.Parameter) and id(each) not in own)
+        or (
+            hasattr(each, "__array__")
+            and not isinstance(each, nn.Parameter)
+            and id(each) not in own
+        )
     ]
 
 

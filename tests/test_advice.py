@@ -300,7 +300,7 @@ def test_a_long_epoch_is_looked_at_where_it_is_saved(clock, told, quiet):
 def test_every_hint_stands_on_the_page():
     root = Path(__file__).parents[1]
     code = (root / "lightkit/advice.py").read_text() + (root / "lightkit/announce.py").read_text()
-    said = set(re.findall(r'(?:\bsay\(|yield )"([\w-]+)"', code))
+    said = set(re.findall(r'(?:\bsay\(trainer, |yield )"([\w-]+)"', code))
     assert {"slow-data", "workers-for-memory", "precision"} < said
     page = (root / "docs/profiling.md").read_text()
     assert set(re.findall(r"^\| `([\w-]+-[\w-]+|precision)` \|", page, re.MULTILINE)) == said

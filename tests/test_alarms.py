@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader, TensorDataset
 import lightkit as lk
 from lightkit import cli
 from lightkit.callbacks import EMA, SWA, BackboneFinetuning
-from lightkit.optim import ManualOptimizer
 
 ROOT = Path(__file__).parents[1]
 
@@ -84,7 +83,8 @@ def test_a_loss_that_is_cut_off_from_a_part_is_told_also_by_a_short_fit(quiet, t
     quiet(max_steps=1).fit(Cut(), data())
     ((name, text),) = told()
     assert name == "no-gradient"
-    assert "2 of 4" in text and "in the first step: body.bias, body.weight" in text
+    assert "2 of 4" in text
+    assert "in the first step: body.bias, body.weight" in text
 
 
 def test_modules_without_a_gradient_other_than_zero_are_named(quiet, told):
@@ -183,14 +183,14 @@ def test_faults_in_manual_optimization_are_told(quiet, told):
 
         def training_step(self, batch, batch_idx):
             optimizer, _ = self.optimizers()  # of the second one, which rests, nothing is known
-            assert isinstance(optimizer, ManualOptimizer | torch.optim.SGD)
             optimizer.zero_grad()
             self.manual_backward(super().training_step(batch, batch_idx))
             optimizer.step()
 
     quiet().fit(Manual(), data())
     ((name, text),) = told()
-    assert name == "no-gradient" and "extra.bias, extra.weight." in text
+    assert name == "no-gradient"
+    assert "extra.bias, extra.weight." in text
 
 
 def test_faults_are_told_once_and_the_listeners_go(quiet, told):
@@ -237,7 +237,12 @@ def test_nothing_is_told_of_the_templates(template, told, tmp_path, monkeypatch)
     pytest.importorskip("sklearn")
     monkeypatch.chdir(ROOT)
     monkeypatch.syspath_prepend(str(ROOT))
-    limits = ("max_epochs=1", "limit_train_batches=4", "limit_val_batches=1", "val_check_interval=1.0")
+    limits = (
+        "max_epochs=1",
+        "limit_train_batches=4",
+        "limit_val_batches=1",
+        "val_check_interval=1.0",
+    )
     flags = [f"--trainer.{limit}" for limit in (*limits, f"default_root_dir={tmp_path}")]
     assert cli.main(["fit", "--config", f"configs/{template}.yaml", *flags]) == 0
     assert told() == []
@@ -522,7 +527,8 @@ def test_an_accuracy_of_one_is_learnt_too(quiet, told):
             return torch.optim.Adam(self.parameters(), lr=0.05)
 
     quiet(max_epochs=40, overfit_batches=2).fit(Floor(), data())
-    assert told()[0][1].startswith("learnt: ") and told()[0][1].endswith(", train_accuracy 1")
+    assert told()[0][1].startswith("learnt: ")
+    assert told()[0][1].endswith(", train_accuracy 1")
 
 
 def test_few_batches_that_are_not_learnt_are_a_warning(quiet, told, caplog):
@@ -533,14 +539,16 @@ def test_few_batches_that_are_not_learnt_are_a_warning(quiet, told, caplog):
     quiet(max_epochs=5, overfit_batches=1).fit(Wrong(), data())
     ((name, text),) = told()
     assert name == "overfit"
-    assert text.startswith("Not learnt: train_loss went from 1.") or "Not" in text
+    assert text.startswith("Not learnt: train_loss went from ")
+    assert "below a tenth" in text
     assert [r.levelname for r in caplog.records if hasattr(r, "hint")] == ["WARNING"]
 
 
 def test_few_batches_that_are_on_their_way_are_told_to_go_on(quiet, told):
     quiet(max_epochs=15, overfit_batches=2).fit(Task(), data())
     ((_, text),) = told()
-    assert text.startswith("learning: train_loss went from") and "not below a tenth" in text
+    assert text.startswith("learning: train_loss went from")
+    assert "not below a tenth" in text
 
 
 def test_one_epoch_is_nothing_to_judge_by(quiet, told):

@@ -34,7 +34,9 @@ def loader(dataset: Any = DATA, **kwargs: Any) -> DataLoader[Any]:
 
 def test_the_same_loader_is_told_with_its_name_and_the_fix() -> None:
     train = loader()
-    ((name, message),) = check_loaders(train, [("val", loader(list(range(5)))), ("held_out", train)])
+    ((name, message),) = check_loaders(
+        train, [("val", loader(list(range(5)))), ("held_out", train)]
+    )
     assert name == "same-data"
     assert "'held_out' is the training loader itself" in message
     assert "random_split" in message
@@ -216,7 +218,9 @@ def test_no_optimizer_and_nothing_to_train_is_fine(caplog: pytest.LogCaptureFixt
 
 
 def test_a_monitor_whose_worse_values_count_as_better_is_told() -> None:
-    ((name, message),) = check_modes([Timer(), EarlyStopping("val_accuracy"), EarlyStopping("val/loss")])
+    ((name, message),) = check_modes(
+        [Timer(), EarlyStopping("val_accuracy"), EarlyStopping("val/loss")]
+    )
     assert name == "wrong-mode"
     assert message.startswith(
         "EarlyStopping('val_accuracy') has mode='min', by which a lower value"

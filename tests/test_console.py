@@ -88,9 +88,8 @@ def test_long_lines_are_broken_between_words_on_a_terminal_alone(log, monkeypatc
     assert out.getvalue().splitlines() == [
         "warning: more words than",
         "         have room",
-        "resume:   lightkit \\",
-        "          fit --config \\",
-        "          a",
+        "resume:   lightkit fit \\",
+        "          --config a",
     ]
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from lightkit import ledger
 from lightkit.errors import ConfigError, UsageError
+from lightkit.history import History
 from lightkit.ledger import Ledger, Lock, Record
 from lightkit.limits import Limits
 from lightkit.options import Options
@@ -52,7 +53,7 @@ def test_how_a_run_ends(tmp_path):
     ):
         entry = Ledger(tmp_path, Record())
         assert ledger.read(tmp_path).status == "running"
-        entry.close(error, state)
+        entry.close(error, state, History())
         found = ledger.read(tmp_path)
         assert (found.status, found.epoch, found.global_step) == (status, 2, 30)
 

@@ -225,6 +225,7 @@ def test_lines_without_an_end_or_a_length(quiet, capsys):
 
     quiet(max_epochs=-1, callbacks=Stops(), fused=False).fit(Net(), (b for b in loader()))
     assert lines(capsys) == [
+        "not rehearsed: the loader (generator) gives its batches only once",
         "device:   cpu, precision 32-true",
         "training: without end, an unknown number of batches per epoch",
         "stopped: seen enough",

@@ -124,17 +124,6 @@ def test_ctrl_c_leaves_the_terminal_clean(tmp_path):
     assert "\x1b[?25l" not in raw  # the cursor was never hidden, so it need not come back
 
 
-def test_a_second_ctrl_c_leaves_nothing_of_the_bar(tmp_path):
-    step = "if epoch == 1 and batch_idx == 10:\n    print('now', flush=True)\n    time.sleep(30)"
-    keys = [("now", b"\x03"), ("again: now", b"\x03")]
-    status, raw = run(program(tmp_path, step), columns=40, keys=keys)
-    assert status != 0
-    shown = lines(raw, 40)
-    at = shown.index("stopping after this step; ^C again: now")
-    assert re.fullmatch(r"Epoch 2/2 stopped at batch \d+/30", shown[at + 1])
-    assert shown[at + 2].startswith("Traceback")
-
-
 def test_a_pipe_gets_plain_lines(tmp_path):
     status, text = run_in_pipe(
         program(tmp_path, callbacks="lk.callbacks.ProgressBar(interval=0.1)"),

@@ -75,6 +75,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "options",
         "outlook",
         "places",
+        "provenance",
         "rehearsal",
         "resuming",
         "saving",
@@ -82,8 +83,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "trainer",
         "trials",
         "view",
+        "watching",
     ),
-    ("config_types", "config", "cli", "sklearn", "testing", "tuning", "__main__", ""),
+    ("config_types", "config", "cli", "replay", "sklearn", "testing", "tuning", "__main__", ""),
 )
 
 

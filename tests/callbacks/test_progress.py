@@ -438,6 +438,24 @@ def test_an_exception_takes_the_bar_away_and_says_where_it_stood(terminal):
     assert shown(terminal) == ["Epoch 1/3 stopped at batch 4/6"]
 
 
+def test_a_ctrl_c_within_a_drawing_leaves_nothing_of_the_bar(terminal, monkeypatch):
+    fit = Fit(ProgressBar(refresh_hz=EVERY_BATCH))
+    fit.start_epoch()
+    put = fit.bar._display._put
+    fit.bar._display._hide()
+
+    def interrupted(text):
+        put(text)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(fit.bar._display, "_put", interrupted)
+        fit.batches(1)
+    terminal.write("^C")  # of the terminal
+    fit.bar.on_exception(fit.trainer, None, KeyboardInterrupt())
+    assert shown(terminal) == ["Epoch 1/3 stopped at batch 1/6"]
+
+
 def test_where_a_signal_ended_the_run_the_loop_says_where_alone(terminal):
     fit = Fit(ProgressBar(refresh_hz=EVERY_BATCH), run_ending=True)
     fit.start_epoch()
