@@ -35,6 +35,7 @@ from lightkit.state import Stage
 from lightkit.task import TaskModule
 
 if TYPE_CHECKING:
+    from lightkit.resuming import Start
     from lightkit.run import EvalRun, FitRun
     from lightkit.trainer import Trainer
 
@@ -46,14 +47,17 @@ SMALL_STEPS, SMALL_SIZE = 1000, 1_000_000
 
 
 @contextlib.contextmanager
-def open_fit(
+def prepare_fit(
     trainer: Trainer, task: TaskModule, data: tuple[Any, ...], ckpt_path: Any, **own: int | None
-) -> Iterator[FitRun]:
-    """Opens a fit; see `Trainer.fit`. ``own`` has the limits of this call, or None for each."""
+) -> Iterator[tuple[FitRun, Start, contextlib.ExitStack]]:
+    """Builds a fit, of which nothing is written and nothing restored yet.
+
+    Yields the run, where it begins, and what is closed after everything else.
+    """
     console.install(launched().rank)
     train, val, datamodule = data
     train, datamodule = opening.as_datamodule(train, datamodule)
-    adopt(trainer)
+    _adopt(trainer)
     opening.check_task(task, _needs_of_fit(trainer, task))
     session = Session(task=task, datamodule=datamodule, stage=Stage.FIT, given_train=train)
     session.limits = make_limits(trainer.options, **own)
@@ -62,14 +66,23 @@ def open_fit(
     session.loggers = [] if trainer.options.fast_dev_run else [*trainer._loggers]
     opening.meet(trainer, session)
     start = resuming.find(trainer, session, ckpt_path)
-    # Signals are watched until all is closed: an impatient second one must not break that off.
     with (
         contextlib.closing(start),
         announce.the_end(trainer, session),
-        contextlib.ExitStack() as watch,
+        contextlib.ExitStack() as last,
         _opened(trainer, session),
     ):
         trainer._run = run = opening.build_fit(trainer, session, train, val)
+        yield run, start, last
+
+
+@contextlib.contextmanager
+def open_fit(
+    trainer: Trainer, task: TaskModule, data: tuple[Any, ...], ckpt_path: Any, **own: int | None
+) -> Iterator[FitRun]:
+    """Opens a fit; see `Trainer.fit`. ``own`` has the limits of this call, or None for each."""
+    with prepare_fit(trainer, task, data, ckpt_path, **own) as (run, start, last):
+        session = trainer.session
         resumed = resuming.restore(trainer, run, start)
         planned = announce.planned(trainer)
         run.plan.check_horizon(*planned)
@@ -92,7 +105,8 @@ def open_fit(
             run.flow.validated_at = run.flow.clock()
             if trainer.limits.seconds is not None:
                 run.flow.deadline = run.flow.clock() + trainer.limits.seconds - run.state.seconds
-            watch.enter_context(signals.watching(run.flow))
+            # Until all is closed: an impatient second signal must not break that off.
+            last.enter_context(signals.watching(run.flow))
             yield run
         except BaseException:
             run.writer.close(failed=True)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 #: Keys that say where a row belongs and are no metrics.
-_POSITION = ("epoch", "step", "time")
+POSITION = ("epoch", "step", "time")
 #: From empty to full, for the cells of a curve in characters.
 _BLOCKS, _ASCII = " ▁▂▃▄▅▆▇█", " ..::||##"
 
@@ -78,7 +78,7 @@ class History(list[dict[str, float]]):
     def names(self) -> list[str]:
         """Returns the metrics of all epochs, in the order in which they first came."""
         seen = {name: None for row in self for name in row}
-        return [name for name in seen if name not in _POSITION]
+        return [name for name in seen if name not in POSITION]
 
     def best(self, name: str, mode: Literal["min", "max"] = "min") -> dict[str, float]:
         """Returns the dict of the best epoch, the earliest of equals; nan is never best.

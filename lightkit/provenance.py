@@ -49,7 +49,7 @@ def keep(trainer: Trainer, run: FitRun, folder: Path) -> None:
         folder: Its folder.
     """
     entries = read(folder)
-    entry = {
+    entry: dict[str, Any] = {
         "when": datetime.now().astimezone().isoformat(timespec="seconds"),
         "step": run.state.global_step,
         "argv": masked(sys.orig_argv),
@@ -60,18 +60,15 @@ def keep(trainer: Trainer, run: FitRun, folder: Path) -> None:
         "processes": run.strategy.world_size,
         "threads": torch.get_num_threads(),
         "seed": trainer.options.seed,
-        "trainer": {
-            field.name: plain(getattr(trainer.options, field.name))
-            for field in dataclasses.fields(trainer.options)
-        },
-        **_installed(),
+        "git": _git(_folder_of_code(run.task)),
     }
-    known = _git(_folder_of_code(run.task))
-    if known is not None:
-        entry["git"] = facts = dict(known)
-        diff = facts.pop("diff")
-        if diff:
-            facts["diff"] = _write_diff(folder, diff, entries)
+    if entry["git"] is not None:
+        diff = entry["git"]["diff"]
+        entry["git"] |= {"diff": _write_diff(folder, diff, entries) if diff else None}
+    options = trainer.options
+    names = (field.name for field in dataclasses.fields(options))
+    entry["trainer"] = {name: plain(getattr(options, name)) for name in names}
+    entry |= _installed()
     try:
         text = json.dumps([*entries, entry], indent=2)
         (folder / FILE).write_text(text + "\n", encoding="utf-8")
