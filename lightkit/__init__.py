@@ -28,6 +28,7 @@ if typing.TYPE_CHECKING:
     from lightkit.freezing import freeze, is_frozen, unfreeze
     from lightkit.functional import evaluate, fit, predict
     from lightkit.rates import one_cycle, warmup, warmup_cosine
+    from lightkit.runs import find_runs
     from lightkit.supervised import SupervisedTask
     from lightkit.trainer import Trainer
     from lightkit.tuning import lr_find, scale_batch_size
@@ -41,6 +42,7 @@ else:
         "Trainer": "trainer",
         "callbacks": "callbacks",
         "evaluate": "functional",
+        "find_runs": "runs",
         "fit": "functional",
         "predict": "functional",
         "freeze": "freezing",
@@ -86,6 +88,7 @@ __all__ = [
     "callbacks",
     "errors",
     "evaluate",
+    "find_runs",
     "fit",
     "freeze",
     "is_frozen",

@@ -67,6 +67,7 @@ class _Watch:
         self._modes: dict[str, nn.Module] | None = None  # those in train mode before the step
         self._loss: tuple[Tensor, int] | None = None
         self._stepped: set[int] = set()  # the optimizers that took steps
+        self._open = True  # whether values are to be looked at, not only which gradients there are
         self._with: set[str] = set()
         self._without: set[str] = set()
         #: For each parameter its element with the largest gradient, its value, that gradient.
@@ -112,7 +113,7 @@ class _Watch:
                     self._without.add(name)
                     continue
                 self._with.add(name)
-                if not rests and (found := _largest(parameter)) is not None:
+                if self._open and not rests and (found := _largest(parameter)) is not None:
                     value = torch.take(parameter.detach(), found[1])
                     self._looks[name] = (parameter, found[1], value, found[0])
 
@@ -144,6 +145,20 @@ class _Watch:
         if not self._hooks or not self._steps:
             self.leave()
             return
+        steps = "step" if self._steps == 1 else f"{self._steps} steps"
+        without = sorted(self._without - self._with)
+        if getattr(self._run.strategy, "find_unused_parameters", False):
+            without = []
+        if self._open:
+            self._open = not self._read_values(steps, last=last)
+        if not last and (self._open or without):
+            return
+        if without:
+            self._say_without(without, steps)
+        self.leave()
+
+    def _read_values(self, steps: str, *, last: bool) -> bool:
+        """Tells what the values say, and whether that is all: they may be looked at again."""
         found = list(self._found.items())
         loss, classes = self._loss or (0.0, 1)
         # Host sync: after the first step, and once more where that showed something.
@@ -151,25 +166,19 @@ class _Watch:
             [loss, *(size for _, (size, _) in found), *(moved for _, (_, moved) in found)]
         )
         sizes = dict(zip(self._found, values[1:], strict=False))
-        moved = any(values[1 + len(found) :])
         if self._loss is not None and values[0] > 3 * math.log(classes):
             self._say_loss(values[0], classes)
         self._loss = None
-        still = moved or self._run.scaled or not any(sizes.values())
-        zeros, without = _zeros(sizes), sorted(self._without - self._with)
-        if getattr(self._run.strategy, "find_unused_parameters", False):
-            without = []
-        whole = len(self._stepped) == len(self._run.plan.optimizers)
-        if not last and not (whole and sizes and still and not zeros and not without):
-            return
-        steps = "step" if self._steps == 1 else f"{self._steps} steps"
-        if without:
-            self._say_without(without, steps)
+        zeros = _zeros(sizes)
+        still = any(sizes.values()) and not any(values[1 + len(found) :]) and not self._run.scaled
+        if not last:
+            seen = bool(sizes) and len(self._stepped) == len(self._run.plan.optimizers)
+            return seen and not zeros and not still
         if zeros and self._steps >= _LEAST:
             self._say_zeros(zeros, len(set(map(_owner, sizes))), steps)
-        if not still:
-            self._say_still(max(sizes.values()), len(sizes), steps)
-        self.leave()
+        if still:
+            self._say_still(max(sizes.values(), key=_or_nan), len(sizes), steps)
+        return True
 
     def _say_modes(self, before: dict[str, nn.Module]) -> None:
         left = {n: m for n, m in before.items() if not m.training}

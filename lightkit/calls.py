@@ -57,7 +57,7 @@ def prepare_fit(
     console.install(launched().rank)
     train, val, datamodule = data
     train, datamodule = opening.as_datamodule(train, datamodule)
-    _adopt(trainer)
+    adopt(trainer)
     opening.check_task(task, _needs_of_fit(trainer, task))
     session = Session(task=task, datamodule=datamodule, stage=Stage.FIT, given_train=train)
     session.limits = make_limits(trainer.options, **own)

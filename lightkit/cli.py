@@ -31,6 +31,8 @@ _log = logging.getLogger("lightkit")
 
 COMMANDS = {
     "fit": "train a task",
+    "check": "rehearse a fit and print its plan",
+    "explain": "print the loop with the hooks and callbacks that stand in it",
     "validate": "run the validation loop once",
     "test": "run the test loop once",
     "predict": "predict and save the predictions",
@@ -38,6 +40,7 @@ COMMANDS = {
     "new": "start a project from a template",
     "export": "a checkpoint as a program, as weights, or (sharded) as one file",
     "replay": "run the step again at which a fit failed, and say where",
+    "runs": "list past runs, or show how some of them differ",
 }
 _RUN = "--config FILE [--config FILE ...] [--KEY VALUE ...]"
 #: What follows a command's name; `_RUN` for the others.
@@ -46,6 +49,7 @@ _WORDS = {
     "new": "TEMPLATE FOLDER\n       lightkit new --list",
     "export": "CHECKPOINT FILE [--task module.Class]",
     "replay": "RUN [--task module.Class] [--data module.Class] [--debug]",
+    "runs": "[FOLDER] [--json]\n       lightkit runs RUN RUN [RUN ...] [--json]",
 }
 _OPTIONS = {
     "--config FILE": "YAML with the keys trainer, data, task, ckpt_path; may be given several "
@@ -56,11 +60,12 @@ _OPTIONS = {
     "--data module.Class": "the class of the data; --data.NAME VALUE sets its argument NAME",
     "--print_config": "print the resolved configuration, which repeats the run, and stop",
     "--debug": "replay: stop in the debugger of Python where it fails",
+    "--json": "runs: print JSON instead of a table",
     "--output FILE": "predict: where the predictions go (<default_root_dir>/predictions.pt)",
     "--help": "print this help, with the arguments of the task and data that are given",
     "--version": "print the version",
 }
-_SWITCHES = ("--help", "-h", "--version", "--print_config", "--list", "--debug")
+_SWITCHES = ("--help", "-h", "--version", "--print_config", "--list", "--debug", "--json")
 _ANYWHERE = {"--help", "-h", "--version"}
 
 
@@ -152,13 +157,15 @@ def _run(words: _Words) -> int:
             f"command line: unknown command {command!r}\n"
             f"  allowed: {', '.join(COMMANDS)}\n {did_you_mean(command, COMMANDS)}".rstrip()
         )
-    own = {"new": "--list", "replay": "--debug"}.get(command, "--print_config")
+    own = {"new": "--list", "replay": "--debug", "runs": "--json"}.get(command, "--print_config")
     if wrong := words.switches - _ANYWHERE - {own}:
         raise ConfigError(f"command line: {command} has no flag {', '.join(wrong)}")
     if command == "new":
         return _say(_help(command)) if wants_help else _new(words, others)
     if command == "export":
         return _say(_help(command)) if wants_help else _export(words, others)
+    if command == "runs":
+        return _say(_help(command)) if wants_help else _runs(words, others)
     if command == "replay" and not wants_help:
         return _replay(words, others)
     if others:
@@ -228,6 +235,15 @@ def _export(words: _Words, others: list[str]) -> int:
     return _say(f"written: {task_class.load_from_checkpoint(checkpoint).export(file)}")
 
 
+def _runs(words: _Words, others: list[str]) -> int:
+    from lightkit.runs import report
+
+    if wrong := [*words.values, *words.files]:
+        allowed = "lightkit runs [FOLDER]; lightkit runs RUN RUN"
+        raise ConfigError(f"command line: wrong use\n  given:   {wrong[0]}\n  allowed: {allowed}")
+    return _say(report(others, as_data="--json" in words.switches))
+
+
 def _replay(words: _Words, others: list[str]) -> int:
     from lightkit.replay import from_words
 
@@ -257,10 +273,15 @@ def _entry_point(command: str, words: _Words, wants_help: bool) -> int:
     config = resolve(sources)
     if "--print_config" in words.switches:
         return _say(config.to_yaml())
-    if not launched().launched:
+    if not launched().launched and command != "explain":
         _launch(config, words)
     console.install(launched().rank)
     run = build(config)
+    if command == "explain":
+        return _say(run.trainer.explain(run.task, datamodule=run.data))
+    if command == "check":
+        plan = run.trainer.check(run.task, datamodule=run.data)
+        return _say(str(plan)) if run.trainer.is_global_zero else 0
     if command != "fit" and config.ckpt_path is None:
         _log.warning("untrained weights: no ckpt_path was given.%s", _checkpoint_near(words.files))
     if demo:
@@ -337,7 +358,8 @@ def _checkpoint_near(files: list[str]) -> str:
 def _help(command: str = "", sources: Sources | None = None) -> str:
     """Returns the help: of all commands, or of one, with the arguments that it takes."""
     if not command:
-        lines = [f"usage: lightkit fit|validate|test|predict {_RUN}"]
+        runs = "|".join(name for name in COMMANDS if name not in _WORDS)
+        lines = [f"usage: lightkit {runs} {_RUN}"]
         lines += [f"       lightkit {name} {words}" for name, words in _WORDS.items()]
         lines += ["", "commands:", *(f"  {name:10}{line}" for name, line in COMMANDS.items())]
         each = "lightkit COMMAND --help shows more, as every argument of the Trainer."
@@ -350,7 +372,10 @@ def _help(command: str = "", sources: Sources | None = None) -> str:
 
         lines += ["FILE ends in:", *(f"  {end:14}{kind}" for end, kind in SUFFIXES.items())]
         return "\n".join([*lines, "  .ckpt         a sharded checkpoint as one file"])
-    lines += _flags([f for f in _OPTIONS if command == "predict" or not f.startswith("--output")])
+    if command == "runs":
+        return "\n".join([*lines, *_entry("--json", _OPTIONS["--json"])])
+    own = {"--output FILE": "predict", "--debug": "replay", "--json": "runs"}
+    lines += _flags([flag for flag in _OPTIONS if own.get(flag, command) == command])
     assert sources is not None
     classes: list[tuple[str, Any]] = [("trainer", lightkit.Trainer)]
     classes += [(section, sources.find_class(section)) for section in ("task", "data")]

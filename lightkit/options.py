@@ -257,6 +257,15 @@ def listed(given: Any, kind: type, what: str) -> list[Any]:
     return items
 
 
+def chosen_loggers(given: Any) -> list[Logger]:
+    """Returns the loggers that ``Trainer(logger=given)`` asks for."""
+    if given is True:
+        from lightkit.loggers import JSONLLogger, TensorBoardLogger
+
+        return [TensorBoardLogger(), JSONLLogger()]
+    return [] if given is False else listed(given, Logger, "logger")
+
+
 def _check_twice(items: list[Any], what: str) -> None:
     """Raises for what can be there once only."""
     if len(items) < 2:

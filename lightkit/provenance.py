@@ -33,7 +33,7 @@ _log = logging.getLogger("lightkit")
 FILE, DIFF = "provenance.json", "code.diff"
 #: Bytes of a diff, seconds for an answer of git, and names of files that git does not know.
 MOST_BYTES, MOST_SECONDS, MOST_NAMES = 1 << 20, 3.0, 50
-_SECRET = r"[\w.-]*(?:token|key|password|passwd|passphrase|pwd|secret|credentials?|auth)(?:_id)?"
+_SECRET = r"[\w.-]*(?:token|key|password|passwd|passphrase|pwd|secret|credentials?|auth)(?:_id)?"  # noqa: S105
 #: ``--api_key=x``, ``{"password": "x"}``, ``url?token=x``: all that follows is masked.
 _INSIDE = re.compile(rf"(\b{_SECRET}[\"']?\s*[=:]).+", re.IGNORECASE | re.DOTALL)
 _BEFORE = re.compile(rf"-*{_SECRET}", re.IGNORECASE)
@@ -49,6 +49,10 @@ def keep(trainer: Trainer, run: FitRun, folder: Path) -> None:
         folder: Its folder.
     """
     entries = read(folder)
+    git = _git(_folder_of_code(run.task))
+    if git is not None:
+        name = _write_diff(folder, git["diff"], entries) if git["diff"] else None
+        git = {**git, "diff": name}
     entry: dict[str, Any] = {
         "when": datetime.now().astimezone().isoformat(timespec="seconds"),
         "step": run.state.global_step,
@@ -60,11 +64,8 @@ def keep(trainer: Trainer, run: FitRun, folder: Path) -> None:
         "processes": run.strategy.world_size,
         "threads": torch.get_num_threads(),
         "seed": trainer.options.seed,
-        "git": _git(_folder_of_code(run.task)),
+        "git": git,
     }
-    if entry["git"] is not None:
-        diff = entry["git"]["diff"]
-        entry["git"] |= {"diff": _write_diff(folder, diff, entries) if diff else None}
     options = trainer.options
     names = (field.name for field in dataclasses.fields(options))
     entry["trainer"] = {name: plain(getattr(options, name)) for name in names}

@@ -70,6 +70,8 @@ def explain(
     if stage == "fit":
         _fit(page, trainer, train, val)
     else:
+        if train is None:
+            page.data(f"{_SHORT[_EVALUATIONS[stage]]}_dataloader", first=True)
         _evaluation(page, trainer, _EVALUATIONS[stage])
     page.data("teardown", stage, hooks=True)
     if stage == "fit" and page.validates:
@@ -167,7 +169,9 @@ def _name(owner: Any) -> str:
 
 def _many(limit: int | float | None) -> str:
     """Returns in words how much of a loader is used."""
-    return "" if limit is None else f"{limit} of them" if type(limit) is float else f"at most {limit}"
+    return (
+        "" if limit is None else f"{limit} of them" if type(limit) is float else f"at most {limit}"
+    )
 
 
 # --- the loop ------------------------------------------------------------------------------------
@@ -191,11 +195,10 @@ def _fit(page: _Page, trainer: Trainer, train: Any, val: Any) -> None:
             page.hook("on_sanity_check_end")
     page.hook("on_train_start")
     limits = make_limits(options)
-    ends = [f"{limits.max_epochs} epochs"] if limits.max_epochs >= 0 else []
-    ends += [f"{limits.max_steps} steps"] if limits.max_steps >= 0 else []
-    ends += [f"max_time={options.max_time}"] if limits.seconds is not None else []
+    ends = {"epochs": limits.max_epochs, "steps": limits.max_steps, "seconds": limits.seconds}
+    text = " or ".join(f"{n:g} {name}" for name, n in ends.items() if n is not None and n >= 0)
     within, after = _times(options) if page.validates else ("", "")
-    with page.block("for each epoch:", " or ".join(ends) or "without end"):
+    with page.block("for each epoch:", f"until {text} are done" if text else "without end"):
         if every := options.reload_dataloaders_every_n_epochs:
             page.say("make the loaders anew", f"every {every} epochs")
         page.hook("on_train_epoch_start")
@@ -243,19 +246,20 @@ def _times(options: Options) -> tuple[str, str]:
     """Returns in words when a fit validates: within an epoch and at its end; "" for never."""
     interval, epochs = options.val_check_interval, options.check_val_every_n_epoch
     if type(interval) is float and interval != 1 and not options.fast_dev_run:
-        unit, every = "total" if epochs is None else "batches", f"{interval} of its"
+        unit, every = "total" if epochs is None else "batches", f"{interval} of an epoch"
     else:
         cadence = feeds.cadence(options, None)
-        unit, every, epochs = cadence.unit, f"{cadence.every:g}", epochs or 1
+        unit, every, epochs = cadence.unit, f"{cadence.every:g} batches", epochs or 1
         if unit == "epoch":
-            return "", f"every {every} epochs" if cadence.every > 1 else "every epoch"
+            return "", f"every {cadence.every} epochs" if cadence.every > 1 else "every epoch"
     turn = f", every {epochs} epochs" if unit == "batches" and epochs != 1 else ""
     words = {
-        "batches": f"every {every} batches{turn}",
-        "total": f"every {every} batches, counted over epochs",
-        "steps": f"every {every} steps",
+        "batches": f"every {every}{turn}",
+        "total": f"every {every}, counted over epochs",
+        "steps": f"every {interval}",
+        "seconds": f"every {interval}",
     }
-    return words.get(unit, f"every {interval}"), ""
+    return words[unit], ""
 
 
 def _steps(page: _Page, trainer: Trainer, validated: str) -> None:

@@ -14,6 +14,7 @@ import copy
 import gc
 import logging
 import shutil
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -71,8 +72,8 @@ class Rehearsed:
         train: Training batches.
         val: Validation batches.
         seconds: What all of it took.
-        step: Seconds of its last training batch, with the update.
-        validation: Seconds of its last validation batch.
+        step: Seconds of a training batch, with the update.
+        validation: Seconds of a validation batch.
         size: Bytes of a checkpoint; 0 where none is to be written.
         written: Whether one was written.
         states: Bytes of the optimizers' states.
@@ -110,11 +111,12 @@ def before(trainer: Trainer, run: FitRun, own: Mapping[str, int | None], steps: 
     if not _wanted(trainer, run, steps):
         return
     found = rehearse(trainer, run, own)
-    if isinstance(found, str):
-        level = logging.WARNING if trainer.options.rehearse else logging.INFO
-        _log.log(level, "not rehearsed: %s", found)
+    told = isinstance(found, str)
+    if trainer.is_global_zero:
+        level = logging.WARNING if told and trainer.options.rehearse else logging.INFO
+        _log.log(level, "%s: %s", "not rehearsed" if told else "rehearsed", found)
+    if told:
         return
-    _log.info("rehearsed: %s", found)
     hooks = (*run.hooks.on_sanity_check_start, *run.hooks.on_sanity_check_end)
     if trainer.options.num_sanity_val_steps is None and not any(map(of_user, hooks)):
         run.sanity_batches = 0
@@ -128,8 +130,16 @@ def _wanted(trainer: Trainer, run: FitRun, steps: int | None) -> bool:
     return not (short or options.overfit_batches)
 
 
-def rehearse(trainer: Trainer, run: FitRun, own: Mapping[str, int | None]) -> Rehearsed | str:
+def rehearse(
+    trainer: Trainer, run: FitRun, own: Mapping[str, int | None], batches: int = BATCHES
+) -> Rehearsed | str:
     """Rehearses a fit. Over ranks a collective.
+
+    Args:
+        trainer: The trainer.
+        run: The fit that is about to begin.
+        own: The limits of the call.
+        batches: How many of each part at the most.
 
     Returns:
         What was seen; or why it cannot be rehearsed.
@@ -137,12 +147,12 @@ def rehearse(trainer: Trainer, run: FitRun, own: Mapping[str, int | None]) -> Re
     Raises:
         Exception: What would have ended the fit later.
     """
-    start = _clock()
+    start, alone = _clock(), run.strategy.world_size == 1
     put_back, restore = trials.keep(run, *_given(trainer)), _keep_tensors(run.task)
     try:
-        found = _rehearsed(trainer, run, own, _Watch(start, alone=run.strategy.world_size == 1))
+        found = _rehearsed(trainer, run, own, _Watch(start, batches, alone))
     except Exception as error:
-        if run.strategy.world_size == 1 and trials.is_out_of_memory(error) and on_card(run):
+        if alone and on_card(run) and trials.is_out_of_memory(error):
             return "the memory of the card has no room for a copy of the task"
         outlook.explain(error, run)
         raise
@@ -355,14 +365,14 @@ class _Watch(Callback):
 
     order = 1000
 
-    def __init__(self, start: float, alone: bool) -> None:
-        self.start, self.alone = start, alone
+    def __init__(self, start: float, batches: int, alone: bool) -> None:
+        self.start, self.batches, self.alone = start, batches, alone
         self.needs_folder = False
         self.seen = Rehearsed()
         self.saved: Any = None
         #: Names of batch norms, and over how many values for each channel they took their means.
         self.means: dict[str, int] = {}
-        self._last = start
+        self._last, self._steps = start, list[float]()
 
     def on_train_epoch_start(self, trainer: Trainer, task: TaskModule) -> None:
         self._last = _clock()
@@ -377,7 +387,9 @@ class _Watch(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, task: TaskModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.seen.train, self.seen.step = self.seen.train + 1, self._took()
+        self.seen.train += 1
+        self._steps.append(self._took())
+        self.seen.step = statistics.median(self._steps[1:] or self._steps)  # the first warms up
         run = trainer._run
         assert isinstance(run, FitRun)
         self._end_late(SECONDS / 2, run.feed.stream)
@@ -420,9 +432,9 @@ def _play(
     savers = outlook.savers_of(twin.stands_for)
     with calls.open_fit(twin, task, _data(twin.stands_for, task), None, **own) as run:
         run.limits, run.cadence = Limits(1, -1, 0, 0, None), Cadence("epoch", 1)
-        run.train_limit = run.feed.at_most(BATCHES * run.flow.accumulate, run.train_limit)
+        run.train_limit = run.feed.at_most(watch.batches * run.flow.accumulate, run.train_limit)
         for plan in () if run.validation is None else run.validation.loaders:
-            plan.limit = plan.feed.at_most(BATCHES, plan.limit)
+            plan.limit = plan.feed.at_most(watch.batches, plan.limit)
         for entry in run.plan.plateau_entries:
             entry.strict = False  # a missing monitor is told by `_check_monitors`
         if on_card(run):

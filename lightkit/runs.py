@@ -11,7 +11,7 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -180,7 +180,7 @@ def table(runs: Sequence[Run], width: int) -> str:
     lines = []
     for row in ({name: name for name in names}, *rows):
         folder = row["folder"]
-        folder = folder if len(folder) <= room else f"...{folder[3 - room:]}"
+        folder = folder if len(folder) <= room else f"...{folder[3 - room :]}"
         cells = [f"{row[name]:<{size[name]}}" for name in names[:-1]]
         lines.append("  ".join([*cells, folder]).rstrip())
     return "\n".join(lines)
@@ -265,7 +265,11 @@ def _configuration(run: Run) -> dict[str, Any]:
     from lightkit.config import read_sources
 
     entries = provenance.read(run.folder)
-    found = {f"trainer.{k}": v for k, v in (entries[-1].get("trainer") or {}).items()} if entries else {}
+    found = (
+        {f"trainer.{k}": v for k, v in (entries[-1].get("trainer") or {}).items()}
+        if entries
+        else {}
+    )
     found |= run.record.settings | {"seed": run.record.seed}
     try:
         hparams = json.loads((run.folder / "hparams.json").read_text(encoding="utf-8"))
@@ -373,7 +377,9 @@ def report(folders: Sequence[str], *, as_data: bool = False) -> str:
         found = find_runs(*folders)
         if as_data:
             return _json([as_json(run) for run in found])
-        return table(found, width) if found else f"no runs below {folders[0] if folders else 'runs'}"
+        return (
+            table(found, width) if found else f"no runs below {folders[0] if folders else 'runs'}"
+        )
     chosen = [_only(Path(folder)) for folder in folders]
     if as_data:
         return _json({"runs": [as_json(run) for run in chosen], "differences": compare(chosen)})

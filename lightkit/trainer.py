@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from typing_extensions import Never
 
@@ -17,11 +17,14 @@ from lightkit.history import History
 from lightkit.hooks import Callback
 from lightkit.limits import make_limits
 from lightkit.loggers.base import Logger
-from lightkit.options import Options, known_names, listed, refuse_unknown
+from lightkit.options import Options, chosen_loggers, known_names, listed, refuse_unknown
 from lightkit.precision import resolve_precision
 from lightkit.session import Session
 from lightkit.task import TaskModule
 from lightkit.view import TrainerView
+
+if TYPE_CHECKING:
+    from lightkit.planned import Plan
 
 _log = logging.getLogger("lightkit")
 
@@ -158,7 +161,7 @@ class Trainer(TrainerView):
         limits = make_limits(self.options)
         self._callbacks = listed(callbacks, Callback, "callbacks")
         self._handlers = []
-        self._loggers = _loggers(logger)
+        self._loggers = chosen_loggers(logger)
         self.session = Session(precision=resolve_precision(precision, "cpu"), limits=limits)
         # Until a call meets the others: what is_global_zero and the like say before it.
         self.session.strategy.ranks = Ranks(launched())
@@ -211,6 +214,26 @@ class Trainer(TrainerView):
         with calls.open_fit(self, model, data, ckpt_path, **own) as run:
             loops.fit(run)
         return self.session.history
+
+    def check(
+        self,
+        model: TaskModule,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: Any = None,
+    ) -> Plan:
+        """Rehearses a fit with a few batches of a copy, and returns its plan; nothing else happens.
+
+        Takes what `fit` takes. Afterwards random states, loaders and the trainer are as they were,
+        and the task is on its device.
+
+        Raises:
+            Exception: What would have ended the fit, with a note that says when.
+            UsageError: The task cannot be copied, or the loader gives its batches only once.
+        """
+        from lightkit.planned import check
+
+        return check(self, model, train_dataloaders, val_dataloaders, datamodule)
 
     def validate(
         self,
@@ -365,22 +388,18 @@ class Trainer(TrainerView):
         val_dataloaders: Any = None,
         datamodule: Any = None,
         *,
-        stage: Literal["fit", "validate", "test", "predict"] = "fit",
+        stage: str = "fit",
     ) -> str:
-        """Returns the loop as pseudocode, in which only the hooks stand that somebody listens to.
+        """Returns the loop as pseudocode with your hooks and callbacks, in the order of their calls.
 
-        Each with its listeners in the order in which they are called. Nothing is run, loaded or
-        written; only ``configure_callbacks`` is called.
+        Nothing is run, loaded or written; only ``configure_callbacks`` is called.
 
         Args:
             model: The task.
-            train_dataloaders: As for `fit`; where no data are given, their loaders count as there.
+            train_dataloaders: As for `fit`. None of the data need be given.
             val_dataloaders: Likewise.
             datamodule: Likewise.
-            stage: The entry point to explain.
-
-        Returns:
-            The text, which a notebook and the prompt show as it is.
+            stage: The entry point: "fit", "validate", "test" or "predict".
         """
         from lightkit.pseudocode import explain
 
@@ -465,12 +484,3 @@ class Trainer(TrainerView):
             text = "  ".join(f"{name} {value:.5g}" for name, value in row.items())
             _log.info("%s: %s", stage, text or "nothing was logged")
         return results
-
-
-def _loggers(given: Any) -> list[Logger]:
-    """Returns the loggers that ``Trainer(logger=given)`` asks for."""
-    if given is True:
-        from lightkit.loggers import JSONLLogger, TensorBoardLogger
-
-        return [TensorBoardLogger(), JSONLLogger()]
-    return [] if given is False else listed(given, Logger, "logger")

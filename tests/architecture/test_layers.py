@@ -75,6 +75,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "options",
         "outlook",
         "places",
+        "pseudocode",
         "provenance",
         "rehearsal",
         "resuming",
@@ -85,7 +86,18 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "view",
         "watching",
     ),
-    ("config_types", "config", "cli", "replay", "sklearn", "testing", "tuning", "__main__", ""),
+    (
+        "config_types",
+        "config",
+        "cli",
+        "replay",
+        "runs",
+        "sklearn",
+        "testing",
+        "tuning",
+        "__main__",
+        "",
+    ),
 )
 
 

@@ -130,7 +130,7 @@ def test_S4_02_shapes_of_one_pass_with_the_example(quiet, caplog):
         task = Shaped()
         task.example_input_array = example
         task.score.update(3.0)
-        quiet(enable_model_summary=True, **options).fit(task, data)
+        quiet(enable_model_summary=True, hints=False, **options).fit(task, data)
         return task
 
     task = fitted(torch.zeros(8, 10))
@@ -158,7 +158,7 @@ def test_S4_02_a_failing_pass_is_one_line_and_the_table_goes_without(quiet, capl
     caplog.set_level(logging.INFO, logger="lightkit")
     task = Shaped()
     task.example_input_array = torch.zeros(8, 3)
-    trainer = quiet(enable_model_summary=True)
+    trainer = quiet(enable_model_summary=True, hints=False)
     trainer.fit(task, [(torch.randn(8, 10),)])
     (warning,) = [r.message for r in caplog.records if r.levelno == logging.WARNING]
     assert warning.startswith("no shapes in the summary: forward(example_input_array) failed: mat1")
