@@ -146,7 +146,9 @@ def _write_files(
     def the_state() -> Any:
         if run.strategy.sharded:
             raise CheckpointError("it is shared by all processes")
-        return checkpoint.collect(run, alone=True)
+        saved = checkpoint.collect(run, alone=True)
+        saved["lightkit"]["exact"] = False  # random states are those of the middle of a step
+        return saved
 
     _keep(folder / "batch.pt", the_batch, MOST_BATCH, known["left_out"])
     _keep(folder / "state.ckpt", the_state, MOST_STATE, known["left_out"])

@@ -196,9 +196,13 @@ def _fit(page: _Page, trainer: Trainer, train: Any, val: Any) -> None:
     page.hook("on_train_start")
     limits = make_limits(options)
     ends = {"epochs": limits.max_epochs, "steps": limits.max_steps, "seconds": limits.seconds}
-    text = " or ".join(f"{n:g} {name}" for name, n in ends.items() if n is not None and n >= 0)
+    most = [
+        f"{n:g} {name[: -1 if n == 1 else None]}"
+        for name, n in ends.items()
+        if n is not None and n >= 0
+    ]
     within, after = _times(options) if page.validates else ("", "")
-    with page.block("for each epoch:", f"until {text} are done" if text else "without end"):
+    with page.block("for each epoch:", f"at most {' or '.join(most)}" if most else "without end"):
         if every := options.reload_dataloaders_every_n_epochs:
             page.say("make the loaders anew", f"every {every} epochs")
         page.hook("on_train_epoch_start")

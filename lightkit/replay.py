@@ -71,7 +71,6 @@ def replay(
         watch = _Watch(known["step"] - (not own), known["step"], debug)
         twin = _twin(trainer, watch, Path(scratch), known, own=bool(own))
         trials.reduce_callbacks(task)
-        call = _with_batch if own else _with_data
         start = f"{known['stage']} batch {known['batch_idx']}, with the state before it"
         if not own:
             start = f"the run goes on from {known['checkpoint'] or 'its beginning'}"
@@ -80,11 +79,15 @@ def replay(
         with trials.silent(), warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             try:
-                call(twin, watch, task, data, folder, known, Path(scratch))
+                if own:
+                    _with_batch(twin, watch, task, folder, known)
+                else:
+                    _with_data(twin, task, data, folder, known)
             except Exception as found:  # noqa: BLE001  what is looked for
                 error = found
             finally:
                 watch.close()
+                vars(task).pop("configure_callbacks", None)
         if error is None:
             _log.info("replay:   the step went through; in the run: %s", known["exception"])
             return False
@@ -100,7 +103,7 @@ def from_words(words: list[str], values: Mapping[str, str], *, debug: bool) -> i
     """Runs ``lightkit replay``; returns 0 where the step failed again, else 1."""
     from lightkit.config import read_sources
 
-    if len(words) != 1 or {key.partition(".")[0] for key in values} - {"task", "data", "trainer"}:
+    if len(words) != 1 or {key.partition(".")[0] for key in values} - {"task", "data"}:
         given = " ".join(["lightkit replay", *words])
         allowed = "lightkit replay RUN [--task module.Class] [--data module.Class] [--debug]"
         raise ConfigError(f"command line: wrong use\n  given:   {given}\n  allowed: {allowed}")
@@ -112,10 +115,10 @@ def from_words(words: list[str], values: Mapping[str, str], *, debug: bool) -> i
         if (kind := sources.find_class(name)) is not None:
             own, arguments = folder / "state.ckpt", sources.tree[name].get("init_args", {})
             start = own if own.exists() else known["checkpoint"]
-            rebuilt = name == "task" and start
-            made[name] = (
-                kind.load_from_checkpoint(start, **arguments) if rebuilt else kind(**arguments)
-            )
+            if name == "task" and start:
+                made[name] = kind.load_from_checkpoint(start, **arguments)
+            else:
+                made[name] = kind(**arguments)
     return 0 if replay(folder, debug=debug, **made) else 1
 
 
@@ -146,7 +149,8 @@ def _built(
         from lightkit.config import build, load_config
 
         built = build(load_config(file, overrides=changed))
-        trainer, task, data = built.trainer, task or built.task, data or built.data
+        trainer, task = built.trainer, built.task if task is None else task
+        data = built.data if data is None else data
     if task is None:
         raise UsageError(
             f"The run has no config.yaml, as it was started from Python. Name the class of its task, "
@@ -188,19 +192,14 @@ class _Again:
 
 
 def _with_batch(
-    twin: Trainer,
-    watch: _Watch,
-    task: TaskModule,
-    data: Any,
-    folder: Path,
-    known: Mapping[str, Any],
-    scratch: Path,
+    twin: Trainer, watch: _Watch, task: TaskModule, folder: Path, known: Mapping[str, Any]
 ) -> None:
     """Takes the step again with the batch that is there."""
     batch = checkpoint.read_any(folder / "batch.pt")["batch"]
     saved = checkpoint.read_checkpoint(folder / "state.ckpt")
     index = known["batch_idx"]
-    path, watch.placed = scratch / "state.ckpt", True  # the batch went through all transfers
+    path = twin.default_root_dir / "state.ckpt"
+    watch.placed = True  # the batch went through all transfers
     if known["stage"] != "training":
         watch.random = checkpoint.random_states(saved, 0)
         checkpoint.write_checkpoint(saved, path)
@@ -216,13 +215,7 @@ def _with_batch(
 
 
 def _with_data(
-    twin: Trainer,
-    watch: _Watch,
-    task: TaskModule,
-    data: Any,
-    folder: Path,
-    known: Mapping[str, Any],
-    scratch: Path,
+    twin: Trainer, task: TaskModule, data: Any, folder: Path, known: Mapping[str, Any]
 ) -> None:
     """Goes on from the newest checkpoint before the step, or from the start, up to the step."""
     own = folder / "state.ckpt"
@@ -247,7 +240,7 @@ def _with_data(
         )
     path = None
     if start:  # a copy: a fit that goes on from the file itself would go on in its folder
-        path = scratch / start.name
+        path = twin.default_root_dir / start.name
         (shutil.copytree if start.is_dir() else shutil.copy)(start, path)
     twin.fit(task, data, ckpt_path=path)
 

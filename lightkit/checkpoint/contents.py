@@ -66,19 +66,14 @@ def collect(
         run: The run of a fit, at a save point.
         weights_only: Leave out what is only needed to go on with the run.
         problem: Why the state of this rank is not to be saved; all ranks raise it then.
-        alone: What this rank knows by itself, as if there were no others: no collective. Where there
-            are some, hooks are not called, as they may meet the others.
+        alone: As if there were no other ranks, no collective; nor hooks, where there are some.
 
     Raises:
         ConfigError: Two callbacks want to store their state under one key.
     """
     task, state = run.task, run.state
     own = {} if weights_only else spread.part(run)
-    parts = [own]
-    if not alone:
-        parts = spread.gathered(run.strategy.ranks, own, problem)
-        # Ranks that get the same batches, as in tensor parallelism, know the same.
-        parts = parts[:: len(parts) // run.strategy.data_ranks[1]]
+    parts = [own] if alone else _of_all(run, own, problem)
     checkpoint = Contents(
         lightkit={
             "format": FORMAT,
@@ -116,6 +111,13 @@ def collect(
     for hook in () if alone and run.several else run.hooks.on_save_checkpoint:
         hook(checkpoint)
     return dict(checkpoint)  # what divides and copies it knows plain containers
+
+
+def _of_all(run: FitRun, own: dict[str, Any], problem: Exception | None) -> list[dict[str, Any]]:
+    """Returns what the ranks know by themselves; a collective."""
+    parts = spread.gathered(run.strategy.ranks, own, problem)
+    # Ranks that get the same batches, as in tensor parallelism, know the same.
+    return parts[:: len(parts) // run.strategy.data_ranks[1]]
 
 
 def restore(run: FitRun, checkpoint: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 import lightkit as lk
 from lightkit import advice
 from tests.distributed.quiet import quiet_trainer
-from tests.small import Net
+from tests.small import Net, loader
 
 
 class Slow(Dataset):
@@ -58,3 +58,35 @@ def profiled(folder: str):
         "files": sorted(str(path.relative_to(folder)) for path in folder.rglob("*profile*/*")),
         "table": (folder / "profile.txt").exists(),
     }
+
+
+class Dead(Net):
+    """One layer without a gradient other than zero, and one that is not used."""
+
+    def __init__(self, unused=False):
+        super().__init__()
+        self.body = torch.nn.Linear(4, 4)
+        torch.nn.init.constant_(self.body.bias, -100.0)
+        if unused:
+            self.extra = torch.nn.Linear(2, 2)
+
+    def forward(self, x):
+        return super().forward(torch.relu(self.body(x)))
+
+
+def alarmed():
+    """Fits of tasks that learn nothing, and what is told of each."""
+    told = []
+
+    class Note(logging.Handler):
+        def emit(self, record):
+            told.append(record.hint)
+
+    logging.getLogger("lightkit.hints").addHandler(Note())
+    found = {}
+    for strategy in ("ddp", "ddp_find_unused_parameters_true", "fsdp"):
+        told.clear()
+        task = Dead(unused=strategy != "ddp")
+        quiet_trainer(strategy=strategy, max_epochs=3).fit(task, loader(48))
+        found[strategy] = list(told)
+    return found
