@@ -48,6 +48,7 @@ class Alarms(Callback):
         """Tells what a short fit has shown, and whether few batches were learnt."""
         if self._watch is not None:
             self._watch.decide(last=True)
+            self._watch = None
         if trainer.options.overfit_batches:
             _judge(trainer)
 
@@ -70,8 +71,8 @@ class _Watch:
         self._open = True  # whether values are to be looked at, not only which gradients there are
         self._with: set[str] = set()
         self._without: set[str] = set()
-        #: For each parameter its element with the largest gradient, its value, that gradient.
-        self._looks: dict[str, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
+        #: For each parameter its size, the place of its largest gradient, the value there, that one.
+        self._looks: dict[str, tuple[Tensor, int, Tensor, Tensor, Tensor]] = {}
         #: For each parameter the largest gradient so far, and whether that element ever changed.
         self._found: dict[str, tuple[Tensor, Tensor]] = {}
         before = "on_after_backward" if run.automatic else "on_before_optimizer_step"
@@ -114,8 +115,9 @@ class _Watch:
                     continue
                 self._with.add(name)
                 if self._open and not rests and (found := _largest(parameter)) is not None:
-                    value = torch.take(parameter.detach(), found[1])
-                    self._looks[name] = (parameter, found[1], value, found[0])
+                    size, at = found
+                    value = _at(parameter, at)
+                    self._looks[name] = (parameter, parameter.numel(), at, value, size)
 
     def _end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Looks at what the step has changed."""
@@ -126,8 +128,10 @@ class _Watch:
             return
         self._step = self._run.state.global_step
         self._steps += 1
-        for name, (parameter, index, value, size) in self._looks.items():
-            changed = torch.take(parameter.detach(), index) != value
+        for name, (parameter, count, index, value, size) in self._looks.items():
+            if parameter.device != index.device or parameter.numel() != count:
+                continue  # moved away or taken apart meanwhile
+            changed = _at(parameter, index) != value
             if name in self._found:
                 most, ever = self._found[name]
                 size, changed = torch.maximum(size, most), changed | ever
@@ -225,16 +229,14 @@ class _Watch:
     def _say_still(self, size: float, count: int, steps: str) -> None:
         groups = [group for one in self._run.plan.optimizers for group in one.param_groups]
         rates = sorted({f"{float(group['lr']):.3g}" for group in groups if "lr" in group})
+        kinds = sorted({str(p.dtype).removeprefix("torch.") for g in groups for p in g["params"]})
         self._warn(
             "no-change",
-            f"None of {count} parameters changed in the first {steps}, with gradients of up to "
-            f"{size:.3g} and a learning rate of {some(rates) or 'its own'}. Look for an "
-            f"optimizer_step that does not step, for hooks that put weights back, and whether the "
-            f"rate is too small for {next(iter(self._dtypes()))}.",
+            f"Nothing changed in the first {steps}: in none of {count} parameters the element with "
+            f"the largest gradient, of up to {size:.3g}, at a learning rate of "
+            f"{some(rates) or 'its own'}. Look for an optimizer_step that does not step, for hooks "
+            f"that put weights back, and whether the rate is too small for {some(kinds)}.",
         )
-
-    def _dtypes(self) -> list[str]:
-        return sorted({str(p.dtype).removeprefix("torch.") for p in self._run.plan.parameters})
 
     def _warn(self, name: str, text: str) -> None:
         hints.say(self._trainer, name, text, warn=True)
@@ -253,7 +255,12 @@ def _largest(parameter: Tensor) -> tuple[Tensor, Tensor] | None:
             return None
         size, at = torch.max(values.abs().reshape(-1), 0)
         width = values[0].numel()
-        return size, torch.take(indices[0], at // width) * width + at % width
+        return size, _at(indices[0], at // width) * width + at % width
+
+
+def _at(tensor: Tensor, index: Tensor) -> Tensor:
+    """Returns one element, by an index on the device that the host does not wait for."""
+    return tensor.detach().reshape(-1).index_select(0, index.reshape(1))[0]
 
 
 def _owner(parameter: str) -> str:

@@ -41,6 +41,7 @@ COMMANDS = {
     "export": "a checkpoint as a program, as weights, or (sharded) as one file",
     "replay": "run the step again at which a fit failed, and say where",
     "runs": "list past runs, or show how some of them differ",
+    "prove": "measure on this machine what lightkit promises",
 }
 _RUN = "--config FILE [--config FILE ...] [--KEY VALUE ...]"
 #: What follows a command's name; `_RUN` for the others.
@@ -50,6 +51,7 @@ _WORDS = {
     "export": "CHECKPOINT FILE [--task module.Class]",
     "replay": "RUN [--task module.Class] [--data module.Class] [--debug]",
     "runs": "[FOLDER] [--json]\n       lightkit runs RUN RUN [RUN ...] [--json]",
+    "prove": "[PROOF ...] [--json]",
 }
 _OPTIONS = {
     "--config FILE": "YAML with the keys trainer, data, task, ckpt_path; may be given several "
@@ -60,7 +62,7 @@ _OPTIONS = {
     "--data module.Class": "the class of the data; --data.NAME VALUE sets its argument NAME",
     "--print_config": "print the resolved configuration, which repeats the run, and stop",
     "--debug": "replay: stop in the debugger of Python where it fails",
-    "--json": "runs: print JSON instead of a table",
+    "--json": "runs, prove: print JSON instead of lines",
     "--output FILE": "predict: where the predictions go (<default_root_dir>/predictions.pt)",
     "--help": "print this help, with the arguments of the task and data that are given",
     "--version": "print the version",
@@ -157,8 +159,9 @@ def _run(words: _Words) -> int:
             f"command line: unknown command {command!r}\n"
             f"  allowed: {', '.join(COMMANDS)}\n {did_you_mean(command, COMMANDS)}".rstrip()
         )
-    own = {"new": "--list", "replay": "--debug", "runs": "--json"}.get(command, "--print_config")
-    if wrong := words.switches - _ANYWHERE - {own}:
+    own = {"new": "--list", "replay": "--debug", "runs": "--json", "prove": "--json"}
+    allowed = {*_ANYWHERE, own.get(command, "--print_config")}
+    if wrong := words.switches - allowed:
         raise ConfigError(f"command line: {command} has no flag {', '.join(wrong)}")
     if command == "new":
         return _say(_help(command)) if wants_help else _new(words, others)
@@ -166,8 +169,10 @@ def _run(words: _Words) -> int:
         return _say(_help(command)) if wants_help else _export(words, others)
     if command == "runs":
         return _say(_help(command)) if wants_help else _runs(words, others)
-    if command == "replay" and not wants_help:
-        return _replay(words, others)
+    if command == "prove":
+        return _say(_help(command)) if wants_help else _prove(words, others)
+    if command == "replay":
+        return _say(_help(command)) if wants_help else _replay(words, others)
     if others:
         is_file = others[0].endswith((".yaml", ".yml"))
         hint = f"Did you mean --config {others[0]}?" if is_file else ""
@@ -238,10 +243,20 @@ def _export(words: _Words, others: list[str]) -> int:
 def _runs(words: _Words, others: list[str]) -> int:
     from lightkit.runs import report
 
-    if wrong := [*words.values, *words.files]:
-        allowed = "lightkit runs [FOLDER]; lightkit runs RUN RUN"
-        raise ConfigError(f"command line: wrong use\n  given:   {wrong[0]}\n  allowed: {allowed}")
+    _refuse_keys(words, "lightkit runs [FOLDER]; lightkit runs RUN RUN")
     return _say(report(others, as_data="--json" in words.switches))
+
+
+def _prove(words: _Words, others: list[str]) -> int:
+    from lightkit.prove import report
+
+    _refuse_keys(words, "lightkit prove [PROOF ...]")
+    return report(others, as_data="--json" in words.switches)
+
+
+def _refuse_keys(words: _Words, allowed: str) -> None:
+    if wrong := [*words.values, *words.files]:
+        raise ConfigError(f"command line: wrong use\n  given:   {wrong[0]}\n  allowed: {allowed}")
 
 
 def _replay(words: _Words, others: list[str]) -> int:
@@ -372,8 +387,15 @@ def _help(command: str = "", sources: Sources | None = None) -> str:
 
         lines += ["FILE ends in:", *(f"  {end:14}{kind}" for end, kind in SUFFIXES.items())]
         return "\n".join([*lines, "  .ckpt         a sharded checkpoint as one file"])
-    if command == "runs":
+    if command == "prove":
+        from lightkit.prove import PROOFS
+
+        lines += ["proofs:", *(f"  {name:14}{claim}" for name, (claim, _) in PROOFS.items()), ""]
+    if command in ("runs", "prove"):
         return "\n".join([*lines, *_entry("--json", _OPTIONS["--json"])])
+    if command == "replay":
+        flags = ("--task module.Class", "--data module.Class", "--debug")
+        return "\n".join([*lines, *_flags(flags)])
     own = {"--output FILE": "predict", "--debug": "replay", "--json": "runs"}
     lines += _flags([flag for flag in _OPTIONS if own.get(flag, command) == command])
     assert sources is not None

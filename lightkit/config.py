@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import itertools
 import os
 import re
 import secrets
@@ -33,6 +34,7 @@ from lightkit.config_types import (
 )
 from lightkit.data import DataModule
 from lightkit.distributed import Ranks, join, launched, resolve_device
+from lightkit.elsewhere import ARGUMENTS
 from lightkit.errors import ConfigError, did_you_mean
 from lightkit.signatures import arguments
 from lightkit.task import TaskModule
@@ -270,9 +272,10 @@ def _elsewhere(name: str, sources: Sources, trainer_class: type) -> str:
     classes = [("trainer", trainer_class)]
     with contextlib.suppress(ConfigError):
         classes += [(section, sources.find_class(section)) for section in ("task", "data")]
-    for section, cls in classes:
+    words = (name, ARGUMENTS.get(name, name))
+    for word, (section, cls) in itertools.product(words, classes):
         names = arguments(cls)[0] if cls else ()
-        if near := difflib.get_close_matches(name, names, 1, 0.8):
+        if near := difflib.get_close_matches(word, names, 1, 0.8):
             return f"Did you mean '{section}.{near[0]}'?"
     return ""
 

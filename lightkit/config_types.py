@@ -23,6 +23,7 @@ from collections import abc
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from lightkit.elsewhere import ARGUMENTS
 from lightkit.errors import did_you_mean
 from lightkit.signatures import MISSING, arguments
 
@@ -329,7 +330,8 @@ def check_arguments(
     for name in given:
         if name not in known and not takes_any:
             allowed = "" if known else f"{target.__name__} takes no arguments"
-            raise MisfitError((*path, name), "unknown key", allowed, name, known)
+            hint = f"Write {ARGUMENTS[name]}." if path == ("trainer",) and name in ARGUMENTS else ""
+            raise MisfitError((*path, name), "unknown key", allowed, name, known, hint)
     checked = {}
     for name, argument in known.items():
         hint = argument.annotation

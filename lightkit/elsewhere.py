@@ -6,10 +6,15 @@ Read only where a name was not found. `docs/migrate-from-lightning.md` has them 
 
 from __future__ import annotations
 
+import functools
+import inspect
 import sys
 from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
 
-from lightkit.errors import did_you_mean
+from lightkit.errors import ConfigError, did_you_mean
+
+_Class = TypeVar("_Class", bound=type)
 
 _LOADERS = (
     "one loader to train on (torch.utils.data.ConcatDataset, StackDataset, or Together of "
@@ -141,8 +146,8 @@ CHECKPOINT: dict[str, str] = {
     "optimizer_states": "checkpoint['optimizers']",
     "state_dict": "checkpoint['model']",
 }
-#: Of ``ModelCheckpoint(...)``.
-MODEL_CHECKPOINT: dict[str, str] = {
+#: Of callbacks and loggers; these are all of ``ModelCheckpoint(...)``.
+CALLBACK_ARGUMENTS: dict[str, str] = {
     "filepath": "dirpath and filename",
     "period": "every_n_epochs",
     "prefix": "filename, which may begin with it",
@@ -197,6 +202,25 @@ def refusal(what: str, name: str, names: Mapping[str, str], known: Iterable[str]
     public = (other for other in known if not other.startswith("_"))
     hint = f" Write {names[name]}." if name in names else did_you_mean(name, public)
     return f"{what} {name!r}.{hint}"
+
+
+def refuses_unknown(cls: _Class) -> _Class:
+    """Makes an unknown keyword of a class of lightkit an error that says what to write."""
+    init: Any = vars(cls).get("__init__")
+    if init is None or not cls.__module__.startswith("lightkit."):
+        return cls
+
+    @functools.wraps(init)
+    def checked(self: Any, *args: Any, **given: Any) -> None:
+        parameters = inspect.signature(init).parameters
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        for name in () if takes_any else given.keys() - parameters.keys():
+            what = f"{cls.__name__} has no argument"
+            raise ConfigError(refusal(what, name, CALLBACK_ARGUMENTS, parameters))
+        init(self, *args, **given)
+
+    cls.__init__ = checked  # type: ignore[misc]
+    return cls
 
 
 def missing(module: str, name: str, known: Iterable[str]) -> Exception:

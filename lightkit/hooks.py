@@ -52,6 +52,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from lightkit.elsewhere import refuses_unknown
 from lightkit.errors import did_you_mean
 from lightkit.hook_names import CALLBACK_NAMES, LOOP_HOOKS, check_hook_names
 from lightkit.task_hooks import TaskHooks
@@ -84,6 +85,7 @@ class Callback:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         check_hook_names(cls, CALLBACK_NAMES)
+        refuses_unknown(cls)
 
     @property
     def state_key(self) -> str:

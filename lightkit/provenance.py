@@ -43,17 +43,32 @@ _MASK = "***"
 def keep(trainer: Trainer, run: FitRun, folder: Path) -> None:
     """Adds an entry to the record of a run folder; on rank zero, where a fit begins there.
 
+    Never raises: what cannot be found out or written is no reason to end a fit.
+
     Args:
         trainer: The trainer of the fit.
         run: The fit.
         folder: Its folder.
     """
-    entries = read(folder)
+    try:
+        entries = read(folder)
+        text = json.dumps([*entries, _entry(trainer, run, folder, entries)], indent=2)
+        (folder / FILE).write_text(text + "\n", encoding="utf-8")
+    except Exception as error:  # noqa: BLE001
+        _log.warning("%s could not be written: %s", folder / FILE, error)
+
+
+def _entry(
+    trainer: Trainer, run: FitRun, folder: Path, entries: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Returns the facts of a start, and writes the diff of its code."""
+    options = trainer.options
+    names = [field.name for field in dataclasses.fields(options)]
     git = _git(_folder_of_code(run.task))
     if git is not None:
         name = _write_diff(folder, git["diff"], entries) if git["diff"] else None
         git = {**git, "diff": name}
-    entry: dict[str, Any] = {
+    return {
         "when": datetime.now().astimezone().isoformat(timespec="seconds"),
         "step": run.state.global_step,
         "argv": masked(sys.orig_argv),
@@ -63,18 +78,11 @@ def keep(trainer: Trainer, run: FitRun, folder: Path) -> None:
         "device_name": _device_name(run.device),
         "processes": run.strategy.world_size,
         "threads": torch.get_num_threads(),
-        "seed": trainer.options.seed,
+        "seed": options.seed,
         "git": git,
+        "trainer": {name: plain(getattr(options, name)) for name in names},
+        **_installed(),
     }
-    options = trainer.options
-    names = (field.name for field in dataclasses.fields(options))
-    entry["trainer"] = {name: plain(getattr(options, name)) for name in names}
-    entry |= _installed()
-    try:
-        text = json.dumps([*entries, entry], indent=2)
-        (folder / FILE).write_text(text + "\n", encoding="utf-8")
-    except OSError as error:  # a full disk; no reason to end a fit
-        _log.warning("%s could not be written: %s", folder / FILE, error.strerror)
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
@@ -183,18 +191,14 @@ def _output(command: list[str]) -> bytes | None:
     return output if process.returncode == 0 or len(output) > MOST_BYTES else None
 
 
-def _write_diff(folder: Path, diff: bytes, entries: list[dict[str, Any]]) -> str | None:
+def _write_diff(folder: Path, diff: bytes, entries: list[dict[str, Any]]) -> str:
     """Writes a diff beside those of earlier starts; returns the file, perhaps one of those."""
     if len(diff) > MOST_BYTES:
         whole = diff[:MOST_BYTES].rpartition(b"\n")[0]
         diff = whole + b"\n# cut here: the diff is longer than %d bytes\n" % MOST_BYTES
-    name = DIFF if not entries else f"code_{len(entries)}.diff"
     last = (entries[-1].get("git") or {}).get("diff") if entries else None
-    try:
-        if last is not None and (folder / last).read_bytes() == diff:
-            return str(last)
-        (folder / name).write_bytes(diff)
-    except OSError as error:
-        _log.warning("%s could not be written: %s", folder / name, error.strerror)
-        return None
+    if last and (folder / last).is_file() and (folder / last).read_bytes() == diff:
+        return str(last)
+    name = DIFF if not entries else f"code_{len(entries)}.diff"
+    (folder / name).write_bytes(diff)
     return name

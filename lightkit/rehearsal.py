@@ -176,16 +176,17 @@ def _rehearsed(
     with rng.preserved(), trials.silent(), _folder(trainer, session) as folder:
         watch.needs_folder = leaves_files(trainer, session)
         twin = _twin(trainer, folder, watch)
-        task = _obstacle(run) or _copy(trainer, run, twin)
-        why = task if isinstance(task, str) else ""
+        made = _obstacle(run) or _copy(trainer, run, twin)
+        why = made if isinstance(made, str) else ""
         whys = run.strategy.ranks.gather(why, "whether the fit can be rehearsed")
-        if isinstance(task, str) or any(whys):
+        if isinstance(made, str) or any(whys):
             return max(whys)
-        _play(twin, task, own, watch)
+        _play(twin, *made, own, watch)
     if (signal := twin.session.flow.signal) is not None:  # in a notebook, where a fit ends quietly
         session.flow.signal = signal
         raise ended_by(signal)
-    outlook.check_monitors(trainer, run, twin.callback_metrics, sure=not twin.asked)
+    sure = not (twin.asked or twin.should_stop)
+    outlook.check_monitors(trainer, run, twin.callback_metrics, sure)
     outlook.check_last_batch(run, watch.means)
     if watch.seen.size:
         outlook.check_disk(trainer, watch.seen.size)
@@ -287,19 +288,25 @@ def _obstacle(run: FitRun) -> str:
     return next(filter(None, whys), "")
 
 
-def _copy(trainer: Trainer, run: FitRun, twin: _Understudy) -> TaskModule | str:
-    """Returns a copy of the task, and gives the twin copies of the callbacks that change training."""
+def _copy(
+    trainer: Trainer, run: FitRun, twin: _Understudy
+) -> tuple[TaskModule, tuple[Any, Any, Any]] | str:
+    """Returns a copy of the task and its data; gives the twin the callbacks it needs.
+
+    A text says why there is none.
+    """
     loaders = [feed.loader for feed in run.feeds()]
     memo: dict[int, Any] = {id(one): one for one in trials.bulk(run.task, loaders)}
     memo[id(trainer)] = twin
     try:
         task: TaskModule = copy.deepcopy(run.task, memo)
         twin._callbacks[:0] = copy.deepcopy(trials.changing(trainer._callbacks), memo)
+        data = _data(trainer, task)
     except Exception as error:  # noqa: BLE001  whatever an object raises when it is copied
-        return f"{type(run.task).__name__} cannot be copied: {error}"
+        return f"{type(run.task).__name__} or its data cannot be copied: {error}"
     trials.reduce_callbacks(task)
     vars(task).update(dict.fromkeys(_OFF, _nothing))
-    return task
+    return task, data
 
 
 def _keep_tensors(task: TaskModule) -> Callable[[], None]:
@@ -426,11 +433,15 @@ class _Watch(Callback):
 
 
 def _play(
-    twin: _Understudy, task: TaskModule, own: Mapping[str, int | None], watch: _Watch
+    twin: _Understudy,
+    task: TaskModule,
+    data: tuple[Any, Any, Any],
+    own: Mapping[str, int | None],
+    watch: _Watch,
 ) -> None:
     """Trains the copy for a few batches, validates it and saves it."""
     savers = outlook.savers_of(twin.stands_for)
-    with calls.open_fit(twin, task, _data(twin.stands_for, task), None, **own) as run:
+    with calls.open_fit(twin, task, data, None, **own) as run:
         run.limits, run.cadence = Limits(1, -1, 0, 0, None), Cadence("epoch", 1)
         run.train_limit = run.feed.at_most(watch.batches * run.flow.accumulate, run.train_limit)
         for plan in () if run.validation is None else run.validation.loaders:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -26,6 +28,8 @@ from lightkit.screen import duration, number
 
 #: Columns of the list that go first where the screen is narrow.
 _LEAST = ("took", "task", "steps", "epochs", "best", "age")
+#: Characters of a value in a comparison, where the screen does not say.
+_LONGEST = 100
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ def _read(folder: Path) -> Run | None:
         history = _history(folder)
         record.keep(history)
         if status == "running" and history:
-            epoch, step = int(record.last["epoch"] or 1) - 1, int(record.last["step"] or 0)
+            epoch, step = int(record.last["epoch"]) - 1, int(record.last.get("step") or 0)
     if status == "running" and not ledger.in_use(folder):
         status = "killed"
     resumable = saved and status not in ("running", "finished")
@@ -129,10 +133,9 @@ def _history(folder: Path) -> History:
     epochs: dict[int, dict[str, float]] = {}
     for row in _rows(folder):
         numbers = {k: math.nan if v is None else v for k, v in row.items()}
-        if not all(isinstance(value, (int, float)) for value in numbers.values()):
-            continue
-        epoch = int(numbers.get("epoch", 0)) + 1  # rows count from 0, people from 1
-        epochs.setdefault(epoch, {}).update(numbers, epoch=epoch)
+        if all(isinstance(value, (int, float)) for value in numbers.values()):
+            epoch = int(row.get("epoch") or 0) + 1  # rows count from 0, people from 1
+            epochs.setdefault(epoch, {}).update(numbers, epoch=epoch)
     return History(epochs.values())
 
 
@@ -248,7 +251,7 @@ def _ended(run: Run) -> dict[str, Any]:
         "status": run.status,
         "epochs": run.epoch,
         "steps": run.step,
-        "seconds": round(run.seconds, 3),
+        "seconds": round(run.seconds, 3) or None,
         "began": datetime.fromtimestamp(run.began).isoformat(" ", "seconds"),
     }
     return facts | ({"error": run.error} if run.error else {})
@@ -264,21 +267,16 @@ def _configuration(run: Run) -> dict[str, Any]:
     """Returns all settings by dotted names; of several sources the most exact one holds."""
     from lightkit.config import read_sources
 
-    entries = provenance.read(run.folder)
-    found = (
-        {f"trainer.{k}": v for k, v in (entries[-1].get("trainer") or {}).items()}
-        if entries
-        else {}
-    )
-    found |= run.record.settings | {"seed": run.record.seed}
-    try:
+    last = (provenance.read(run.folder) or [{}])[-1]
+    found = {f"trainer.{name}": value for name, value in (last.get("trainer") or {}).items()}
+    found |= run.record.settings
+    with contextlib.suppress(OSError, ValueError):
         hparams = json.loads((run.folder / "hparams.json").read_text(encoding="utf-8"))
         held = {key.partition(".")[2] for key in found if key.startswith(("task.", "data."))}
         found |= {f"hparams.{k}": v for k, v in hparams.items() if k not in held}
-    except (OSError, ValueError):
-        pass
     if (file := run.folder / "config.yaml").exists():
-        found |= dict(_flat(read_sources([file], {}, "config.yaml").tree, ""))
+        for section, tree in read_sources([file], {}, "config.yaml").tree.items():
+            found |= dict(_flat(tree, section))
     return found
 
 
@@ -288,14 +286,12 @@ def _flat(tree: Any, name: str) -> Iterator[tuple[str, Any]]:
         yield name, tree
         return
     for key, value in tree.items():
-        yield from _flat(value, name if key == "init_args" else f"{name}.{key}".lstrip("."))
+        yield from _flat(value, name if key == "init_args" else f"{name}.{key}")
 
 
 def _circumstances(run: Run) -> dict[str, Any]:
     """Returns code, command and machine of the last start, and all revisions."""
-    entries = provenance.read(run.folder)
-    if not entries:
-        return {}
+    entries = provenance.read(run.folder) or [{}]
     last = entries[-1]
     git = last.get("git") or {}
     revisions = dict.fromkeys((e.get("git") or {}).get("revision") or "" for e in entries)
@@ -326,29 +322,24 @@ def _changes(folder: Path, name: str | None) -> str:
 def difference(runs: Sequence[Run], width: int) -> str:
     """Returns what `compare` finds as a table with a column for each run."""
     sections = compare(runs)
-    names = max(len(name) for rows in sections.values() for name in rows) + 2
-    names = min(names, max(width // 3, 8))
-    each = max((width - names - 2 * len(runs)) // len(runs), 6)
-    folders = [str(short(run.folder)) for run in runs]
-    table = [("", folders)]
+    lines = [("", [str(short(run.folder)) for run in runs])]
     for title, rows in sections.items():
-        table.append((title if rows else f"{title}: no difference", [""] * len(runs)))
-        table += [(f"  {name}", [_shown(value) for value in row]) for name, row in rows.items()]
-    longest = max(len(text) for _, cells in table for text in cells)
-    each = min(each, longest)
-    lines: list[str] = []
-    for name, cells in table:
-        if not any(cells):
-            lines += ["", name]
+        lines += [("", []), (title if rows else f"{title}: no difference", [])]
+        lines += [(f"  {name}", [_shown(value) for value in row]) for name, row in rows.items()]
+    head = min(max(len(name) for name, cells in lines if cells), max(width // 3, 8))
+    room = max((width - head) // len(runs) - 2, 6)
+    each = min(room, _LONGEST, max(len(cell) for _, cells in lines for cell in cells))
+    text: list[str] = []
+    for name, cells in lines:
+        if not cells:
+            text.append(name)
             continue
-        wrapped = [textwrap.wrap(text, each) or [""] for text in (*cells,)]
-        head = textwrap.wrap(name, names, subsequent_indent="    ") or [""]
-        for i in range(max(map(len, [head, *wrapped]))):
-            parts = [head[i] if i < len(head) else ""]
-            parts += [cell[i] if i < len(cell) else "" for cell in wrapped]
-            sizes = (names, *(each for _ in cells))
-            lines.append("  ".join(f"{p:<{s}}" for p, s in zip(parts, sizes, strict=True)).rstrip())
-    return "\n".join(lines)
+        columns = [textwrap.wrap(name, head, subsequent_indent="    ")]
+        columns += [textwrap.wrap(cell, each) for cell in cells]
+        for parts in itertools.zip_longest(*columns, fillvalue=""):
+            padded = [f"{part:<{each}}" for part in parts[1:]]
+            text.append("  ".join([f"{parts[0]:<{head}}", *padded]).rstrip())
+    return "\n".join(text)
 
 
 def _shown(value: Any) -> str:
@@ -377,9 +368,7 @@ def report(folders: Sequence[str], *, as_data: bool = False) -> str:
         found = find_runs(*folders)
         if as_data:
             return _json([as_json(run) for run in found])
-        return (
-            table(found, width) if found else f"no runs below {folders[0] if folders else 'runs'}"
-        )
+        return table(found, width) if found else f"no runs below {[*folders, 'runs'][0]}"
     chosen = [_only(Path(folder)) for folder in folders]
     if as_data:
         return _json({"runs": [as_json(run) for run in chosen], "differences": compare(chosen)})

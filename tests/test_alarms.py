@@ -110,8 +110,9 @@ def test_steps_that_change_nothing_are_told(quiet, told):
     quiet().fit(Forgets(), data())
     ((name, text),) = told()
     assert name == "no-change"
-    assert text.startswith("None of 4 parameters changed in the first 10 steps, with gradients of")
-    assert "a learning rate of 0.1" in text
+    start = "Nothing changed in the first 10 steps: in none of 4 parameters the element with the "
+    assert text.startswith(start)
+    assert "at a learning rate of 0.1. Look for an optimizer_step that does not step" in text
 
 
 def test_a_rate_below_what_the_weights_can_hold_is_told(quiet, told):

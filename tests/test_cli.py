@@ -117,6 +117,16 @@ WRONG = {
         None,
         ["command line: --max_epochs: unknown key", "Did you mean 'trainer.max_epochs'?"],
     ),
+    "another trainer's word for it": (
+        "fit --config run.yaml --epochs 3",
+        None,
+        ["command line: --epochs: unknown key", "Did you mean 'trainer.max_epochs'?"],
+    ),
+    "another trainer's word among its arguments": (
+        "fit --config run.yaml --trainer.epochs 3",
+        None,
+        ["command line: --trainer.epochs: unknown key", "Write max_epochs."],
+    ),
     "no abbreviation": (
         "fit --config run.yaml --trainer.max_ep 3",
         None,

@@ -247,3 +247,29 @@ def test_fields_that_json_cannot_hold_are_refused_quietly(tmp_path: Path) -> Non
     session = SimpleNamespace(run_dir=tmp_path, state=None)
     failure.leave(SimpleNamespace(_run=None, rehearsing=False), session, ValueError("x"))  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_rank_that_failed_writes_and_its_step_can_be_taken_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from tests.distributed.harness import finish, start
+    from tests.distributed.scenes_failure import OnOne
+
+    root = tmp_path / "runs"
+    root.mkdir()
+    job = start("tests.distributed.scenes_failure:one_fails", 2, tmp_path, folder=str(root))
+    outcome = finish(job, tmp_path)
+    assert outcome.code != 0
+    (run,) = (root / "OnOne").iterdir()
+    assert [folder.name for folder in run.glob("failure*")] == ["failure_rank_1"], outcome.output
+    assert f"rank 1: error: failure: {run / 'failure_rank_1'}" in outcome.output
+    folder = run / "failure_rank_1"
+    known = read(folder)
+    assert (known["rank"], known["processes"], known["step"]) == (1, 2, 2)
+    batch = torch.load(folder / "batch.pt", weights_only=True)["batch"]
+    assert torch.equal(batch[0], list(loader())[5][0])  # the third of rank 1
+    from lightkit.replay import replay
+
+    with caplog.at_level(logging.INFO, "lightkit"):
+        assert replay(run, task=OnOne())
+    assert "cannot be multiplied" in caplog.text

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 
 import lightkit as lk
-from lightkit.callbacks import EarlyStopping, ModelCheckpoint, ModelSummary, ProgressBar, Timer
+from lightkit.callbacks import EMA, EarlyStopping, ModelCheckpoint, ModelSummary, ProgressBar, Timer
 from lightkit.errors import ConfigError
 from lightkit.loggers import CSVLogger, JSONLLogger, Logger, TensorBoardLogger
 from tests.small import Net, loader
@@ -38,6 +40,40 @@ def test_several_callbacks_of_one_class_that_differ():
         *(Mine(), Mine()),
     ]
     assert lk.Trainer(callbacks=several).callbacks[: len(several)] == several
+
+
+class Patient(EarlyStopping):
+    """A user's, which passes on what it does not know."""
+
+    def __init__(self, **given):
+        super().__init__("val_loss", **given)
+
+
+@pytest.mark.parametrize(
+    ("cls", "given", "words"),
+    [
+        (EarlyStopping, {"restore_best_weights": True}, r"Did you mean .restore_best."),
+        (Patient, {"patiense": 3}, "EarlyStopping .*'patiense'. Did you mean 'patience'"),
+        (EMA, {"dekay": 0.9}, "EMA .*'dekay'. Did you mean 'decay'"),
+        (ModelCheckpoint, {"period": 3}, "ModelCheckpoint .*'period'. Write every_n_epochs."),
+        (Logger, {"save_dri": "x"}, "Logger .*Did you mean 'save_dir'"),
+        (CSVLogger, {"save_dri": "x"}, "Logger .*Did you mean 'save_dir'"),
+        (TensorBoardLogger, {"subdir": "x"}, "TensorBoardLogger .*Did you mean 'sub_dir'"),
+    ],
+)
+def test_an_argument_of_a_callback_or_logger_that_does_not_exist(cls, given, words):
+    with pytest.raises(ConfigError, match=words):
+        cls(**given)
+
+
+def test_classes_of_the_user_are_left_as_they_are():
+    class Mine(lk.Callback):
+        def __init__(self, width):
+            self.width = width
+
+    with pytest.raises(TypeError, match="unexpected keyword argument 'widht'"):
+        Mine(widht=3)
+    assert list(inspect.signature(EarlyStopping).parameters)[:2] == ["monitor", "min_delta"]
 
 
 @pytest.mark.parametrize("make", [CSVLogger, JSONLLogger, TensorBoardLogger])

@@ -383,7 +383,7 @@ class Sized(Net):
             lambda: iter(list(shuffled())),
             r"the loader (list_iterator) gives its batches only once",
         ),
-        (Stuck, shuffled, "Stuck cannot be copied: cannot pickle '_thread.lock' object"),
+        (Stuck, shuffled, "Stuck or its data cannot be copied: cannot pickle '_thread.lock' object"),
         (Sized, shuffled, "layers of the task get their sizes from the first batch"),
     ],
 )

@@ -203,3 +203,11 @@ def test_a_run_without_a_checkpoint_needs_its_configuration(tmp_path: Path) -> N
         one.fit(Odd("log"), loader())
     with pytest.raises(UsageError, match=r"seed=7 and detect_anomaly=True"):
         replay(one.run_dir, task=Odd("log"), data=loader())
+
+
+def test_the_command_has_a_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["replay", "--help"]) == 0
+    said = capsys.readouterr().out
+    assert "usage: lightkit replay RUN [--task module.Class]" in said
+    assert "--debug" in said
+    assert "--config" not in said

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
-from typing_extensions import Never
 
 from lightkit import checkpoint
 from lightkit.checkpoint.files import SUFFIX
@@ -140,7 +139,6 @@ class ModelCheckpoint(Callback):
         async_save: bool | None = None,
         on_error: Literal["raise", "warn"] = "raise",
         save_on_exception: bool = True,
-        **unknown: Never,
     ) -> None:
         self._given_dirpath = None if dirpath is None else str(dirpath)
         self.dirpath = self._given_dirpath
@@ -157,7 +155,7 @@ class ModelCheckpoint(Callback):
         self.auto_insert_metric_name = auto_insert_metric_name
         self.on_error, self.save_on_exception = on_error, save_on_exception
         self._optional, self._loaded_run = False, ""
-        check_settings(self, unknown)
+        check_settings(self)
         self._reset()
 
     def _reset(self) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -17,7 +16,6 @@ from lightkit.checkpoint.disk import point, prepare_folder, remove
 from lightkit.checkpoint.files import SUFFIX
 from lightkit.checkpoint.names import check_template, render
 from lightkit.checkpoint.newest import orphans
-from lightkit.elsewhere import MODEL_CHECKPOINT, refusal
 from lightkit.errors import CheckpointError, ConfigError, NonFiniteError, did_you_mean, one_of
 
 if TYPE_CHECKING:
@@ -32,12 +30,8 @@ _UPDATES = {"step_optimizer", "step_schedulers", "step_plateau"}
 _NO_HOOKS = {"end_steps", "reduce", "due_after_epoch", "validate", "end_epoch"}
 
 
-def check_settings(given: ModelCheckpoint, unknown: Iterable[str] = ()) -> None:
-    """Raises `ConfigError` for arguments that do not exist, are out of range or contradict others."""
-    for name in unknown:
-        known = inspect.signature(type(given)).parameters
-        what = f"{type(given).__name__} has no argument"
-        raise ConfigError(refusal(what, name, MODEL_CHECKPOINT, known))
+def check_settings(given: ModelCheckpoint) -> None:
+    """Raises `ConfigError` for arguments that are out of range or contradict others."""
     one_of("ModelCheckpoint: mode", given.mode, ("min", "max"))
     one_of("ModelCheckpoint: on_error", given.on_error, ("raise", "warn"))
     for name, least in (("save_top_k", -1), ("every_n_epochs", 0), ("every_n_train_steps", 0)):

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from lightkit.elsewhere import refuses_unknown
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -27,6 +29,7 @@ class NullExperiment:
         return self
 
 
+@refuses_unknown
 class Logger:
     """Writes the rows of a run. Subclass it for a destination of your own.
 
@@ -53,6 +56,10 @@ class Logger:
     _said_unopened: bool = False
     #: What it writes below the run folder; two loggers of one run must not write the same.
     _target: str | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        refuses_unknown(cls)
 
     def __init__(
         self,

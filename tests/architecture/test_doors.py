@@ -37,7 +37,8 @@ EXPRESSIONS: dict[str, set[str]] = {
     r"os\.(environ|getenv|putenv)": {"distributed/env.py"},
     r"torch\.distributed\.": {"distributed/"},
     r"(torch\.)?(amp\.|cuda\.amp\.)?(autocast|GradScaler)\(": {"precision.py"},
-    r"torch\.(save|load)\(": {"checkpoint/"},
+    # proofs: that torch's own reader takes the files
+    r"torch\.(save|load)\(": {"checkpoint/", "proofs.py"},
     # Each waits for the device; distributed, planning: numbers in the memory of the CPU.
     r".*\.(item|tolist)$": {"readings.py", "checkpoint/", "distributed/", "data/planning.py"},
     r"torch\.load\(.*weights_only=False": set(),

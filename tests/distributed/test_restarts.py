@@ -6,6 +6,9 @@ import json
 
 import torch
 
+from lightkit import provenance
+from lightkit.runs import compare as compared
+from lightkit.runs import find_runs
 from tests.distributed.harness import torchrun
 from tests.faults.harness import compare, curves
 
@@ -47,3 +50,8 @@ def test_a_killed_rank_costs_nothing_but_time(tmp_path):
         assert not different, "\n".join(different)
         folders = [next((f / workers / "runs" / "Net").iterdir()) for f in (whole, broken)]
         assert curves(folders[0]) == curves(folders[1])
+        made = [provenance.read(folder) for folder in folders]
+        assert [[entry["processes"] for entry in entries] for entries in made] == [[2], [2, 2]]
+        (one,), (two,) = map(find_runs, folders)
+        assert (one.status, two.status) == ("finished", "finished")
+        assert [*compared([one, two])["configuration"]] == ["trainer.default_root_dir"]

@@ -230,7 +230,7 @@ def test_callbacks_and_loggers():
     def find(name):
         return getattr(lk.loggers if name.endswith("Logger") else lk.callbacks, name)
 
-    assert refused("Callbacks and loggers") == elsewhere.MODEL_CHECKPOINT
+    assert refused("Callbacks and loggers") == elsewhere.CALLBACK_ARGUMENTS
     rows = works("Callbacks and loggers")
     for name in rows:
         if name[0].isupper() and "(" not in name:

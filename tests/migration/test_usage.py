@@ -290,9 +290,9 @@ def test_metrics_are_copied_and_a_logger_is_saved(tmp_path):
     assert kept["train_loss"] is not trainer.callback_metrics["train_loss"]
 
 
-@pytest.mark.parametrize("name", elsewhere.MODEL_CHECKPOINT)
+@pytest.mark.parametrize("name", elsewhere.CALLBACK_ARGUMENTS)
 def test_old_arguments_of_model_checkpoint(name):
-    with pytest.raises(lk.errors.ConfigError, match=f"Write {elsewhere.MODEL_CHECKPOINT[name]}"):
+    with pytest.raises(lk.errors.ConfigError, match=f"Write {elsewhere.CALLBACK_ARGUMENTS[name]}"):
         lk.callbacks.ModelCheckpoint(**{name: 1})
     with pytest.raises(lk.errors.ConfigError, match="Did you mean 'monitor'"):
         lk.callbacks.ModelCheckpoint(moniter="val_loss")

@@ -1,19 +1,8 @@
-"""For tests of your own: proof that a run that was stopped goes on as if it never was.
-
-::
-
-    from lightkit.testing import assert_resumes_exactly
-
-    def test_my_task_resumes():
-        assert_resumes_exactly(MyTask(), train_loader, val_loader)
-"""
+"""Proof that a run that was stopped goes on as if it never was."""
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import ctypes
-import logging
 import shutil
 import tempfile
 import zlib
@@ -30,13 +19,11 @@ from lightkit import ledger, rng
 from lightkit.differences import compare
 from lightkit.errors import UsageError
 from lightkit.hooks import Callback
-from lightkit.loggers.base import Logger
 from lightkit.task import TaskModule
+from lightkit.testing.given import Given, quiet
 
 if TYPE_CHECKING:
     from lightkit.trainer import Trainer
-
-_log = logging.getLogger("lightkit")
 
 #: What two runs never have in common: times, and where their files are.
 _OWN = (
@@ -89,8 +76,8 @@ def assert_resumes_exactly(
         AssertionError: Something differs; it says where, what, by how much, and the usual cause.
         UsageError: What was given cannot be tried like this.
     """
-    given = _Given(task, train_dataloaders, val_dataloaders, datamodule, max_epochs, options)
-    with rng.preserved(), _quiet(), tempfile.TemporaryDirectory() as temporary:
+    given = Given(task, train_dataloaders, val_dataloaders, datamodule, max_epochs, options)
+    with rng.preserved(), quiet(), tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         whole = _Life(folder / "whole", given.stops(at))
         whole.run(given, seed)
@@ -98,7 +85,7 @@ def assert_resumes_exactly(
         _compare_rests(whole, given, seed, [*_OWN, *ignore])
 
 
-def _compare_rests(whole: _Life, given: _Given, seed: int, ignore: list[str]) -> None:
+def _compare_rests(whole: _Life, given: Given, seed: int, ignore: list[str]) -> None:
     """Resumes at every place, and raises `AssertionError` at the first that is not exact."""
     for number, place in enumerate(whole.places):
         rest = _Life(whole.folder / f"rest_{number}")
@@ -117,74 +104,6 @@ def _compare_rests(whole: _Life, given: _Given, seed: int, ignore: list[str]) ->
 
 
 # --- runs ----------------------------------------------------------------------------------------
-
-
-class _Given:
-    """What the user gave; `make` returns it anew for each run."""
-
-    def __init__(
-        self, task: Any, train: Any, val: Any, datamodule: Any, max_epochs: int, options: Any
-    ) -> None:
-        if options.get("fast_dev_run"):
-            raise UsageError(
-                "fast_dev_run writes no checkpoints; limit_train_batches=... is short too."
-            )
-        self.things = {
-            "task": task,
-            "callbacks": options.get("callbacks"),
-            "train_dataloaders": train,
-            "val_dataloaders": val,
-            "datamodule": datamodule,
-        }
-        rest = {k: v for k, v in options.items() if k not in ("callbacks", "logger")}
-        quiet = {"enable_progress_bar": False, "enable_model_summary": False, "rehearse": False}
-        self.options = {"log_every_n_steps": 1, "max_epochs": max_epochs, **rest, **quiet}
-        self.shared: dict[str, str] = {}  # what could not be copied, and why
-        for name, thing in self.things.items():
-            if isinstance(thing, Iterator):
-                raise UsageError(
-                    f"{name} gives its batches only once, but several runs need them. Pass a "
-                    f"function that makes it: {name}=lambda: ..."
-                )
-
-    def make(self) -> dict[str, Any]:
-        """Returns all of it, made or copied; objects that share something go on sharing it."""
-        made: dict[str, Any] = {}
-        memos: list[dict[int, Any]] = [{}]  # all stay alive, for their addresses are keys in them
-        for name, thing in self.things.items():
-            if _makes(thing):
-                made[name] = thing()
-                continue
-            tried = dict(memos[-1])  # a copy that fails leaves halves behind
-            try:
-                made[name] = copy.deepcopy(thing, tried)
-                memos.append(tried)
-            except Exception as error:
-                why = f"{type(error).__name__}: {error}"
-                if name in ("task", "callbacks"):
-                    raise UsageError(
-                        f"{name} cannot be copied ({why}). Pass a function that makes it: "
-                        f"{name}=lambda: ..."
-                    ) from error
-                made[name] = thing
-                self.shared[name] = why
-        return made
-
-    @staticmethod
-    def stops(at: int | Iterable[int] | None) -> set[int] | None:
-        """Returns the steps that the user chose, checked."""
-        if at is None:
-            return None
-        steps = [at] if isinstance(at, int) else [*at]
-        if not steps or any(not isinstance(n, int) or n < 1 for n in steps):
-            raise UsageError(f"at={at!r}; it must be numbers of optimizer steps, from 1 on.")
-        return set(steps)
-
-
-def _makes(thing: Any) -> bool:
-    """Tells whether something is a function or class that makes what is meant."""
-    is_loader = hasattr(type(thing), "__iter__") or hasattr(type(thing), "__getitem__")
-    return callable(thing) and not isinstance(thing, TaskModule) and not is_loader
 
 
 @dataclass
@@ -211,18 +130,10 @@ class _Life:
     batches: list[tuple[str, int]] = field(default_factory=list)
     end: dict[str, Any] = field(default_factory=dict)
 
-    def run(self, given: _Given, seed: int, ckpt_path: Path | None = None) -> None:
+    def run(self, given: Given, seed: int, ckpt_path: Path | None = None) -> None:
         """Trains until the end."""
-        from lightkit.trainer import Trainer
-
-        rng.seed_everything(seed, verbose=False)
-        made = given.make()
-        task, callbacks = made.pop("task"), made.pop("callbacks")
-        callbacks = [callbacks] if isinstance(callbacks, Callback) else [*(callbacks or ())]
         watch = _Watch(self, saves=ckpt_path is None)
-        options = {**given.options, "default_root_dir": self.folder}
-        trainer = Trainer(**options, callbacks=[*callbacks, watch], logger=_Rows(self.rows))
-        trainer.fit(task, **made, ckpt_path=ckpt_path)
+        given.fit(watch, self.rows, seed, self.folder, saves=True, ckpt_path=ckpt_path)
         if not self.end:  # a notebook, where Ctrl-C ends fit without an exception
             raise KeyboardInterrupt
 
@@ -315,36 +226,6 @@ class _Watch(Callback):
             "buffers (persistent=False)": buffers,
             "best scores": [c.best_model_score for c in trainer.checkpoint_callbacks],
         }
-
-
-class _Rows(Logger):
-    """Keeps the rows in memory."""
-
-    def __init__(self, rows: list[tuple[int, dict[str, float]]]) -> None:
-        super().__init__()
-        self.rows = rows
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        self.rows.append((step, dict(metrics)))
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Lets the runs say warnings only, and each of them once."""
-    level, said = _log.level, set[str]()
-
-    def is_new(record: logging.LogRecord) -> bool:
-        known = record.getMessage() in said
-        said.add(record.getMessage())
-        return not known
-
-    _log.setLevel(max(level, logging.WARNING))
-    _log.addFilter(is_new)
-    try:
-        yield
-    finally:
-        _log.removeFilter(is_new)
-        _log.setLevel(level)
 
 
 def _digest(batch: Any, start: int = 0) -> int:

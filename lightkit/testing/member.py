@@ -1,0 +1,44 @@
+"""One process of `assert_same_on_ranks`: a program that torchrun starts, with a folder as argument."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def found(module: str, file: str, name: str) -> Any:
+    """Returns a function by its module, or from its file where that cannot be imported by name."""
+    try:
+        if module == "__main__":
+            raise ImportError
+        home = importlib.import_module(module)
+    except ImportError:
+        spec = importlib.util.spec_from_file_location(f"{Path(file).stem}_of_ranks", file)
+        assert spec is not None
+        assert spec.loader is not None
+        home = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = home
+        spec.loader.exec_module(home)
+    for part in name.split("."):
+        home = getattr(home, part)
+    return home
+
+
+def main(folder: Path) -> None:
+    """Trains what the function makes, and writes what came of it on this rank."""
+    order = json.loads((folder / "order.json").read_text("utf-8"))
+    sys.path[:] = order["path"]  # as where the proof was begun, not the folder of this file
+    from lightkit.checkpoint import save_file
+    from lightkit.distributed import launched
+    from lightkit.testing.ranks import train
+
+    result = train(found(*order["function"]), order["seed"], folder, order["options"])
+    save_file(result, folder / f"rank_{launched().rank}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,167 @@
+"""Proof that a validation leaves nothing behind that training goes on with."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightkit import freezing, rng
+from lightkit.differences import compare
+from lightkit.errors import UsageError
+from lightkit.hook_names import LOOP_HOOKS
+from lightkit.hooks import Callback
+from lightkit.task import TaskModule
+from lightkit.testing.given import Given, quiet
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lightkit.trainer import Trainer
+
+_HOOKS = [name for name in LOOP_HOOKS if name.startswith("on_validation_")]
+_SHOWN = 6
+_WHY = {
+    "weights": "A validation must not train: no step of an optimizer, nothing that writes to weights.",
+    "buffers": "Buffers such as running means are moved by modules in train mode, or by code of the "
+    "step: the loop calls eval() before, do not call train() in it.",
+    "modes": "The step changes modules between train and eval mode, or requires_grad.",
+    "random states": "The step draws random numbers, as dropout in train mode and noise do. Draw them "
+    "from a generator of their own: torch.rand(..., generator=self.generator).",
+    "gradients": "The step leaves gradients: a backward in it.",
+    "training": "The validation left weights, buffers, modes and random states alone. Look for a plain "
+    "attribute of the task (a counter, a list, a moving mean) that the validation changes and "
+    "training reads.",
+}
+
+
+def assert_validation_is_pure(
+    task: TaskModule | Callable[[], TaskModule],
+    train_dataloaders: Any = None,
+    val_dataloaders: Any = None,
+    *,
+    datamodule: Any = None,
+    max_epochs: int = 2,
+    seed: int = 0,
+    ignore: Sequence[str] = (),
+    **options: Any,
+) -> None:
+    """Asserts that training goes on after a validation as if its steps had not been.
+
+    Trains two copies of the task. The second one reads the same batches for its validations, but its
+    ``validation_step`` and its hooks of validation do nothing (what the first one logged in them is
+    logged again, for schedules and callbacks that read it). After each validation both must have the
+    same weights, buffers, gradients, modes and random states, bit for bit, and so must they at the end
+    of training, with the same losses.
+
+    What is given stays as it is. Instead of an object a function that makes it may be given. Files go
+    to a temporary folder only, and the random states are put back.
+
+    Args:
+        task: The task, or a function that returns a new one.
+        train_dataloaders: What ``fit`` takes, or a function that returns it.
+        val_dataloaders: Likewise.
+        datamodule: Likewise, instead of loaders.
+        max_epochs: Epochs of the runs; the training after a validation is compared too.
+        seed: Seeds both runs.
+        ignore: Names that may differ, as patterns of `fnmatch` ("buffers.calls").
+        options: Arguments of the Trainer.
+
+    Raises:
+        AssertionError: Something differs; it says after which validation, what, and the usual cause.
+        UsageError: What was given cannot be tried like this.
+    """
+    given = Given(task, train_dataloaders, val_dataloaders, datamodule, max_epochs, options)
+    with rng.preserved(), quiet(), tempfile.TemporaryDirectory() as folder:
+        one, two = _Watch(), _Watch()
+        begin = (seed, Path(folder))
+        given.fit(one, one.rows, *begin, num_sanity_val_steps=0)
+        if len(one.seen) == 1:  # the end alone
+            raise UsageError("There was no validation: give a loader, and a validation_step.")
+        again = two.silencing(one.logged)
+        given.fit(two, two.rows, *begin, num_sanity_val_steps=0, change=again)
+    for (place, now), (_, other) in zip(one.seen, two.seen, strict=True):
+        found = [
+            (kind, name, how)
+            for kind in now
+            for name, how in compare(now[kind], other[kind], kind, ignore)
+        ]
+        if found:
+            raise AssertionError(_told(place, found))
+    for name, how in compare(one.losses(), two.losses(), "training", ignore):
+        raise AssertionError(_told("the end of training", [("training", name, how)]))
+
+
+def _told(place: str, found: list[tuple[str, str, str]]) -> str:
+    """Returns what the error says."""
+    words = {"whole run": "run that validates", "resumed one": "other", "resumed run": "other"}
+    lines = [f"At {place} these differ from a run whose validation does nothing:"]
+    for _, name, how in found[:_SHOWN]:
+        for ours, said in words.items():
+            how = how.replace(ours, said)
+        lines.append(f"  {name}: {how}")
+    lines += [f"  and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
+    first = "training" if place == "the end of training" else ""
+    lines += [_WHY[kind] for kind in dict.fromkeys(first or kind for kind, _, _ in found)]
+    return "\n".join(lines)
+
+
+class _Watch(Callback):
+    """Takes down the state after each validation and at the end, and what validations logged."""
+
+    order = 1000
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, dict[str, float]]] = []
+        self.seen: list[tuple[str, dict[str, Any]]] = []
+        self.logged: list[dict[str, float]] = []
+
+    def on_validation_end(self, trainer: Trainer, task: TaskModule) -> None:
+        run: Any = trainer._run
+        both = run.metrics.eval_results(len(run.validation.loaders))
+        self.logged.append({name: value for row in both for name, value in row.items()})
+        number = len(self.seen) + 1
+        self.seen.append(
+            (f"the end of validation {number} (step {trainer.global_step})", _state(task))
+        )
+
+    def on_train_end(self, trainer: Trainer, task: TaskModule) -> None:
+        self.seen.append(("the end of training", _state(task)))
+
+    def losses(self) -> dict[int, float]:
+        """Returns the losses of training by step."""
+        return {step: row["train_loss"] for step, row in self.rows if "train_loss" in row}
+
+    def silencing(self, logged: list[dict[str, float]]) -> Callable[[TaskModule], None]:
+        """Returns what makes the validation of a task do nothing but log again what was logged."""
+
+        def change(task: TaskModule) -> None:
+            def log_again() -> None:
+                for row in logged[len(self.logged) :][:1]:
+                    task.log_dict(row)
+
+            own = dict.fromkeys(("validation_step", *_HOOKS), _nothing)
+            vars(task).update(own, on_validation_epoch_end=log_again)
+
+        return change
+
+
+def _nothing(*_: Any) -> None:
+    pass
+
+
+def _state(task: TaskModule) -> dict[str, Any]:
+    """Returns a copy of what training goes on with."""
+
+    def taken(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.detach().clone()
+
+    parameters = dict(task.named_parameters())
+    return {
+        "weights": {name: taken(p) for name, p in parameters.items()},
+        "gradients": {name: taken(p.grad) for name, p in parameters.items()},
+        "buffers": {name: taken(b) for name, b in task.named_buffers()},
+        "modes": freezing.switches(task),
+        "random states": rng.rng_state(),
+    }
