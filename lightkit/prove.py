@@ -61,7 +61,7 @@ class Proof:
 
 
 def prove(names: Sequence[str] = ()) -> Iterator[Proof]:
-    """Yields a proof after the other; one that raises has failed.
+    """Gives one proof after the other; one that raises has failed.
 
     Threads, random states and logging are as before when all are done, and no file is left.
 
@@ -76,19 +76,21 @@ def prove(names: Sequence[str] = ()) -> Iterator[Proof]:
         raise ConfigError(f"prove: no proof {wrong[0]!r}\n  allowed: {allowed}")
     if launched().launched:
         raise ConfigError("prove: it starts two processes itself; run it without torchrun")
+    return map(_proved, names or PROOFS)
+
+
+def _proved(name: str) -> Proof:
+    (claim, call), began = PROOFS[name], time.perf_counter()
     threads = torch.get_num_threads()
-    for name in names or PROOFS:
-        claim, call = PROOFS[name]
-        began = time.perf_counter()
-        torch.set_num_threads(1)  # as the processes that are compared with this one
-        try:
-            with rng.preserved(), trials.silent(), tempfile.TemporaryDirectory() as folder:
-                found = call(Path(folder))
-        except Exception as error:  # noqa: BLE001  whatever it is, the others go on
-            found = (False, f"{type(error).__name__}: {error}", {})
-        finally:
-            torch.set_num_threads(threads)
-        yield Proof(name, claim, *found, seconds=time.perf_counter() - began)
+    torch.set_num_threads(1)  # as the processes that are compared with this one
+    try:
+        with rng.preserved(), trials.silent(), tempfile.TemporaryDirectory() as folder:
+            found = call(Path(folder))
+    except Exception as error:  # noqa: BLE001  whatever it is, the others go on
+        found = (False, f"{type(error).__name__}: {error}", {})
+    finally:
+        torch.set_num_threads(threads)
+    return Proof(name, claim, *found, seconds=time.perf_counter() - began)
 
 
 def report(names: Sequence[str] = (), *, as_data: bool = False) -> int:
@@ -97,6 +99,7 @@ def report(names: Sequence[str] = (), *, as_data: bool = False) -> int:
     Returns:
         0, or 1 where a proof has failed.
     """
+    wanted = prove(names)
     began, device = time.perf_counter(), resolve_device(devices=1)
     here = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     about = {"lightkit": lightkit.__version__, "torch": torch.__version__}
@@ -105,7 +108,7 @@ def report(names: Sequence[str] = (), *, as_data: bool = False) -> int:
     if not as_data:
         _write("  ".join(f"{name} {value}" for name, value in about.items()))
     proofs = []
-    for proof in prove(names):
+    for proof in wanted:
         proofs.append(proof)
         if not as_data:
             state = "OK    " if proof.ok else "FAILED"

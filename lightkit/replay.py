@@ -203,7 +203,7 @@ def _with_batch(
     if known["stage"] != "training":
         watch.random = checkpoint.random_states(saved, 0)
         checkpoint.write_checkpoint(saved, path)
-        loaders = [_Again(batch, 0)] * known["dataloader_idx"] + [_Again(batch, 1)]
+        loaders = [_Again(batch, 1) for _ in range(known["dataloader_idx"] + 1)]
         twin.validate(task, loaders, ckpt_path=path, verbose=False)
         return
     saved["loop"] |= {"batch_idx": index, "pending_validation": ""}

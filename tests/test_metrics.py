@@ -628,6 +628,9 @@ def test_the_sanity_check_leaves_nothing(trainer):
     class Watch(lk.Callback):
         def on_sanity_check_end(self, trainer, task):
             assert not metric.update_called
+            assert trainer.callback_metrics["acc"] == 0  # its own hooks find its values
+
+        def on_train_start(self, trainer, task):
             seen.update(trainer.callback_metrics)
 
     seen, rows = {}, Rows()

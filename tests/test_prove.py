@@ -97,7 +97,9 @@ def test_nothing_changes_for_the_process(standing_in, tmp_path, monkeypatch):
 
 def test_wrong_words(capsys):
     assert main(["prove", "synks"]) == 2
-    assert "Did you mean 'syncs'?" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "Did you mean 'syncs'?" in said.err
+    assert said.out == ""
     assert main(["prove", "--trainer.max_epochs", "3"]) == 2
     assert main(["prove", "--debug"]) == 2
 
@@ -105,7 +107,7 @@ def test_wrong_words(capsys):
 def test_not_under_torchrun(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(ConfigError, match="without torchrun"):
-        next(prove.prove())
+        prove.prove()
 
 
 def test_help_names_the_proofs(capsys):

@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 
 _FEWEST = 2
 _WHY = {
-    "got no gradient": "They have no part in the loss: they are not used in training_step, or behind "
+    "without a gradient": "They have no part in the loss: they are not used in training_step, or behind "
     "detach() or no_grad().",
-    "got a gradient of zero alone": "The loss does not depend on their values: a dead activation, a "
+    "with a gradient of zero alone": "The loss does not depend on their values: a dead activation, a "
     "weight of zero, a mask that hides all.",
-    "are in no optimizer": "Pass them to the optimizer in configure_optimizers, or freeze them: "
+    "in no optimizer": "Pass them to the optimizer in configure_optimizers, or freeze them: "
     "requires_grad_(False).",
-    "were not changed by the steps": "Their learning rate is 0, or it stays so small that rounding "
+    "that the steps do not change": "Their learning rate is 0, or it stays so small that rounding "
     "takes it away.",
 }
 
@@ -148,18 +148,18 @@ class _Watch(Callback):
         for name, parameter in self._trainable(task).items():
             before = self.before.get(name)
             if name not in self.gradient:
-                self.found["got no gradient"].append(name)
+                self.found["without a gradient"].append(name)
             elif name not in self.not_zero:
-                self.found["got a gradient of zero alone"].append(name)
+                self.found["with a gradient of zero alone"].append(name)
             elif id(parameter) not in stepped:
-                self.found["are in no optimizer"].append(name)
+                self.found["in no optimizer"].append(name)
             elif before is not None and torch.equal(before, parameter):
-                self.found["were not changed by the steps"].append(name)
+                self.found["that the steps do not change"].append(name)
 
     def faults(self) -> list[str]:
         """Returns a line for each kind of fault."""
         return [
-            f"  {len(names)} parameters {what}: {some(names)}. {_WHY[what]}"
+            f"  {len(names)} parameter{'s' * (len(names) > 1)} {what}: {some(names)}. {_WHY[what]}"
             for what, names in self.found.items()
             if names
         ]
