@@ -330,7 +330,9 @@ def check_arguments(
     for name in given:
         if name not in known and not takes_any:
             allowed = "" if known else f"{target.__name__} takes no arguments"
-            other = f"Write {ARGUMENTS[name]}." if path == ("trainer",) and name in ARGUMENTS else ""
+            other = (
+                f"Write {ARGUMENTS[name]}." if path == ("trainer",) and name in ARGUMENTS else ""
+            )
             raise MisfitError((*path, name), "unknown key", allowed, name, known, other)
     checked = {}
     for name, argument in known.items():

@@ -137,10 +137,10 @@ def check_monitors(trainer: Trainer, run: FitRun, logged: Collection[str], sure:
     left_out: list[Any] = [one for one in callbacks if id(one) not in there]
     left_out += [handler.function for handler in trainer._handlers]
     for who, monitor, strict in asked:
-        if monitor in logged or any(map(_may_log, left_out)):
+        if monitor in logged or not sure or any(map(_may_log, left_out)):
             continue
         text = f"{no_such_metric(who, monitor, logged)} They are those of the rehearsal"
-        if not sure or not strict or _names(run.task, monitor):
+        if not strict or _names(run.task, monitor):
             _log.warning("%s, which is well only if it comes later.", text)
             continue
         raise ConfigError(

@@ -383,7 +383,11 @@ class Sized(Net):
             lambda: iter(list(shuffled())),
             r"the loader (list_iterator) gives its batches only once",
         ),
-        (Stuck, shuffled, "Stuck or its data cannot be copied: cannot pickle '_thread.lock' object"),
+        (
+            Stuck,
+            shuffled,
+            "Stuck or its data cannot be copied: cannot pickle '_thread.lock' object",
+        ),
         (Sized, shuffled, "layers of the task get their sizes from the first batch"),
     ],
 )
@@ -590,9 +594,17 @@ class Logs(lk.Callback):
         task.log("of_callback", 1.0)
 
 
+class Guards(Net):
+    """As ported code does: nothing of the sanity check is logged."""
+
+    def on_validation_epoch_end(self):
+        if not self.trainer.sanity_checking:
+            self.log("guarded", 1.0)
+
+
 @pytest.mark.parametrize(
     ("task", "monitor", "callbacks", "said"),
-    [(Later, "now_and_then", [], 1), (Net, "of_callback", [Logs()], 0)],
+    [(Later, "now_and_then", [], 1), (Net, "of_callback", [Logs()], 0), (Guards, "guarded", [], 0)],
 )
 def test_a_name_that_may_come_later_is_no_error(quiet, caplog, task, monitor, callbacks, said):
     callbacks = [*callbacks, EarlyStopping(monitor, check_on_train_epoch_end=True)]

@@ -211,3 +211,48 @@ def test_the_command_has_a_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert "usage: lightkit replay RUN [--task module.Class]" in said
     assert "--debug" in said
     assert "--config" not in said
+
+
+class Second(Net):
+    """Fails on the second of two validation loaders."""
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int) -> Any:
+        return self.net(batch[0][:, : 3 - dataloader_idx])
+
+
+class Manual(Told):
+    """Optimizes by itself."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch: Any) -> None:  # type: ignore[override]
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch))
+        optimizer.step()
+
+
+def test_the_right_loader_is_validated_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    one = trainer(tmp_path, num_sanity_val_steps=0)
+    with pytest.raises(RuntimeError):
+        one.fit(Second(at=-1), loader(), [loader(), loader()])
+    with caplog.at_level(logging.INFO, "lightkit"):
+        assert replay(one.run_dir, task=Second(at=-1))
+    assert "return self.net(batch[0][:, : 3 - dataloader_idx])" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [(Manual, {}), (Told, {"accumulate_grad_batches": 3}), (Told, {"precision": "bf16-mixed"})],
+)
+def test_steps_of_every_kind_come_again(
+    kind: Any, options: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    one = trainer(tmp_path, **options)
+    with pytest.raises(RuntimeError) as raised:
+        one.fit(kind(), loader())
+    with caplog.at_level(logging.INFO, "lightkit"):
+        assert replay(one.run_dir, task=kind())
+    assert f"RuntimeError: {raised.value}" in caplog.text

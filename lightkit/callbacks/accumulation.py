@@ -46,7 +46,7 @@ class GradientAccumulationScheduler(Callback):
     def on_fit_start(self, trainer: Trainer, task: TaskModule) -> None:
         """Refuses a second source of the same number."""
         given = trainer.accumulate_grad_batches
-        if given not in self.scheduling.values():
+        if given not in (1, *self.scheduling.values()):  # 1: nothing was given
             raise ConfigError(
                 f"Trainer(accumulate_grad_batches={given}) together with "
                 f"GradientAccumulationScheduler({self.scheduling}): give one of them."

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import json
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,13 @@ def main(folder: Path) -> None:
     from lightkit.distributed import launched
     from lightkit.testing.ranks import train
 
-    result = train(found(*order["function"]), order["seed"], folder, order["options"])
-    save_file(result, folder / f"rank_{launched().rank}.pt")
+    rank = launched().rank
+    try:
+        result = train(found(*order["function"]), order["seed"], folder, order["options"])
+    except Exception:
+        (folder / f"error_{rank}.txt").write_text(traceback.format_exc(), encoding="utf-8")
+        raise
+    save_file(result, folder / f"rank_{rank}.pt")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from lightkit.errors import UsageError
 from lightkit.testing import member
 from lightkit.testing.given import quiet
 
-_FEWEST, _SHOWN = 2, 6
+_FEWEST, _SHOWN, _LINES = 2, 6, 40
 _OPTIONS: dict[str, Any] = {
     **dict.fromkeys(("enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False),
     **dict.fromkeys(("hints", "logger", "rehearse", "fused"), False),
@@ -80,18 +80,20 @@ def assert_same_on_ranks(
         found = [read_any(file) for file in files]
         own = dict(options)
         own["accumulate_grad_batches"] = ranks * own.get("accumulate_grad_batches", 1)
+        for name in ("limit_val_batches", "val_check_interval"):  # whole numbers are of each rank
+            if type(own.get(name)) is int:
+                own[name] *= ranks
         own["limit_train_batches"] = ranks * found[0].pop("batches")
         with rng.preserved(), quiet():
             alone = train(make, seed, folder, own)
-    apart = [
-        f"  {name}: {how}"
-        for rank, there in enumerate(found)
-        for name, how in _apart(alone, there, rank, tolerance, ignore)
-    ]
+    apart: dict[str, str] = {}  # each name once, on the first rank
+    for rank, there in enumerate(found):
+        apart = {**dict(_apart(alone, there, rank, tolerance, ignore)), **apart}
     if apart:
-        more = [f"  and {len(apart) - _SHOWN} more"] if len(apart) > _SHOWN else []
+        lines = [f"  {name}: {how}" for name, how in apart.items()]
+        more = [f"  and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
         head = f"{ranks} processes do not train as one does:"
-        raise AssertionError("\n".join([head, *apart[:_SHOWN], *more, _WHY]))
+        raise AssertionError("\n".join([head, *lines[:_SHOWN], *more, _WHY]))
 
 
 def train(
@@ -161,8 +163,9 @@ def _run(ranks: int, folder: Path, limit: float) -> None:
                 code, told = 1, f"did not end within {limit:g} s"
         if code:
             output.seek(0)
-            lines = "\n".join(output.read().splitlines()[-60:])
-            raise AssertionError(f"The {ranks} processes {told}:\n{lines}")
+            errors = [file.read_text("utf-8") for file in sorted(folder.glob("error_*.txt"))]
+            text = errors[0] if errors else "\n".join(output.read().splitlines()[-_LINES:])
+            raise AssertionError(f"The {ranks} processes {told}:\n{text}")
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from lightkit import rng
 from lightkit.errors import NonFiniteError, UsageError, some
 from lightkit.hooks import Callback
-from lightkit.task import TaskModule
+from lightkit.task import TaskModule, overrides
 from lightkit.testing.given import Given, quiet
 
 if TYPE_CHECKING:
@@ -77,7 +77,8 @@ def assert_trains(
     given = Given(task, train_dataloaders, val_dataloaders, datamodule, -1, options)
     watch, rows = _Watch(ignore), list[tuple[int, dict[str, float]]]()
     limits: dict[str, Any] = {"max_steps": steps}
-    if train_dataloaders is not None or datamodule is not None:
+    own = isinstance(task, TaskModule) and overrides(task, "train_dataloader")
+    if train_dataloaders is not None or datamodule is not None or own:
         limits["overfit_batches"] = 1
     limits["limit_val_batches"] = 0 if val_dataloaders is None and datamodule is None else 1
     with rng.preserved(), quiet(), tempfile.TemporaryDirectory() as folder:

@@ -86,3 +86,9 @@ def test_a_fit_makes_the_steps_that_were_scheduled(tmp_path: Path) -> None:
     trainer.callbacks.append(end)
     trainer.fit(Net(), loader(4))
     assert steps == [4, 6, 8]  # 4 steps of 1 batch, 2 of 2, then 3 batches and the one left over
+
+
+def test_a_number_for_the_first_epoch_is_no_second_source(tmp_path: Path) -> None:
+    trainer = real(tmp_path, max_epochs=1, callbacks=GradientAccumulationScheduler({0: 2}))
+    trainer.fit(Net(), loader(4))
+    assert trainer.global_step == 2
