@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
+import os
 import re
 import shutil
 from collections.abc import Collection, Iterable, Mapping
@@ -47,16 +48,21 @@ def disk(trainer: Trainer, size: int) -> tuple[int, int]:
         size: Bytes of one.
     """
     steps, epochs = announce.planned(trainer)
-    files, folders = 0, [trainer.default_root_dir]
+    files = 0
     for saver in savers_of(trainer):
         kept: float = saver.save_top_k
         if kept < 0:
             kept = (epochs or 0) // (saver.every_n_epochs or math.inf)
             kept += (steps or 0) // (saver.every_n_train_steps or math.inf)
         files += int(kept) + saver.save_last
-        folders += [Path(saver._given_dirpath)] if saver._given_dirpath else []
-    free = min(shutil.disk_usage(existing(folder)).free for folder in folders)
+    free = min(shutil.disk_usage(existing(folder)).free for folder in _folders(trainer))
     return free, size * (files + 1)  # a file goes when the next one is complete
+
+
+def _folders(trainer: Trainer) -> list[Path]:
+    """Returns the folders that checkpoints go to, or those above."""
+    own = [Path(saver._given_dirpath) for saver in savers_of(trainer) if saver._given_dirpath]
+    return [trainer.default_root_dir, *own]
 
 
 def existing(folder: Path) -> Path:
@@ -192,18 +198,24 @@ def check_last_batch(run: FitRun, means: Mapping[str, int]) -> None:
 
 
 def check_disk(trainer: Trainer, size: int) -> None:
-    """Compares what is free on the disk with what the checkpoints will take.
+    """Looks whether checkpoints can be written, and compares what is free with what they will take.
 
     Raises:
-        ConfigError: There is no room for one of them.
+        ConfigError: A folder cannot be written, or there is no room for one of them.
     """
+    for folder in _folders(trainer):
+        if not os.access(existing(folder), os.W_OK):
+            raise ConfigError(
+                f"Checkpoints shall go to {folder}, and {existing(folder)} cannot be written. Choose "
+                f"another folder with default_root_dir= of the Trainer or dirpath= of ModelCheckpoint."
+            )
     free, needed = disk(trainer, size)
-    if size and free < size:
+    if free < size:
         raise ConfigError(
             f"A checkpoint has {megabytes(size)}, and {megabytes(free)} are free on the disk of "
             f"the run folder. Make room, or choose another with default_root_dir= or dirpath=."
         )
-    if size and free < needed:
+    if free < needed:
         _log.warning(
             "The checkpoints of this fit may take %s (%s each), and %s are free on the disk. Keep "
             "fewer of them (save_top_k=), or make room.",

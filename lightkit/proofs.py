@@ -191,7 +191,7 @@ def _live(folder: Path, *callbacks: Callback) -> None:
 def killed_and_resumed(folder: Path) -> Found:
     """A run killed by ``kill -9`` at any step, and resumed, ends as one that was never killed."""
     _live(folder / "whole")
-    at, last, place = 5 + secrets.randbelow(EPOCHS * LENGTH - 15), 0, folder / "killed"
+    at, last, place = 16 + secrets.randbelow(EPOCHS * LENGTH - 25), 0, folder / "killed"
     with _process(folder / "log.txt", "-m", "lightkit.proofs", "live", str(place)) as first:
         for last in _steps(first.stdout or ()):
             if last >= at:

@@ -147,10 +147,13 @@ def rehearse(
     Raises:
         Exception: What would have ended the fit later.
     """
-    start, alone = _clock(), run.strategy.world_size == 1
+    if run.strategy.sharded:
+        return "the model is sharded, and there is no room for a second one"
+    alone = run.strategy.world_size == 1
+    watch = _Watch(_clock(), batches, alone)
     put_back, restore = trials.keep(run, *_given(trainer)), _keep_tensors(run.task)
     try:
-        found = _rehearsed(trainer, run, own, _Watch(start, batches, alone))
+        found = _rehearsed(trainer, run, own, watch)
     except Exception as error:
         if alone and on_card(run) and trials.is_out_of_memory(error):
             return "the memory of the card has no room for a copy of the task"
@@ -164,7 +167,11 @@ def rehearse(
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(run.device)
     if isinstance(found, Rehearsed):
-        found.seconds = _clock() - start
+        outlook.check_monitors(trainer, run, watch.logged, watch.sure)
+        outlook.check_last_batch(run, watch.means)
+        if found.size:
+            outlook.check_disk(trainer, found.size)
+        found.seconds = _clock() - watch.start
     return found
 
 
@@ -185,11 +192,7 @@ def _rehearsed(
     if (signal := twin.session.flow.signal) is not None:  # in a notebook, where a fit ends quietly
         session.flow.signal = signal
         raise ended_by(signal)
-    sure = not (twin.asked or twin.should_stop)
-    outlook.check_monitors(trainer, run, twin.callback_metrics, sure)
-    outlook.check_last_batch(run, watch.means)
-    if watch.seen.size:
-        outlook.check_disk(trainer, watch.seen.size)
+    watch.logged, watch.sure = set(twin.callback_metrics), not (twin.asked or twin.should_stop)
     return watch.seen
 
 
@@ -275,8 +278,6 @@ def _twin(trainer: Trainer, folder: Path, watch: _Watch) -> _Understudy:
 
 def _obstacle(run: FitRun) -> str:
     """Returns why a fit cannot be rehearsed, as far as it can be seen before."""
-    if run.strategy.sharded:
-        return "the model is sharded, and there is no room for a second one"
     if any(map(is_lazy, run.task.parameters())):
         return "layers of the task get their sizes from the first batch"
     if on_card(run):
@@ -295,17 +296,24 @@ def _copy(
 
     A text says why there is none.
     """
+    train, val, datamodule = _given(trainer)
     loaders = [feed.loader for feed in run.feeds()]
-    memo: dict[int, Any] = {id(one): one for one in trials.bulk(run.task, loaders)}
-    memo[id(trainer)] = twin
+    shared = [*loaders, *trials.bulk(run.task, loaders)]
+    memo: dict[int, Any] = {id(one): one for one in shared} | {id(trainer): twin}
+    # Those of the run, which nobody makes a second time.
+    own: dict[str, Any] = {"train_dataloader": lambda: train, "val_dataloader": lambda: val}
     try:
+        data = train, val, None
+        if datamodule is not None:
+            data = None, None, copy.copy(datamodule)
+            memo[id(datamodule)] = data[2]
+            vars(data[2]).update({**dict.fromkeys(_OFF, _nothing), **own})
         task: TaskModule = copy.deepcopy(run.task, memo)
         twin._callbacks[:0] = copy.deepcopy(trials.changing(trainer._callbacks), memo)
-        data = _data(trainer, task)
     except Exception as error:  # noqa: BLE001  whatever an object raises when it is copied
         return f"{type(run.task).__name__} or its data cannot be copied: {error}"
     trials.reduce_callbacks(task)
-    vars(task).update(dict.fromkeys(_OFF, _nothing))
+    vars(task).update({**dict.fromkeys(_OFF, _nothing), **own})
     return task, data
 
 
@@ -329,18 +337,6 @@ def _keep_tensors(task: TaskModule) -> Callable[[], None]:
 
 def _nothing(*_: Any, **__: Any) -> None:
     pass
-
-
-def _data(trainer: Trainer, task: TaskModule) -> tuple[Any, Any, Any]:
-    """Returns loaders and data module for the copy: the loaders of the run, made no second time."""
-    train, val, given = _given(trainer)
-    own: dict[str, Any] = {"train_dataloader": lambda: train, "val_dataloader": lambda: val}
-    vars(task).update(own)
-    if given is None:
-        return train, val, None
-    datamodule = copy.copy(given)
-    vars(datamodule).update(own | dict.fromkeys(("prepare_data", "setup", "teardown"), _nothing))
-    return None, None, datamodule
 
 
 @contextlib.contextmanager
@@ -377,6 +373,9 @@ class _Watch(Callback):
         self.needs_folder = False
         self.seen = Rehearsed()
         self.saved: Any = None
+        #: The names that were logged, and whether the task did all that it will do.
+        self.logged: set[str] = set()
+        self.sure = True
         #: Names of batch norms, and over how many values for each channel they took their means.
         self.means: dict[str, int] = {}
         self._last, self._steps = start, list[float]()
@@ -480,3 +479,4 @@ def _try_save(twin: _Understudy, run: FitRun, watch: _Watch, weights_only: bool)
         return path.stat().st_size
 
     seen.size, seen.written = ranks.decide(read, "the reading of a checkpoint"), True
+    watch.saved = None  # memory of the card

@@ -68,5 +68,5 @@ def test_the_script_makes_all_of_them(script, tmp_path):
     assert (tmp_path / "history.png").stat().st_size > 20_000
     assert (tmp_path / "tensorboard.png").stat().st_size > 50_000
     svg = (tmp_path / "terminal.svg").read_text().replace("&#160;", " ")
-    for text in ("runs/DigitsNet/version_0", "15,418 parameters", "  epoch  train_loss"):
+    for text in ("runs/DigitsNet/version_0", "15,418 parameters", "epoch  train_loss  val_loss"):
         assert text in svg

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import random
 import re
 import sys
@@ -565,11 +566,13 @@ def test_a_checkpoint_that_comes_back_otherwise(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "watcher", [EarlyStopping("val_los"), ModelCheckpoint(monitor="val_los", save_last=False)]
 )
-def test_a_monitored_name_that_nobody_logs(tmp_path, watcher):
+def test_a_monitored_name_that_nobody_logs(tmp_path, caplog, watcher):
     error = r"monitors 'val_los', which is not among .*'val_loss'"
     text = fails(tmp_path, ConfigError, error, Net(), callbacks=watcher)
     assert "Did you mean 'val_loss'?" in text
     assert "after 10 steps" in text
+    assert text.count("rehearse=False") == 1
+    assert "This came in the rehearsal" not in caplog.text  # it says so itself
 
 
 def test_a_schedule_that_reads_what_nobody_logs(tmp_path):
@@ -634,6 +637,32 @@ def test_a_disk_that_is_full(tmp_path, monkeypatch, caplog):
     assert float(size) * 1000 / float(needed) == pytest.approx(122, rel=0.02)  # 100 + 20 + last + 1
 
 
+def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    access, barred = os.access, tmp_path.parent
+    monkeypatch.setattr(os, "access", lambda path, mode: path != barred and access(path, mode))
+    saver = ModelCheckpoint(barred / "elsewhere" / "files")
+    error = f"Checkpoints shall go to {saver.dirpath}, and {barred} cannot be written"
+    fails(tmp_path, ConfigError, re.escape(error), Net(), callbacks=saver)
+
+
+def test_what_the_task_holds_of_its_data_is_not_copied(quiet):
+    class Holds(Plain):
+        def __init__(self):
+            super().__init__()
+            self.data, self.loader = Data(), shuffled()
+            self.data.large = self.loader.dataset.large = np.zeros(5000)
+
+        def training_step(self, batch, batch_idx):
+            assert self.data is self.trainer.datamodule
+            assert self.data.large is self.loader.dataset.large
+            assert self.loader is self.trainer.train_dataloader
+            return super().training_step(batch, batch_idx)
+
+    task = Holds()
+    task.data.train_dataloader = lambda: task.loader
+    quiet(rehearse=True, limit_val_batches=0).fit(task, datamodule=task.data)
+
+
 def test_a_last_batch_of_one_sample_before_batch_norms(quiet, caplog):
     train = DataLoader(dataset(41), 4)
     with pytest.raises(ValueError, match="more than 1 value per channel"):
@@ -647,7 +676,6 @@ def test_a_last_batch_of_one_sample_before_batch_norms(quiet, caplog):
 
 
 def test_ctrl_c_in_it_ends_the_fit(tmp_path):
-    import os
     import signal
 
     class Interrupted(Net):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import operator
 import sys
 import traceback
 from pathlib import Path
@@ -12,21 +13,19 @@ from typing import Any
 
 
 def found(module: str, file: str, name: str) -> Any:
-    """Returns a function by its module, or from its file where that cannot be imported by name."""
+    """Returns a function of a module; the file is read where another, or none, has its name."""
     try:
-        if module == "__main__":
-            raise ImportError
         home = importlib.import_module(module)
     except ImportError:
+        home = None
+    if home is None or getattr(home, "__file__", None) != file:  # as a script, which is __main__
         spec = importlib.util.spec_from_file_location(f"{Path(file).stem}_of_ranks", file)
         assert spec is not None
         assert spec.loader is not None
         home = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = home
         spec.loader.exec_module(home)
-    for part in name.split("."):
-        home = getattr(home, part)
-    return home
+    return operator.attrgetter(name)(home)
 
 
 def main(folder: Path) -> None:

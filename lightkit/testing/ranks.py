@@ -24,6 +24,7 @@ from lightkit.testing import member
 from lightkit.testing.given import quiet
 
 _FEWEST, _SHOWN, _LINES = 2, 6, 40
+_LAUNCHER = "torch/distributed/elastic/"  # with it begins what torchrun says at an end
 _OPTIONS: dict[str, Any] = {
     **dict.fromkeys(("enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False),
     **dict.fromkeys(("hints", "logger", "rehearse", "fused"), False),
@@ -164,7 +165,8 @@ def _run(ranks: int, folder: Path, limit: float) -> None:
         if code:
             output.seek(0)
             errors = [file.read_text("utf-8") for file in sorted(folder.glob("error_*.txt"))]
-            text = errors[0] if errors else "\n".join(output.read().splitlines()[-_LINES:])
+            own = output.read().partition(_LAUNCHER)[0].splitlines()
+            text = errors[0] if errors else "\n".join(own[-_LINES:])
             raise AssertionError(f"The {ranks} processes {told}:\n{text}")
 
 

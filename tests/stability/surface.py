@@ -21,7 +21,12 @@ MODULES = ("lightkit", "lightkit.callbacks", "lightkit.errors", "lightkit.logger
 OTHERS = {
     "lightkit.config": ("build", "load_config"),
     "lightkit.sklearn": ("LightkitClassifier", "LightkitRegressor"),
-    "lightkit.testing": ("assert_resumes_exactly",),
+    "lightkit.testing": (
+        "assert_resumes_exactly",
+        "assert_same_on_ranks",
+        "assert_trains",
+        "assert_validation_is_pure",
+    ),
 }
 
 
