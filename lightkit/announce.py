@@ -88,14 +88,14 @@ def the_end(trainer: Trainer, session: Session) -> Iterator[None]:
             if error is None:
                 _say_results(trainer, session)
             else:
-                try:
-                    _say_resume(trainer, session, session.ledger)
-                except Exception as problem:  # noqa: BLE001  must not hide the error itself
-                    _log.error("and in looking for the last checkpoint: %s", problem)
                 if session.failure is not None:
                     _say("failure", short(session.failure))
                     run = shlex.quote(str(short(session.ledger.folder)))
                     _say("replay", f"{program('lightkit')} replay {run}", command=True)
+                try:
+                    _say_resume(trainer, session, session.ledger)
+                except Exception as problem:  # noqa: BLE001  must not hide the error itself
+                    _log.error("and in looking for the last checkpoint: %s", problem)
 
 
 def _say_results(trainer: Trainer, session: Session) -> None:

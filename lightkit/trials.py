@@ -108,16 +108,16 @@ def pieces(*roots: Any) -> list[Any]:
         one, depth = todo.popleft()
         if id(one) not in found and not isinstance(one, (*_CLOSED, *_PLAIN)):
             found[id(one)] = one
-            inner = _inner(one)
-            if depth < _DEEP and len(inner) <= _LONG:
-                todo.extend((each, depth + 1) for each in inner)
+            if depth < _DEEP:
+                todo.extend((each, depth + 1) for each in _inner(one))
     return list(found.values())
 
 
 def _inner(one: Any) -> list[Any]:
-    """Returns what an object holds; of a method its owner."""
+    """Returns what an object holds, if it is not much; of a method its owner."""
     if isinstance(one, (list, tuple, dict)):
-        return list(one.values() if isinstance(one, dict) else one)
+        few = len(one) <= _LONG
+        return list(one.values() if isinstance(one, dict) else one) if few else []
     return [*getattr(one, "__dict__", {}).values(), getattr(one, "__self__", None)]
 
 
@@ -131,7 +131,7 @@ def bulk(task: nn.Module, loaders: Iterable[Any]) -> list[Any]:
     return [
         each
         for each in held
-        if (isinstance(each, list) and len(each) > _LONG)
+        if (isinstance(each, (list, dict)) and len(each) > _LONG)
         or (
             hasattr(each, "__array__")
             and not isinstance(each, nn.Parameter)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightkit import freezing, rng
+from lightkit import rng
 from lightkit.differences import compare
 from lightkit.errors import UsageError
 from lightkit.hook_names import LOOP_HOOKS
@@ -21,13 +21,14 @@ if TYPE_CHECKING:
     from lightkit.trainer import Trainer
 
 _HOOKS = [name for name in LOOP_HOOKS if name.startswith("on_validation_")]
-_SHOWN = 6
+_SHOWN = 3  # of each kind
 _END = "the end of validation "
 _WHY = {
     "weights": "A validation must not train: no step of an optimizer, nothing that writes to weights.",
     "buffers": "Buffers such as running means are moved by modules in train mode, or by code of the "
     "step: the loop calls eval() before, do not call train() in it.",
-    "modes": "The step changes modules between train and eval mode, or requires_grad.",
+    "modes": "The step changes modules between train and eval mode: leave that to the loop.",
+    "requires_grad": "The step freezes or unfreezes parameters.",
     "random states": "The step draws random numbers, as dropout in train mode and noise do. Draw them "
     "from a generator of their own: torch.rand(..., generator=self.generator).",
     "gradients": "The step leaves gradients: a backward in it.",
@@ -86,7 +87,9 @@ def assert_validation_is_pure(
         found = [
             (kind, name, how)
             for kind in now
-            for name, how in compare(now[kind], other[kind], kind, ignore)
+            for part in now[kind]
+            if part in other[kind]  # a metric may be made on the way
+            for name, how in compare(now[kind][part], other[kind][part], f"{kind}.{part}", ignore)
         ]
         if found:
             raise AssertionError(_told(place, found))
@@ -96,14 +99,14 @@ def _told(place: str, found: list[tuple[str, str, str]]) -> str:
     """Returns what the error says."""
     words = {"whole run": "run that validates", "resumed one": "other", "resumed run": "other"}
     lines = [f"At {place} these differ from a run whose validation does nothing:"]
-    for _, name, how in found[:_SHOWN]:
-        for ours, said in words.items():
-            how = how.replace(ours, said)
-        lines.append(f"  {name}: {how}")
-    lines += [f"  and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
-    after = place.startswith(_END)
-    kinds = dict.fromkeys(kind for kind, _, _ in found) if after else ["training"]
-    lines += [_WHY[kind] for kind in kinds]
+    kinds = list(dict.fromkeys(kind for kind, _, _ in found))
+    for kind in kinds:
+        for _, name, how in [one for one in found if one[0] == kind][:_SHOWN]:
+            for ours, said in words.items():
+                how = how.replace(ours, said)
+            lines.append(f"  {name}: {how}")
+    lines += [f"  and {more} more"] if (more := len(found) - len(lines) + 1) else []
+    lines += [_WHY[kind] for kind in (kinds if place.startswith(_END) else ["training"])]
     return "\n".join(lines)
 
 
@@ -162,6 +165,7 @@ def _state(task: TaskModule) -> dict[str, Any]:
         "weights": {name: taken(p) for name, p in parameters.items()},
         "gradients": {name: taken(p.grad) for name, p in parameters.items()},
         "buffers": {name: taken(b) for name, b in task.named_buffers()},
-        "modes": freezing.switches(task),
+        "modes": {name or "task": module.training for name, module in task.named_modules()},
+        "requires_grad": {name: p.requires_grad for name, p in parameters.items()},
         "random states": rng.rng_state(),
     }

@@ -66,7 +66,7 @@ def test_train_mode_in_the_step():
     assert said.startswith("At the end of validation 1 (step 5) these differ from a run whose")
     assert "buffers.net.1.running_mean: 5 of 5 numbers differ" in said
     assert "in the run that validates, " in said
-    assert "modes.eval: " in said
+    assert "modes.net: True in the run that validates, False in the other" in said
     assert "random states.torch: " in said
     assert "do not call train() in it" in said
 
