@@ -1,8 +1,8 @@
 """Alarms: what will not learn, seen in the first steps of a fit; and what `overfit_batches` showed.
 
 Everything is looked at in the first step. What is suspicious there is looked at in the next ones too
-before it is told, since healthy networks begin with zeros (a last layer, LoRA, a warm-up of rates) or
-take turns with their parts. The listeners go when all is known.
+before it is told, since healthy networks begin with zeros (a last layer, LoRA, a warm-up of rates), and
+for longer where parts are seen to take turns (heads, experts). The listeners go when all is known.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from lightkit.task import TaskModule
     from lightkit.trainer import Trainer
 
-#: Optimizer steps after which a suspicion is told, and how many gradients of zero need at least.
-STEPS, _LEAST = 10, 3
+#: Optimizer steps after which a suspicion is told, or else, where parts take turns; less tell nothing.
+STEPS, _TURNS, _LEAST = 10, 100, 3
 _NAMES = ("no-gradient", "zero-gradient", "no-change", "eval-mode", "high-loss")
 #: What may stand between a loss and its cross entropy, or between that and what it takes.
 _SAME = ("View", "Reshape", "ToCopy", "Squeeze", "Unsqueeze", "Clone", "Alias")
@@ -47,7 +47,7 @@ class Alarms(Callback):
     def on_train_end(self, trainer: Trainer, task: TaskModule) -> None:
         """Tells what a short fit has shown, and whether few batches were learnt."""
         if self._watch is not None:
-            self._watch.decide(last=True)
+            self._watch.decide(over=True)
             self._watch = None
         if trainer.options.overfit_batches:
             _judge(trainer)
@@ -65,16 +65,19 @@ class _Watch:
         self._trainer, self._run = trainer, run
         self._names = {id(p): name for name, p in run.task.named_parameters()}
         self._steps, self._step = 0, run.state.global_step
-        self._modes: dict[str, nn.Module] | None = None  # those in train mode before the step
+        #: Those in train mode before the first batch, later those of them that no batch left so.
+        self._modes: dict[str, nn.Module] | None = None
         self._loss: tuple[Tensor, int] | None = None
         self._stepped: set[int] = set()  # the optimizers that took steps
         self._open = True  # whether values are to be looked at, not only which gradients there are
         self._with: set[str] = set()
         self._without: set[str] = set()
-        #: For each parameter its size, the place of its largest gradient, the value there, that one.
+        #: For each parameter its size, the place of its largest gradient, the value there before the
+        #: step, and that gradient.
         self._looks: dict[str, tuple[Tensor, int, Tensor, Tensor, Tensor]] = {}
-        #: For each parameter the largest gradient so far, and whether that element ever changed.
-        self._found: dict[str, tuple[Tensor, Tensor]] = {}
+        #: For each parameter the largest gradient in the steps so far, the smallest of those of each
+        #: step, whether such an element ever changed, and in how many steps it was looked at.
+        self._found: dict[str, tuple[Tensor, Tensor, Tensor, int]] = {}
         before = "on_after_backward" if run.automatic else "on_before_optimizer_step"
         self._hooks: dict[str, Any] = {
             "on_train_batch_start": self._begin,
@@ -83,7 +86,10 @@ class _Watch:
             "on_train_batch_end": self._end,
         }
         for name, hook in self._hooks.items():
-            setattr(run.hooks, name, (*getattr(run.hooks, name), hook))
+            now = getattr(run.hooks, name)
+            # The user's hooks may make gradients, or take some away for a while: looked at twice.
+            first = (hook,) if name == before and now else ()
+            setattr(run.hooks, name, (*first, *now, hook))
 
     def leave(self) -> None:
         """Takes the listeners away and lets go of all tensors."""
@@ -105,7 +111,7 @@ class _Watch:
         optimizers = self._run.plan.optimizers if optimizer is None else [optimizer]
         self._stepped.update(map(id, optimizers))
         for group in (group for one in optimizers for group in one.param_groups):
-            rests = not group.get("lr", 1)  # host sync where the rate is a tensor on a device
+            rests = group.get("lr") == 0  # host sync where the rate is a tensor on a device
             for parameter in group["params"]:
                 name = self._names.get(id(parameter))
                 if name is None or not parameter.requires_grad:
@@ -116,14 +122,16 @@ class _Watch:
                 self._with.add(name)
                 if self._open and not rests and (found := _largest(parameter)) is not None:
                     size, at = found
-                    value = _at(parameter, at)
+                    if name in self._looks:  # before the step: it may differentiate several times
+                        _, _, at, value, most = self._looks[name]
+                        size = torch.maximum(size, most)
+                    else:
+                        value = _at(parameter, at)
                     self._looks[name] = (parameter, parameter.numel(), at, value, size)
 
     def _end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Looks at what the step has changed."""
-        if self._modes:
-            self._say_modes(self._modes)
-            self._modes = {}
+        self._modes = {n: m for n, m in (self._modes or {}).items() if not m.training}
         if self._step == self._run.state.global_step or not self._hooks:
             return
         self._step = self._run.state.global_step
@@ -131,112 +139,139 @@ class _Watch:
         for name, (parameter, count, index, value, size) in self._looks.items():
             if parameter.device != index.device or parameter.numel() != count:
                 continue  # moved away or taken apart meanwhile
-            changed = _at(parameter, index) != value
+            least, changed, looks = size, _at(parameter, index) != value, 0
             if name in self._found:
-                most, ever = self._found[name]
-                size, changed = torch.maximum(size, most), changed | ever
-            self._found[name] = size, changed
+                most, low, ever, looks = self._found[name]
+                size, least = torch.maximum(size, most), torch.minimum(least, low)
+                changed = changed | ever
+            self._found[name] = size, least, changed, looks + 1
         self._looks = {}
-        if self._steps in (1, STEPS):
-            self.decide(last=self._steps == STEPS)
+        if self._steps in (1, STEPS, _TURNS):
+            self.decide()
 
-    def decide(self, *, last: bool) -> None:
+    def decide(self, *, over: bool = False) -> None:
         """Tells what is certain, and leaves unless something has to be seen again.
 
         Args:
-            last: Whether nothing more is waited for.
+            over: Whether there is nothing more to see.
         """
         if not self._hooks or not self._steps:
             self.leave()
             return
-        steps = "step" if self._steps == 1 else f"{self._steps} steps"
-        without = sorted(self._without - self._with)
+        sizes: dict[str, float] = {}
+        without, zeros, still = self._without - self._with, set[str](), False
         if getattr(self._run.strategy, "find_unused_parameters", False):
-            without = []
+            without = set()
+        turns = bool(self._without & self._with)
         if self._open:
-            self._open = not self._read_values(steps, last=last)
-        if not last and (self._open or without):
+            sizes, least, moved = self._read_values()
+            zeros = _zeros(sizes)
+            still = any(sizes.values()) and not any(moved) and not self._excused()
+            turns = turns or any(sizes[n] and not low for n, low in least.items())
+            seen = bool(sizes) and len(self._stepped) == len(self._run.plan.optimizers)
+            self._open = bool(zeros or still or not seen)
+        more = self._open or without or self._modes
+        if more and not over and self._steps < (_TURNS if turns else STEPS):
             return
-        if without:
-            self._say_without(without, steps)
+        if self._steps >= _LEAST:
+            self._say_modes()
+            if not turns or self._steps >= _TURNS:
+                self._say_without(sorted(without))
+                self._say_zeros(zeros, len(set(map(_owner, sizes))))
+            if still:
+                self._say_still(max(sizes.values(), key=_or_nan), len(sizes))
         self.leave()
 
-    def _read_values(self, steps: str, *, last: bool) -> bool:
-        """Tells what the values say, and whether that is all: they may be looked at again."""
-        found = list(self._found.items())
+    def _read_values(self) -> tuple[dict[str, float], dict[str, float], list[float]]:
+        """Returns of each parameter the largest and the smallest gradient, and whether it changed."""
+        found = list(self._found.values())
         loss, classes = self._loss or (0.0, 1)
-        # Host sync: after the first step, and once more where that showed something.
-        values = read(
-            [loss, *(size for _, (size, _) in found), *(moved for _, (_, moved) in found)]
-        )
-        sizes = dict(zip(self._found, values[1:], strict=False))
+        # Host sync: after the first step, and twice more at most where that showed something.
+        values = read([loss, *(value for looks in found for value in looks[:3])])
         if self._loss is not None and values[0] > 3 * math.log(classes):
             self._say_loss(values[0], classes)
         self._loss = None
-        zeros = _zeros(sizes)
-        still = any(sizes.values()) and not any(values[1 + len(found) :]) and not self._run.scaled
-        if not last:
-            seen = bool(sizes) and len(self._stepped) == len(self._run.plan.optimizers)
-            return seen and not zeros and not still
-        if zeros and self._steps >= _LEAST:
-            self._say_zeros(zeros, len(set(map(_owner, sizes))), steps)
-        if still:
-            self._say_still(max(sizes.values(), key=_or_nan), len(sizes), steps)
-        return True
+        most, least = (dict(zip(self._found, values[i::3], strict=True)) for i in (1, 2))
+        return most, least, values[3::3]
 
-    def _say_modes(self, before: dict[str, nn.Module]) -> None:
-        left = {n: m for n, m in before.items() if not m.training}
+    def _excused(self) -> bool:
+        """Tells whether weights may rest: rates that are to rise, or a scale that is still sought."""
+        for one in self._run.plan.optimizers:
+            for group in one.param_groups:
+                meant = [
+                    group.get("max_lr"),
+                    group.get("initial_lr"),
+                    getattr(one, "defaults", {}).get("lr"),
+                ]
+                if any(rate and float(group["lr"]) < float(rate) / 2 for rate in meant):
+                    return True
+        return self._run.scaled
+
+    def _say_modes(self) -> None:
+        groups = [group for one in self._run.plan.optimizers for group in one.param_groups]
+        trained = {id(p) for group in groups for p in group["params"] if p.requires_grad}
+        left = self._modes or {}
         tops = [
             name or type(module).__name__
             for name, module in left.items()
             if (not name or name.rpartition(".")[0] not in left)
             and not isinstance(module, nn.modules.batchnorm._BatchNorm)
-            and any(p.requires_grad for p in module.parameters())
+            and any(id(p) in trained for p in module.parameters())
         ]
         if tops:
             self._warn(
                 "eval-mode",
-                f"training_step left {len(tops)} modules in eval mode that were in train mode: "
-                f"{some(tops)}. From now on they train without dropout, and their batch norms keep "
-                f"their means. Call train() on them before the step returns.",
+                f"training_step left modules in eval mode, {self._when()}, that were in train mode: "
+                f"{some(tops)}. So they train without dropout, and their batch norms keep their "
+                f"means. Call train() on them before the step returns, or, if that is meant, "
+                f"eval() before the fit.",
             )
 
     def _say_loss(self, loss: float, classes: int) -> None:
         text = (
             f"the first loss is {loss:.3g}, and guessing among {classes} classes gives "
             f"{math.log(classes):.3g}; look at the scale of the inputs and of the last layer's "
-            f"weights, and for a softmax before the cross entropy"
+            f"weights"
         )
         hints.say(self._trainer, "high-loss", text)
 
-    def _say_without(self, names: list[str], steps: str) -> None:
-        total = len(self._with | self._without)
-        self._warn(
-            "no-gradient",
-            f"{len(names)} of {total} trainable parameters got no gradient in the first {steps}: "
-            f"{some(names)}. The loss does not depend on them: look for layers that forward does "
-            f"not call, for detach() and torch.no_grad(), or set requires_grad_(False) on them.",
-        )
+    def _say_without(self, names: list[str]) -> None:
+        if names:
+            total = len(self._with | self._without)
+            self._warn(
+                "no-gradient",
+                f"{len(names)} of {total} trainable parameters got no gradient {self._when()}: "
+                f"{some(names)}. The loss did not depend on them: look for layers that forward does "
+                f"not call, for detach() and torch.no_grad(), or set requires_grad_(False) on them.",
+            )
 
-    def _say_zeros(self, modules: list[str], total: int, steps: str) -> None:
-        self._warn(
-            "zero-gradient",
-            f"The gradients of {len(modules)} of {total} modules were zero in the first {steps}: "
-            f"{some(modules)}. They do not learn: look for activations that are all cut off "
-            f"(relu, clamp, a saturated softmax), or a factor of 0.",
-        )
+    def _say_zeros(self, zeros: set[str], total: int) -> None:
+        rare = {_owner(name) for name, looks in self._found.items() if looks[3] < _LEAST}
+        if modules := sorted(zeros - rare):
+            self._warn(
+                "zero-gradient",
+                f"The gradients of {len(modules)} of {total} modules were zero {self._when()}: "
+                f"{some(modules)}. They did not learn: look for activations that are all cut off "
+                f"(relu, clamp, a saturated softmax), or a factor of 0.",
+            )
 
-    def _say_still(self, size: float, count: int, steps: str) -> None:
+    def _say_still(self, size: float, count: int) -> None:
         groups = [group for one in self._run.plan.optimizers for group in one.param_groups]
-        rates = sorted({f"{float(group['lr']):.3g}" for group in groups if "lr" in group})
+        rates = sorted(
+            {f"{float(group['lr']):.3g}" for group in groups if group.get("lr") is not None}
+        )
         kinds = sorted({str(p.dtype).removeprefix("torch.") for g in groups for p in g["params"]})
         self._warn(
             "no-change",
-            f"Nothing changed in the first {steps}: in none of {count} parameters the element with "
+            f"Nothing changed {self._when()}: in none of {count} parameters the element with "
             f"the largest gradient, of up to {size:.3g}, at a learning rate of "
             f"{some(rates) or 'its own'}. Look for an optimizer_step that does not step, for hooks "
-            f"that put weights back, and whether the rate is too small for {some(kinds)}.",
+            f"that put weights back or take gradients away, and whether the rate is too small for "
+            f"{some(kinds)}.",
         )
+
+    def _when(self) -> str:
+        return f"in the first {self._steps} steps"
 
     def _warn(self, name: str, text: str) -> None:
         hints.say(self._trainer, name, text, warn=True)
@@ -268,7 +303,7 @@ def _owner(parameter: str) -> str:
     return parameter.rpartition(".")[0] or parameter
 
 
-def _zeros(sizes: dict[str, float]) -> list[str]:
+def _zeros(sizes: dict[str, float]) -> set[str]:
     """Returns the modules of which all parameters have gradients of zero.
 
     A bias alone is none: before a batch norm its gradient is zero by rights.
@@ -276,7 +311,7 @@ def _zeros(sizes: dict[str, float]) -> list[str]:
     largest: dict[str, float] = {}
     for name, size in sizes.items():
         largest[_owner(name)] = max(largest.get(_owner(name), 0.0), abs(size), key=_or_nan)
-    return [name for name, size in largest.items() if size == 0]
+    return {name for name, size in largest.items() if size == 0}
 
 
 def _or_nan(size: float) -> float:
@@ -294,6 +329,11 @@ def _classes(loss: Tensor) -> int | None:
     before, number = node.next_functions[0]
     if before is None:
         return None
+    scores = _through(before)
+    if scores is not None and scores.name().startswith("LogSoftmax"):
+        scores = _through(scores.next_functions[0][0])
+        if scores is not None and scores.name().startswith(("Mul", "Div")):
+            return None  # with a temperature, as that of cosines: sure of itself on purpose
     shape = before._input_metadata[number].shape
     return shape[1] if len(shape) > 1 and shape[1] > 1 else None
 
@@ -315,14 +355,15 @@ def _judge(trainer: Trainer) -> None:
     first, last = rows[0]["train_loss"], rows[-1]["train_loss"]
     fell = f"from {first:.3g} to {last:.3g} in {rows[-1]['step']} steps on the same batches"
     right = {n: v for n, v in rows[-1].items() if n.startswith("train_acc") and v > 0.999}
-    if last <= 0.1 * first or right:
+    if (first > 0 and last <= 0.1 * first) or last == 0 or right:
         also = "".join(f", {name} {value:.3g}" for name, value in right.items())
         text = f"learnt: train_loss went {fell}{also}"
         hints.say(trainer, "overfit", text, label="verdict:")
     elif last < first - 0.1 * abs(first):
+        goal = ", not below a tenth" if first > 0 else ""  # of what begins below 0 nobody knows
         text = (
-            f"learning: train_loss went {fell}, not below a tenth; train longer while it falls, and "
-            f"leave out dropout and augmentation. Some losses end above 0, as that of a VAE does"
+            f"learning: train_loss went {fell}{goal}; train longer while it falls, and leave out "
+            f"dropout and augmentation. Some losses do not end at 0, as that of a VAE"
         )
         hints.say(trainer, "overfit", text, label="verdict:")
     else:

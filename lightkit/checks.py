@@ -7,11 +7,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import (
+    BatchSampler,
     DistributedSampler,
+    IterableDataset,
     RandomSampler,
     SequentialSampler,
     Subset,
+    SubsetRandomSampler,
     TensorDataset,
     WeightedRandomSampler,
 )
@@ -29,6 +33,8 @@ _BETTER = {
     ),
     **dict.fromkeys(("loss", "error", "mae", "mse", "rmse", "perplexity"), "min"),
 }
+#: Words that turn them round, as in neg_mean_squared_error.
+_TURNED = {"neg", "negative", "minus", "inverse"}
 #: The name of what is wrong, see `hints`, and the text.
 Warned = tuple[str, str]
 _WHOLE = (SequentialSampler, RandomSampler, WeightedRandomSampler, DistributedSampler)
@@ -75,8 +81,9 @@ def check_modes(callbacks: Sequence[Any]) -> list[Warned]:
         monitor, mode = getattr(callback, "monitor", None), getattr(callback, "mode", None)
         if not isinstance(monitor, str) or mode not in ("min", "max"):
             continue
-        meant = {_BETTER[word] for word in re.split(r"[\W_]+", monitor.lower()) if word in _BETTER}
-        if meant and mode not in meant:
+        words = set(re.split(r"[\W_]+", monitor.lower()))
+        meant = {_BETTER[word] for word in words if word in _BETTER}
+        if meant and mode not in meant and not words & _TURNED:
             lower = "a lower" if mode == "min" else "a higher"
             text = (
                 f"{type(callback).__name__}({monitor!r}) has mode={mode!r}, by which {lower} value "
@@ -89,12 +96,17 @@ def check_modes(callbacks: Sequence[Any]) -> list[Warned]:
 def _samples(loader: Any) -> tuple[Any, Sequence[int] | None]:
     """Returns what a loader draws from, and the indices (None for all); (None, None): unknown."""
     dataset = getattr(loader, "dataset", None)
+    if isinstance(dataset, IterableDataset):
+        return None, None  # what it gives may be another thing each time
     indices: Sequence[int] | None = None
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    if batch_sampler is not None:
-        sampler = getattr(batch_sampler, "sampler", None)
-        indices = getattr(sampler, "indices", None)
-        if indices is None and not isinstance(sampler, _WHOLE):
+    sampler = getattr(loader, "batch_sampler", None)
+    if sampler is None:  # as with batch_size=None
+        sampler = getattr(loader, "sampler", None)
+    if sampler is not None:
+        sampler = sampler.sampler if isinstance(sampler, BatchSampler) else sampler
+        if isinstance(sampler, SubsetRandomSampler):
+            indices = sampler.indices
+        elif not isinstance(sampler, _WHOLE):
             return None, None
     while isinstance(dataset, Subset):
         inner = dataset.indices
@@ -109,8 +121,15 @@ def _overlap(train: Sequence[int] | None, val: Sequence[int] | None) -> str:
     if train is None or val is None:
         both = train is None and val is None
         return "has the dataset of the training loader" + ("" if both else ", whole or in part")
-    common = len(set(map(int, train)) & set(map(int, val)))
+    common = len(_keys(train) & _keys(val))
     return f"shares {common} of its {len(val)} samples with the training loader" if common else ""
+
+
+def _keys(indices: Sequence[Any]) -> set[Any]:
+    try:
+        return set(map(int, indices))  # of a tensor too
+    except (TypeError, ValueError):  # names, as a dataset may have
+        return set(map(repr, indices))
 
 
 def check_parameters(task: nn.Module, plan: OptimizerPlan) -> list[Warned]:
@@ -126,7 +145,10 @@ def check_parameters(task: nn.Module, plan: OptimizerPlan) -> list[Warned]:
     """
     named = [(id(p), name, p.requires_grad) for name, p in task.named_parameters()]
     names = {key: name for key, name, _ in named}
-    trainable = {key: name for key, name, trained in named if trained}
+    averages = {
+        id(p) for m in task.modules() if isinstance(m, AveragedModel) for p in m.parameters()
+    }
+    trainable = {key: name for key, name, trained in named if trained and key not in averages}
     if plan.optimizers and plan.automatic and not trainable:
         raise OptimizerError(nothing_to_train(task))
     seen: dict[int, int] = {}

@@ -167,6 +167,22 @@ class Sources:
         except MisfitError as problem:
             raise self.error(problem) from None
 
+    def arguments(self, section: str, target: Any) -> dict[str, Any]:
+        """Returns the arguments that a section gives its class, of their types; others may miss.
+
+        Raises:
+            ConfigError: The class does not take them.
+        """
+        path, given = (section, "init_args"), self.tree[section].get("init_args", {})
+        try:
+            return dict(
+                Deferred("", target, check_arguments(target, given, path, True), True)
+                .make()
+                .keywords
+            )
+        except MisfitError as problem:
+            raise self.error(problem) from None
+
 
 def load_config(
     *files: str | os.PathLike[str],

@@ -6,6 +6,7 @@ is kept. The note is text; tensors are named by their shapes, and their values a
 
 from __future__ import annotations
 
+import contextlib
 import dis
 import inspect
 import linecache
@@ -35,8 +36,9 @@ DOORS = {("lightkit.loops", "train_step"), ("lightkit.evaluation", "_evaluate_lo
 _FETCHING = ("lightkit.data.stream", "lightkit.data.groups", "lightkit.evaluation")
 _LIBRARIES = sys.stdlib_module_names | {"lightkit", "torch", "torchmetrics"}
 _CALLS = ("_wrapped_call_impl", "_call_impl")
+_INSTALLED = "site-packages"
 _START = "lightkit: "
-_MOST = 8
+_MOST, _LONG = 8, 300
 
 
 @dataclass
@@ -97,7 +99,7 @@ def explain(error: BaseException, task: nn.Module) -> None:
         if noted or not isinstance(cause, _KINDS) or isinstance(cause, LightkitError):
             return
         step = step_of(error)
-        if step is None or _raised_by_user(cause):
+        if step is None or _says_enough(cause, step):
             return
         note = _note(cause, step, task)
         if hasattr(error, "add_note"):
@@ -113,16 +115,21 @@ def _cause(error: BaseException) -> BaseException:
     return (error.__cause__ or error) if isinstance(error, LightkitError) else error
 
 
-def _raised_by_user(error: BaseException) -> bool:
-    """Tells whether a ``raise`` or ``assert`` in the user's code made the error, which says enough."""
+def _says_enough(error: BaseException, step: Step) -> bool:
+    """Tells whether an error is one of the user's own, or of Python's on a line without tensors."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    if trace is None or not of_user(trace.tb_frame):
+    if trace is None:
         return False
     code = trace.tb_frame.f_code
     raised = dis.opname[code.co_code[trace.tb_lasti]] == "RAISE_VARARGS"
-    return raised and "site-packages" not in code.co_filename
+    if raised and of_user(trace.tb_frame) and _INSTALLED not in code.co_filename:
+        return True
+    if trace.tb_frame.f_globals.get("__name__", "").partition(".")[0] in ("torch", "torchmetrics"):
+        return False
+    python = not isinstance(error, RuntimeError) or isinstance(error, RecursionError)
+    return python and not _near(line_of(step.frames))
 
 
 def of_user(frame: FrameType) -> bool:
@@ -139,10 +146,11 @@ def _note(error: BaseException, step: Step, task: nn.Module) -> str:
     loss = _loss(step.frames)
     if module is not None:
         where = f"in {name_of(module, task)}, {where}"
-        own = list(module.named_parameters(recurse=False))
+        own = [(name, p) for name, p in module.named_parameters(recurse=False) if name != "bias"]
         weights = [(name, p) for name, p in own if is_lazy(p) or p.ndim > 1]
         rows = [*inputs.items(), *(weights or own)[:4]]
-    elif loss is not None:
+        rows = [row for row in rows if row[1] is not None and not isinstance(row[1], bool)]
+    if loss is not None and "target" not in inputs:  # else it is a module of torch's
         where = f"in {loss[0]}, {where}"
         rows = [("input", loss[1]), ("target", loss[2])]
     lines = [(f"{_START}{where}", rows)]
@@ -150,13 +158,16 @@ def _note(error: BaseException, step: Step, task: nn.Module) -> str:
         shown = {(name, id(value)) for name, value in rows}
         own = [(n, v) for n, v in line[1] if (n, id(v)) not in shown and v is not step.batch]
         lines.append((line[0], own))
-    lines.append(("", [("batch", step.batch)]))
-    hint = mend(error, module, inputs, loss, line[1] if line else [], task)
+    taken = any(name == "batch" for _, part in lines for name, _ in part)  # another by now
+    lines.append(("", [("given batch" if taken else "batch", step.batch)]))
+    hint = mend(error, module, inputs, loss, _near(line) or (line[1] if line else []), task)
     width = max(len(name) for _, part in lines for name, _ in part)
     text = []
     for head, part in lines:
         text += [head] if head else []
-        text += [f"  {name:{width}}  {seen(value)}" for name, value in part]
+        for name, value in part:
+            words = seen(value)
+            text.append(f"  {name:{width}}  {words[:_LONG]}{' ...' if words[_LONG:] else ''}")
     return "\n".join([*text, f"  {'hint':{width}}  {hint}"] if hint else text)
 
 
@@ -173,13 +184,11 @@ def module_of(
             if any(one is task for one in module.modules()):  # itself, or what shares it over ranks
                 return None, {}
             args, kwargs = frame.f_locals.get("args", ()), frame.f_locals.get("kwargs", {})
-            try:
-                inputs = dict(
-                    inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-                )
-            except TypeError:  # it cannot be called so, which is perhaps the error
-                inputs = {f"input {i}": value for i, value in enumerate(args, 1)} | kwargs
-            return module, inputs
+            signature = inspect.signature(module.forward)
+            if all(p.kind is not p.VAR_POSITIONAL for p in signature.parameters.values()):
+                with contextlib.suppress(TypeError):  # it cannot be called so: perhaps the error
+                    return module, dict(signature.bind_partial(*args, **kwargs).arguments)
+            return module, {f"input {i}": value for i, value in enumerate(args, 1)} | kwargs
     return None, {}
 
 
@@ -191,37 +200,42 @@ def name_of(module: nn.Module, task: nn.Module) -> str:
 
 
 def line_of(frames: list[tuple[FrameType, int]]) -> tuple[str, list[tuple[str, Any]]] | None:
-    """Returns the innermost line of the user's, and the tensors that it could see, by name."""
-    for frame, number in reversed(frames):
-        if of_user(frame):
-            code = frame.f_code
-            text = linecache.getline(code.co_filename, number, frame.f_globals).strip()
-            place = f"{Path(code.co_filename).name}:{number}, in {code.co_name}: {text}"
-            return place, list(_tensors(frame, text))[:_MOST]
+    """Returns the innermost line of the user's, and the tensors that it could see, by name.
+
+    A line of an installed package, such as a library of networks, only where there is no other.
+    """
+    found = [one for one in frames if of_user(one[0])]
+    own = [one for one in found if _INSTALLED not in one[0].f_code.co_filename]
+    for frame, number in (own or found)[-1:]:
+        code = frame.f_code
+        text = linecache.getline(code.co_filename, number, frame.f_globals).strip()
+        place = f"{Path(code.co_filename).name}:{number}, in {code.co_name}: {text}"
+        return place, list(_tensors(frame, text))[:_MOST]
     return None
+
+
+def _near(line: tuple[str, list[tuple[str, Any]]] | None) -> list[tuple[str, Any]]:
+    """Returns the tensors that a line names."""
+    text, tensors = line or ("", [])
+    words = text.partition(": ")[2]
+    return [one for one in tensors if re.search(rf"\b{re.escape(one[0])}\b", words)]
 
 
 def _tensors(frame: FrameType, text: str) -> Iterator[tuple[str, Any]]:
     """Yields the local tensors of a frame, those that its line names first, and attributes there."""
     names = {name: value for name, value in frame.f_locals.items() if _holds_tensors(value)}
-    words = re.findall(r"[A-Za-z_]\w*(?:\.\w+)*", text)
-    for word in dict.fromkeys(words):
-        first, *others = word.split(".")
-        value = frame.f_locals.get(first)
+    first: dict[str, Any] = {}
+    for word in re.findall(r"[A-Za-z_]\w*(?:\.\w+)*", text):
+        path, *others = word.split(".")
+        value = frame.f_locals.get(path)
         for name in others:
-            if isinstance(value, nn.Module):  # a property of the user's is not called
-                held = {**vars(value), **value._parameters, **value._buffers, **value._modules}
-                value = held.get(name)
-            elif isinstance(value, Tensor):  # a method of it
-                word, value = first, frame.f_locals.get(first)
+            if not isinstance(value, nn.Module):  # a method of a tensor
                 break
-            else:
-                value = None
-        if isinstance(value, Tensor) and word not in names:
-            yield word, value
-        elif word in names:
-            yield word, names.pop(word)
-    yield from names.items()
+            held = {**vars(value), **value._parameters, **value._buffers, **value._modules}
+            path, value = f"{path}.{name}", held.get(name)  # a property of the user's is not called
+        if path in names or isinstance(value, Tensor):
+            first[path] = value
+    yield from {**first, **names}.items()
 
 
 def _holds_tensors(value: Any, depth: int = 0) -> bool:
@@ -232,8 +246,8 @@ def _holds_tensors(value: Any, depth: int = 0) -> bool:
     return any(_holds_tensors(item, depth + 1) for _, item in (members_of(value) or [])[:_MOST])
 
 
-def _loss(frames: list[tuple[FrameType, int]]) -> tuple[str, Any, Any] | None:
-    """Returns the loss function of torch's among the frames, with its input and its target."""
+def _loss(frames: list[tuple[FrameType, int]]) -> tuple[str, Any, Any, int] | None:
+    """Returns the loss function of torch's among the frames, with its input, target and no class."""
     for frame, _ in frames:
         names = frame.f_locals
         own = frame.f_globals.get("__name__") == "torch.nn.functional"
@@ -242,7 +256,8 @@ def _loss(frames: list[tuple[FrameType, int]]) -> tuple[str, Any, Any] | None:
             and isinstance(names.get("input"), Tensor)
             and isinstance(names.get("target"), Tensor)
         ):
-            return frame.f_code.co_name, names["input"], names["target"]
+            ignored = names.get("ignore_index", -100)
+            return frame.f_code.co_name, names["input"], names["target"], ignored
     return None
 
 

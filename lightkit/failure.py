@@ -5,7 +5,8 @@
     failure.json   where it was: step, epoch, batch, exception, versions, what was left out and why
     traceback.txt  the traceback with its notes
     batch.pt       the batch as the step got it, on the CPU
-    state.ckpt     a checkpoint of the run as it stood: the weights before the step, random states
+    state.ckpt     a checkpoint of the run as it stood: the weights before the step (``state`` of
+                   failure.json says where it is otherwise), random states
 
 After a loss that was not finite the weights are spoilt, so that there is neither: ``failure.json``
 names the step of the first such value and the newest checkpoint before it. `lightkit.replay` reads
@@ -19,6 +20,7 @@ import json
 import logging
 import platform
 import shutil
+import sys
 import traceback
 from collections.abc import Callable
 from datetime import datetime
@@ -85,7 +87,7 @@ def leave(trainer: Trainer, session: Session, error: BaseException) -> None:
             "batch_idx": state.batch_idx,
             "rank": rank,
             "processes": run.strategy.world_size,
-            "task": f"{type(run.task).__module__}.{type(run.task).__qualname__}",
+            "task": f"{_module_of(run.task)}.{type(run.task).__qualname__}",
             "trainer": {name: getattr(trainer.options, name) for name in _OPTIONS},
             "seed": trainer.options.seed,
             "checkpoint": None,
@@ -102,6 +104,15 @@ def leave(trainer: Trainer, session: Session, error: BaseException) -> None:
             _log.error("failure: %s", folder)  # rank zero does not know of it
     except Exception as problem:  # noqa: BLE001  must not hide the error itself
         _log.warning("what is known of the error could not be written: %s", problem)
+
+
+def _module_of(task: Any) -> str:
+    """Returns the module from which a task's class can be imported again, also of a script."""
+    name, main = type(task).__module__, sys.modules["__main__"]
+    if name != "__main__":
+        return name
+    spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)
+    return spec.name if spec else Path(file).stem if file else name
 
 
 def _counts(error: BaseException, run: FitRun) -> bool:
@@ -132,35 +143,41 @@ def _write_files(
     if step is not None:
         known |= {"stage": step.stage, "batch_idx": step.index, "dataloader_idx": step.loader}
     known["state"] = "before the step" if leaves_a_state(error) else "within an update"
+    if step is not None and step.stage == "training" and run.state.batch_idx > step.index:
+        known["state"] = "after the step"  # a hook at the end of the batch failed
 
     def the_batch() -> Any:
         if step is None:
             raise CheckpointError("the error came from no step")
         parts: list[str] = []
-        kept = _storable(move_to_device(step.batch, "cpu"), "batch", parts)
+        kept = _storable(step.batch, "batch", parts)
         if parts:
             known["left_out"]["batch.pt"] = f"{', '.join(parts)} cannot be stored"
         known["batch_as_it_was"] = not parts and _plain(step.batch)
-        return {"batch": kept}
+        return move_to_device({"batch": _small(kept, MOST_BATCH)}, "cpu")
 
     def the_state() -> Any:
         if run.strategy.sharded:
             raise CheckpointError("it is shared by all processes")
         saved = checkpoint.collect(run, alone=True)
         saved["lightkit"]["exact"] = False  # random states are those of the middle of a step
-        return saved
+        return _small(saved, MOST_STATE)
 
-    _keep(folder / "batch.pt", the_batch, MOST_BATCH, known["left_out"])
-    _keep(folder / "state.ckpt", the_state, MOST_STATE, known["left_out"])
+    _keep(folder / "batch.pt", the_batch, known["left_out"])
+    _keep(folder / "state.ckpt", the_state, known["left_out"])
 
 
-def _keep(file: Path, make: Callable[[], Any], most: int, left_out: dict[str, str]) -> None:
+def _small(item: Any, most: int) -> Any:
+    """Returns the item itself; refuses what is too large before it is copied."""
+    if (size := nbytes(item)) > most:
+        raise CheckpointError(f"{size >> 20} MiB are more than {most >> 20} MiB")
+    return item
+
+
+def _keep(file: Path, make: Callable[[], Any], left_out: dict[str, str]) -> None:
     """Writes what ``make`` returns, or notes why not."""
     try:
-        made = make()
-        if (size := nbytes(made)) > most:
-            raise CheckpointError(f"{size >> 20} MiB are more than {most >> 20} MiB")
-        checkpoint.save_file(made, file)
+        checkpoint.save_file(make(), file)
     except Exception as problem:  # noqa: BLE001  each file by itself; the error must not be hidden
         left_out[file.name] = f"{type(problem).__name__}: {problem}"
 

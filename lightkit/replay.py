@@ -17,6 +17,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from traceback import walk_tb
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from lightkit.task import TaskModule
 
 _log = logging.getLogger("lightkit")
+#: Of the frames between an operation and what looks at it, which only hide the user's.
+_OF_MODE = ("lightkit.watching", "torch._compile", "torch._dynamo.eval_frame", "torch._ops")
 
 
 def replay(
@@ -67,13 +70,15 @@ def replay(
     folder, known = _found(Path(run))
     with tempfile.TemporaryDirectory() as scratch, rng.preserved():
         trainer, task, data = _built(folder, known, task, data, changed or {})
-        own = known.get("batch_as_it_was") and (folder / "state.ckpt").exists()
+        state = folder / "state.ckpt"
+        own = known.get("batch_as_it_was") and state.exists()
         watch = _Watch(known["step"] - (not own), known["step"], debug)
         twin = _twin(trainer, watch, Path(scratch), known, own=bool(own))
         trials.reduce_callbacks(task)
-        start = f"{known['stage']} batch {known['batch_idx']}, with the state before it"
+        start = f"{known['stage']} batch {known['batch_idx']}, with the state {known.get('state')}"
         if not own:
-            start = f"the run goes on from {known['checkpoint'] or 'its beginning'}"
+            begin = state if state.exists() else known["checkpoint"] or "its beginning"
+            start = f"the run goes on from {begin}"
         _log.info("replay:   step %d (epoch %d): %s", known["step"] + 1, known["epoch"] + 1, start)
         error: Exception | None = None
         with trials.silent(), warnings.catch_warnings(record=True) as said:
@@ -111,15 +116,36 @@ def from_words(words: list[str], values: Mapping[str, str], *, debug: bool) -> i
     if (folder.parent / "config.yaml").exists():
         return 0 if replay(folder, changed=values, debug=debug) else 1
     sources, made = read_sources([], values, "command line"), {}
+    own = folder / "state.ckpt"
+    start = own if own.exists() else known["checkpoint"]
     for name in ("task", "data"):
-        if (kind := sources.find_class(name)) is not None:
-            own, arguments = folder / "state.ckpt", sources.tree[name].get("init_args", {})
-            start = own if own.exists() else known["checkpoint"]
-            if name == "task" and start:
-                made[name] = kind.load_from_checkpoint(start, **arguments)
-            else:
-                made[name] = kind(**arguments)
+        with _no_training():
+            kind = sources.find_class(name)
+        if kind is None:
+            continue
+        arguments = sources.arguments(name, kind)
+        if name == "task" and start:
+            made[name] = kind.load_from_checkpoint(start, **arguments)
+        else:
+            made[name] = kind(**arguments)
     return 0 if replay(folder, debug=debug, **made) else 1
+
+
+@contextlib.contextmanager
+def _no_training() -> Iterator[None]:
+    """Refuses fits, as a script that is imported for its class would begin its training anew."""
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise UsageError(
+            "The module of the class trains when it is imported. Let its training stand below "
+            "if __name__ == '__main__': and give the command again."
+        )
+
+    fit, Trainer.fit = Trainer.fit, refuse  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Trainer.fit = fit  # type: ignore[method-assign]
 
 
 # --- what is needed ------------------------------------------------------------------------------
@@ -153,8 +179,8 @@ def _built(
         data = built.data if data is None else data
     if task is None:
         raise UsageError(
-            f"The run has no config.yaml, as it was started from Python. Name the class of its task, "
-            f"{known['task']}: lightkit replay {folder.parent} --task module.Class; or in Python: "
+            f"The run has no config.yaml, as it was started from Python. Name the class of its task: "
+            f"lightkit replay {folder.parent} --task {known['task']}; or in Python: "
             f"lightkit.replay.replay({str(folder.parent)!r}, task=...)."
         )
     return trainer or Trainer(**known["trainer"]), task, data
@@ -204,6 +230,8 @@ def _with_batch(
         watch.random = checkpoint.random_states(saved, 0)
         checkpoint.write_checkpoint(saved, path)
         loaders = [_Again(batch, 1) for _ in range(known["dataloader_idx"] + 1)]
+        counted = twin.session.state  # which an evaluation does not take from a checkpoint
+        counted.global_step, counted.epoch = known["step"], known["epoch"]
         twin.validate(task, loaders, ckpt_path=path, verbose=False)
         return
     saved["loop"] |= {"batch_idx": index, "pending_validation": ""}
@@ -310,7 +338,8 @@ class _Watch(Callback):
         if bad:
             wrong = [name for name, p in named if p.grad is not None and unusual(p.grad)]
             why = f"the gradients of {some(wrong)}" if wrong else "finite gradients"
-            raise NonFiniteError(f"the update made {some(bad)} nan or inf, from {why}")
+            step = f"the update of step {trainer.global_step}"
+            raise NonFiniteError(f"{step} made {some(bad)} nan or inf, from {why}")
         if trainer.global_step > self._last:
             trainer.stop("the step is over")
 
@@ -325,17 +354,15 @@ def _tell(error: Exception, watch: _Watch, said: list[str]) -> None:
     for text in said:  # of anomaly mode: where the forward was whose gradient is nan
         head, found, lines = text.partition(" Traceback of forward call that caused the error:\n")
         if found:
-            lines = lines.rpartition("in train_step\n")[2].partition("\n")[
-                2
-            ]  # the line of the step
-            _log.info(
-                "found:    %s The forward of it:\n%s", head, lines.partition(" (Trig")[0].rstrip()
-            )
+            lines = lines.rpartition("in train_step\n")[2].partition("\n")[2].partition(" (Trig")[0]
+            _log.info("found:    %s The forward of it:\n%s", head, lines.rstrip())
     if isinstance(error, LightkitError):
         _log.info("found:    %s", error)
         return
-    if any(map(of_user, (frame for frame, _ in traceback.walk_tb(trace.tb_next)))):
-        lines = "".join(traceback.format_tb(trace.tb_next))
+    if any(map(of_user, (frame for frame, _ in walk_tb(trace.tb_next)))):
+        frames = walk_tb(trace.tb_next)
+        frames = (one for one in frames if one[0].f_globals.get("__name__") not in _OF_MODE)
+        lines = "".join(traceback.StackSummary.extract(frames).format())
         _log.info("Traceback from the step on:\n%s", lines.rstrip())
     _log.info("%s", "".join(traceback.format_exception_only(error)).rstrip())
     for sentence in watch.found:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightkit as lk
@@ -80,11 +81,13 @@ def test_a_loss_that_is_cut_off_from_a_part_is_told_also_by_a_short_fit(quiet, t
         def forward(self, x):
             return self.head(self.body(x).detach())
 
-    quiet(max_steps=1).fit(Cut(), data())
+    quiet(max_steps=2).fit(Cut(), data())
+    assert told() == []  # too little to tell it from parts that take turns
+    quiet(max_steps=3).fit(Cut(), data())
     ((name, text),) = told()
     assert name == "no-gradient"
     assert "2 of 4" in text
-    assert "in the first step: body.bias, body.weight" in text
+    assert "in the first 3 steps: body.bias, body.weight" in text
 
 
 def test_modules_without_a_gradient_other_than_zero_are_named(quiet, told):
@@ -126,17 +129,73 @@ def test_a_rate_below_what_the_weights_can_hold_is_told(quiet, told):
     assert text.endswith("whether the rate is too small for bfloat16.")
 
 
-@pytest.mark.parametrize("automatic", [True, False])
-def test_a_step_that_leaves_eval_mode_behind_is_told_after_the_first_one(quiet, told, automatic):
-    seen = []
+@pytest.mark.parametrize("how", ["zeroes gradients", "drops gradients", "puts weights back"])
+def test_hooks_that_undo_the_step_are_told(quiet, told, how):
+    class Undoes(Task):
+        def on_after_backward(self):
+            for p in self.parameters():
+                if how == "zeroes gradients":
+                    p.grad.zero_()
+                elif how == "drops gradients":
+                    p.grad = None
 
+        def on_train_batch_start(self, batch, batch_idx):
+            vars(self)["before"] = [p.detach().clone() for p in self.parameters()]
+
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            if how == "puts weights back":
+                with torch.no_grad():
+                    for p, old in zip(self.parameters(), self.before, strict=True):
+                        p.copy_(old)
+
+    quiet().fit(Undoes(), data())
+    assert [name for name, _ in told()] == ["no-change"]
+
+
+def test_an_optimizer_that_lacks_what_others_have_does_not_step(quiet, told):
+    class Own(torch.optim.SGD):
+        def __init__(self, parameters):
+            super().__init__(parameters, lr=0.1)
+            self.param_groups[0]["lr"] = None
+            del self.defaults
+
+        def step(self, closure=None):
+            pass
+
+    quiet().fit(Optimized(Own), data())
+    ((name, text),) = told()
+    assert name == "no-change"
+    assert "at a learning rate of its own." in text
+
+
+def test_a_layer_that_never_comes_is_told_later_where_others_take_turns(quiet, told):
+    class Depths(Task):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, x):
+            x = self.body(x)
+            for block in self.blocks[:-1]:
+                x = x + block(x) if torch.rand(()) < 0.5 else x
+            return self.head(x)
+
+    quiet(max_epochs=6).fit(Depths(), data())
+    assert told() == []
+    quiet(max_epochs=7).fit(Depths(), data())
+    ((name, text),) = told()
+    assert name == "no-gradient"
+    assert "in the first 100 steps: blocks.2.bias, blocks.2.weight." in text
+
+
+@pytest.mark.parametrize("automatic", [True, False])
+def test_a_step_that_leaves_eval_mode_behind_is_told(quiet, told, automatic):
     class Looks(Task):
         def __init__(self):
             super().__init__()
             self.drop, self.automatic_optimization = nn.Dropout(), automatic
 
         def training_step(self, batch, batch_idx):
-            seen.append(len(told()))
             loss = super().training_step(batch, batch_idx)
             self.eval()
             with torch.no_grad():
@@ -149,16 +208,22 @@ def test_a_step_that_leaves_eval_mode_behind_is_told_after_the_first_one(quiet, 
             return loss
 
     quiet(max_steps=3).fit(Looks(), data())
-    assert seen == [0, 1, 1]
     assert [name for name, _ in told()] == ["eval-mode"]
-    assert "left 1 modules in eval mode that were in train mode: Looks." in told()[0][1]
+    start = (
+        "training_step left modules in eval mode, in the first 3 steps, that were in train mode: "
+    )
+    assert told()[0][1].startswith(f"{start}Looks. So they train")
 
 
 @pytest.mark.parametrize("images", [False, True])
 def test_a_first_loss_far_above_chance_is_a_hint(quiet, told, images, caplog):
     class Wild(Task):
+        def __init__(self):
+            super().__init__()
+            nn.init.normal_(self.head.weight, std=1000.0)
+
         def training_step(self, batch, batch_idx):
-            scores = 1000 * self(batch[0])
+            scores = self(batch[0])
             if images:
                 scores, target = scores[:, :, None, None], batch[1][:, None, None]
                 return F.cross_entropy(scores, target)
@@ -444,6 +509,182 @@ class Lazy(Task):
         return self.scale * super().forward(x)
 
 
+class LoRA(Task):
+    """A low rank beside a frozen layer, of which one factor is zero; steps of its own, each of 8."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.body.requires_grad_(False)
+        self.down, self.up = nn.Linear(6, 2, bias=False), nn.Linear(2, 8, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.body(x) + self.up(self.down(x))))
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        self.manual_backward(super().training_step(batch, batch_idx) / 8)
+        if batch_idx % 8 == 7:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+class Experts(Task):
+    """More experts than the first batches need: called with what is theirs, or not at all."""
+
+    def __init__(self, dense):
+        super().__init__()
+        self.dense, self.gate = dense, nn.Linear(6, 32)
+        self.experts = nn.ModuleList(nn.Linear(6, 8) for _ in range(32))
+        del self.body
+
+    def forward(self, x):
+        weight, chosen = self.gate(x).softmax(1).max(1)
+        out = x.new_zeros(len(x), 8)
+        for number, expert in enumerate(self.experts):
+            mine = chosen == number
+            if self.dense or mine.any():
+                out[mine] = weight[mine, None] * expert(x[mine])
+        return self.head(out)
+
+
+class Heads(Task):
+    """One head for each kind of batch."""
+
+    def __init__(self, count):
+        super().__init__()
+        self.heads = nn.ModuleList(nn.Linear(8, 3) for _ in range(count))
+        del self.head
+
+    def training_step(self, batch, batch_idx):
+        head = self.heads[batch_idx % len(self.heads)]
+        return F.cross_entropy(head(self.body(batch[0])), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+
+class Cancelled(Task):
+    """A last layer that rests in the first epoch: a hook takes its gradients away."""
+
+    def on_after_backward(self):
+        if not self.current_epoch:
+            self.head.zero_grad()
+
+
+class Made(Task):
+    """A parameter of which a hook makes the gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.codes = nn.Parameter(torch.ones(3))
+
+    def on_after_backward(self):
+        self.codes.grad = self.codes.detach() / 2
+
+
+class Cosines(Task):
+    """Cosines with a temperature: sure of itself from the first step."""
+
+    def training_step(self, batch, batch_idx):
+        one, other = F.normalize(self.body(batch[0])), F.normalize(self.head.weight)
+        return F.cross_entropy(one @ other.T / 0.01, batch[1])
+
+    def configure_optimizers(self):
+        self.head.bias.requires_grad_(False)
+        return super().configure_optimizers()
+
+
+class InTurns(Adversaries):
+    """Two parts, of which the one that rests is in eval mode."""
+
+    def training_step(self, batch, batch_idx):
+        parts = [self.body, self.head]
+        parts[batch_idx % 2].train()
+        parts[1 - batch_idx % 2].eval()
+        super().training_step(batch, batch_idx)
+
+
+class Taught(Task):
+    """A teacher in eval mode that is in no optimizer, as a warning says; an average of weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.teacher = nn.Sequential(nn.Linear(6, 3), nn.Dropout())
+        self.average = torch.optim.swa_utils.AveragedModel(self.body)
+
+    def training_step(self, batch, batch_idx):
+        self.teacher.eval()
+        return super().training_step(batch, batch_idx)
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.average.update_parameters(self.body)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([*self.body.parameters(), *self.head.parameters()], lr=0.1)
+
+
+class Warmed(Task):
+    """Rates that rise from too little for the numbers that hold the weights."""
+
+    def __init__(self, by):
+        super().__init__()
+        self.by = by
+
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
+        if self.by == "hand":
+            optimizer.param_groups[0]["lr"] = 1e-10 * (batch_idx + 1)
+        optimizer.step(optimizer_closure)
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        if self.by == "hand":
+            return optimizer
+        if self.by == "one cycle":
+            made = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, 32, div_factor=1e8)
+        else:
+            made = torch.optim.lr_scheduler.LinearLR(optimizer, 1e-8, 1.0, 10_000)
+        return [optimizer], [{"scheduler": made, "interval": "step"}]
+
+
+class ManualClosure(Task):
+    """A step that differentiates until the last moment, in manual optimization."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+
+        def closure():
+            optimizer.zero_grad()
+            loss = F.cross_entropy(self(batch[0]), batch[1])
+            self.manual_backward(loss)
+            return loss
+
+        optimizer.step(closure)
+
+    def configure_optimizers(self):
+        return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=3)
+
+
+class Mixed(Task):
+    """Complex and double numbers, parametrized weights, a layer that is computed again."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Parameter(torch.randn(8, 8, dtype=torch.cfloat))
+        self.scale = nn.Parameter(torch.ones(8, dtype=torch.float64))
+        nn.utils.parametrizations.weight_norm(self.body)
+        nn.utils.parametrizations.spectral_norm(self.head)
+
+    def forward(self, x):
+        x = checkpoint(self.body, x, use_reentrant=False)
+        return self.head(((x.cfloat() @ self.mix).abs() * self.scale).float())
+
+
 def finetuned():
     task = Task()
     task.backbone = task.body
@@ -484,6 +725,22 @@ HEALTHY = {
     "clipped": (Task, {"gradient_clip_val": 0.01}),
     "a trial": (Task, {"fast_dev_run": True}),
     "half of it": (Task, {"precision": "bf16-true"}),
+    "steps of 8 by hand, from zero": (LoRA, {}),
+    "experts that are called": (partial(Experts, True), {}),
+    "experts that are not called": (partial(Experts, False), {}),
+    "twelve heads": (partial(Heads, 12), {}),
+    "heads in a trial": (partial(Heads, 2), {"fast_dev_run": True}),
+    "heads in three steps": (partial(Heads, 5), {"max_steps": 3}),
+    "gradients taken away": (Cancelled, {}),
+    "gradients made": (Made, {}),
+    "cosines": (Cosines, {}),
+    "parts in turns in eval mode": (InTurns, {}),
+    "a teacher": (Taught, {"hints": ["no-optimizer"]}),
+    "a warm-up in half": (partial(Warmed, "steps"), {"precision": "bf16-true"}),
+    "one cycle in half": (partial(Warmed, "one cycle"), {"precision": "bf16-true"}),
+    "a warm-up by hand in half": (partial(Warmed, "hand"), {"precision": "bf16-true"}),
+    "a closure by hand": (ManualClosure, {}),
+    "numbers of other kinds": (Mixed, {}),
 }
 
 
@@ -543,6 +800,29 @@ def test_few_batches_that_are_not_learnt_are_a_warning(quiet, told, caplog):
     assert text.startswith("Not learnt: train_loss went from ")
     assert "below a tenth" in text
     assert [r.levelname for r in caplog.records if hasattr(r, "hint")] == ["WARNING"]
+
+
+@pytest.mark.parametrize(
+    ("by_step", "verdict"),
+    [
+        (lambda n: -1.0, "Not learnt: train_loss went from -1 to -1 in 40 steps"),
+        (
+            lambda n: -1.0 - n,
+            "learning: train_loss went from -2.5 to -40.5 in 40 steps on the same",
+        ),
+        (lambda n: 3.0 - n, "learnt: train_loss went from 1.5 to -36.5"),
+        (lambda n: 0.0, "learnt: train_loss went from 0 to 0"),
+    ],
+)
+def test_a_verdict_on_losses_that_begin_at_zero_or_below(quiet, told, by_step, verdict):
+    class Given(Task):
+        def training_step(self, batch, batch_idx):
+            return 0 * self(batch[0]).sum() + by_step(self.trainer.global_step + 1)
+
+    own = ["zero-gradient", "no-change"]
+    quiet(max_epochs=20, overfit_batches=2, hints=own).fit(Given(), data())
+    assert told()[0][1].startswith(verdict)
+    assert "tenth" not in told()[0][1] or verdict.startswith("Not")
 
 
 def test_few_batches_that_are_on_their_way_are_told_to_go_on(quiet, told):

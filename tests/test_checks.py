@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import SGD
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
     Dataset,
+    IterableDataset,
     RandomSampler,
     Sampler,
     Subset,
@@ -53,6 +55,29 @@ class Evens(Sampler[int]):
         return iter(range(0, 20, 2))
 
 
+class Buckets(Sampler[int]):
+    """Indices of the user's own, which are something else."""
+
+    indices = ((0, 1), (2, 3))
+
+    def __iter__(self) -> Any:
+        return iter(range(4))
+
+
+class Stream(IterableDataset[int]):
+    def __iter__(self) -> Any:
+        return iter(range(8))
+
+
+STREAM = Stream()
+
+
+def batches(indices: Any) -> DataLoader[Any]:
+    """Batches of indices instead of single ones, as a dataset may want them."""
+    sampler = BatchSampler(SubsetRandomSampler(indices), 4, False)
+    return DataLoader(DATA, batch_size=None, sampler=sampler)
+
+
 MEETING: dict[str, tuple[Callable[[], Any], Callable[[], Any], str]] = {
     "the same dataset": (lambda: loader(shuffle=True), loader, "has the dataset"),
     "the same tensors": (
@@ -79,6 +104,16 @@ MEETING: dict[str, tuple[Callable[[], Any], Callable[[], Any], str]] = {
         lambda: loader(sampler=SubsetRandomSampler([0, 1, 2])),
         lambda: loader(sampler=SubsetRandomSampler([2, 3])),
         "shares 1 of its 2 samples",
+    ),
+    "meeting batches of indices": (
+        lambda: batches(range(12)),
+        lambda: batches(range(10, 20)),
+        "shares 2 of its 10 samples",
+    ),
+    "meeting names": (
+        lambda: loader(Subset(DATA, ["a", "b"])),  # type: ignore[list-item]
+        lambda: loader(Subset(DATA, ["b"])),  # type: ignore[list-item]
+        "shares 1 of its 1 samples",
     ),
     "a batch sampler": (
         lambda: DataLoader(DATA, batch_sampler=BatchSampler(RandomSampler(DATA), 4, False)),
@@ -108,6 +143,10 @@ APART: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     ),
     "a sampler of the user's own": (lambda: loader(sampler=Evens()), loader),
     "no dataset": (lambda: iter([1]), lambda: iter([1])),
+    "disjoint batches of indices": (lambda: batches(range(10)), lambda: batches(range(10, 20))),
+    "a stream": (lambda: DataLoader(STREAM, batch_size=None), lambda: loader(STREAM)),
+    "buckets": (lambda: loader(sampler=Buckets()), lambda: loader(sampler=Buckets())),
+    "names": (lambda: loader(Subset(DATA, ["a", "b"])), lambda: loader(Subset(DATA, ["c"]))),
 }
 
 
@@ -156,8 +195,13 @@ def test_nothing_is_said_about_what_is_right() -> None:
         task.body.requires_grad_(False)
         return sgd(task.head.parameters())
 
+    def averaged(task: Task) -> SGD:
+        task.average = AveragedModel(task.body)  # it moves by itself
+        return sgd([*task.body.parameters(), *task.head.parameters()])
+
     assert found(lambda t: sgd(t.parameters())) == []
     assert found(frozen) == []
+    assert found(averaged) == []
 
 
 def test_parameters_in_no_optimizer_are_named() -> None:
@@ -233,7 +277,13 @@ def test_a_monitor_whose_worse_values_count_as_better_is_told() -> None:
 
 @pytest.mark.parametrize(
     ("name", "mode"),
-    [("val_acc", "max"), ("val_loss", "min"), ("score", "min"), ("accurate_loss_f1", "min")],
+    [
+        ("val_acc", "max"),
+        ("val_loss", "min"),
+        ("score", "min"),
+        ("accurate_loss_f1", "min"),
+        ("neg_loss", "max"),
+    ],
 )
 def test_nothing_is_said_of_modes_that_are_right_or_unknown(name: str, mode: str) -> None:
     assert check_modes([EarlyStopping(name, mode=mode), ModelCheckpoint(monitor=None)]) == []

@@ -110,7 +110,7 @@ FAULTS: dict[str, tuple[Callable[[], nn.Module], Any, Any, list[str]]] = {
         lambda: nn.BatchNorm1d(3),
         F.cross_entropy,
         (torch.rand(4, 5), LABELS),
-        ["in net: BatchNorm1d", "weight  float32 (3,)", "BatchNorm1d(num_features=5)"],
+        ["in net: BatchNorm1d", "weight  float32 (3,)\ntest", "BatchNorm1d(num_features=5)"],
     ),
     "norm of another dimension": (
         lambda: nn.BatchNorm1d(3),
@@ -255,7 +255,7 @@ def test_a_tensor_that_is_made_on_another_device_is_named() -> None:
     note = failing(Task(Masked()), (torch.rand(4, 3), LABELS))
     assert "self.weight  float32 (3, 2)" in note
     assert "mask         float32 (4, 2) on meta" in note
-    assert "mask on cpu: make a tensor with device=self.device" in note
+    assert "mask must be on cpu, as the task is: make a tensor with device=self.device" in note
 
 
 class Hidden(nn.Module):
@@ -295,6 +295,121 @@ def test_the_validation_of_a_fit_has_it() -> None:
 class Raising(Task):
     def training_step(self, batch: Any) -> Tensor:
         raise ValueError("no such label")
+
+
+class Own(Task):
+    """Makes an error of Python's own on a line of its step."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(nn.Linear(3, 2))
+        self.how = how
+
+    def training_step(self, batch: Any) -> Any:
+        if self.how == "table":
+            return {1: 2}[7]
+        if self.how == "number":
+            return int("seven")
+        if self.how == "deep":
+            return self.training_step_of_itself()
+        return batch["image"]
+
+    def training_step_of_itself(self) -> Any:
+        return self.training_step_of_itself()
+
+
+@pytest.mark.parametrize("how", ["table", "number", "deep"])
+def test_an_error_of_python_on_a_line_without_tensors_stays_as_it_is(how: str) -> None:
+    with pytest.raises((KeyError, ValueError, RecursionError)) as raised:
+        trainer().fit(Own(how), [(torch.rand(4, 3), LABELS)])
+    assert not hasattr(raised.value, "__notes__")
+
+
+def test_a_key_that_the_batch_does_not_have_shows_the_batch() -> None:
+    with pytest.raises(KeyError) as raised:
+        trainer().fit(Own("key"), [{"img": torch.rand(4, 3)}])
+    assert "{img: float32 (4, 3)}" in note_of(raised.value)
+
+
+class Inside(nn.Module):
+    """Makes the loss itself, as networks of libraries do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor, labels: Any = None, quiet: bool = True) -> Tensor:
+        return F.cross_entropy(self.net(x), labels.view(-1).t())
+
+
+def test_a_loss_within_a_network_shows_what_the_loss_was_given() -> None:
+    task = Task(nn.Linear(3, 2), lambda x, y: net(torch.rand(4, 3), labels=torch.zeros(4, 2)))
+    task.inner = net = Inside()
+    note = failing(task, (torch.rand(4, 3), LABELS))
+    assert "in cross_entropy, in inner: Inside, in training batch 0" in note
+    assert "target  float32 (8,)" in note
+
+
+def test_what_says_nothing_is_left_out() -> None:
+    query = torch.rand(4, 5, 8)
+    net = nn.MultiheadAttention(8, 2, batch_first=True)
+    mask = torch.zeros(4, 3, dtype=torch.bool)
+    call = lambda x, y: net(query, query, query, key_padding_mask=mask.to(x.device))  # noqa: E731
+    task = Task(nn.Linear(3, 2), call)
+    task.inner = net
+    note = failing(task, (torch.rand(4, 3), LABELS))
+    assert "key_padding_mask  bool (4, 3)" in note
+    assert "None" not in note
+    assert "False" not in note
+    assert note.count("\n  x  ") == 1  # named twice on the line, and a local
+
+
+def test_a_weight_of_the_task_is_named_though_a_method_of_it_is_called() -> None:
+    class Weighed(Task):
+        def training_step(self, batch: Any) -> Tensor:
+            return batch[0] @ self.net.weight.view(2, 3)
+
+    assert "self.net.weight  float32 (2, 3)" in failing(
+        Weighed(nn.Linear(3, 2)), (torch.rand(4, 3), LABELS)
+    )
+
+
+def test_inputs_that_the_signature_does_not_name_are_counted() -> None:
+    class Any_(nn.Linear):
+        def forward(self, *args: Any) -> Tensor:
+            return super().forward(*args)
+
+    note = failing(Task(Any_(3, 2)), (torch.rand(4, 5), LABELS))
+    assert "input 1  float32 (4, 5)" in note
+
+
+def test_a_line_of_an_installed_package_is_not_the_users() -> None:
+    code = compile("def call(net, x):\n    return net(x)\n", "/x/site-packages/zoo.py", "exec")
+    zoo: dict[str, Any] = {"__name__": "zoo"}
+    exec(code, zoo)
+    net = nn.Linear(3, 2)
+    task = Task(nn.Identity(), lambda x, y: zoo["call"](net, x))
+    task.inner = net
+    note = failing(task, (torch.rand(4, 5), LABELS))
+    assert "in inner: Linear" in note
+    assert "test_explaining.py:" in note
+    assert "zoo.py" not in note
+
+
+def test_a_batch_that_the_step_replaced_is_told_from_the_given_one() -> None:
+    class Cuts(Task):
+        def training_step(self, batch: Any) -> Tensor:
+            batch = (batch[0][:, :2], batch[1])
+            return self.net(batch[0])
+
+    note = failing(Cuts(nn.Linear(3, 2)), (torch.rand(4, 3), LABELS))
+    assert "  batch        (float32 (4, 2), int64 (4,))" in note
+    assert "  given batch  (float32 (4, 3), int64 (4,))" in note
+
+
+def test_a_huge_batch_is_cut() -> None:
+    boxes = [{"boxes": torch.rand(i, 4), "labels": torch.zeros(i)} for i in range(30)]
+    note = failing(Task(nn.Linear(3, 2)), (torch.rand(4, 5), [boxes] * 30))
+    assert max(map(len, note.splitlines())) < 330
 
 
 class Torn:

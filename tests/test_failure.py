@@ -198,6 +198,24 @@ def test_what_is_too_large_is_left_out(tmp_path: Path, monkeypatch: Any) -> None
     assert "MiB are more than 0 MiB" in read(folder)["left_out"]["state.ckpt"]
 
 
+def test_a_large_batch_is_not_copied_first(tmp_path: Path, monkeypatch: Any) -> None:
+    def copied(*_: Any) -> None:
+        raise AssertionError("copied")
+
+    monkeypatch.setattr(failure, "MOST_BATCH", 10)
+    monkeypatch.setattr(failure, "move_to_device", copied)
+    *_, folder = fail(tmp_path)
+    assert "MiB are more than" in read(folder)["left_out"]["batch.pt"]
+
+
+def test_the_class_of_a_script_is_named_by_its_file(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(Net, "__module__", "__main__")
+    main = SimpleNamespace(__spec__=None, __file__="/somewhere/train.py")
+    monkeypatch.setitem(failure.sys.modules, "__main__", main)
+    *_, folder = fail(tmp_path)
+    assert read(folder)["task"] == "train.Net"
+
+
 def test_a_disk_that_fails_hides_nothing(
     tmp_path: Path, monkeypatch: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -240,6 +258,18 @@ def test_within_an_update_the_state_is_said_to_be_so(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="no step"):
         one.fit(task, loader())
     assert read(one.run_dir / "failure")["state"] == "within an update"
+
+
+def test_after_an_update_the_state_is_said_to_be_so(tmp_path: Path) -> None:
+    class Fails(lk.Callback):
+        def on_train_batch_end(self, trainer: Any, task: Any, *args: Any) -> None:
+            raise RuntimeError("no end")
+
+    one = trainer(tmp_path, callbacks=[Fails()])
+    with pytest.raises(RuntimeError, match="no end"):
+        one.fit(Net(at=-1), loader())
+    known = read(one.run_dir / "failure")
+    assert (known["state"], known["batch_idx"], known["step"]) == ("after the step", 0, 1)
 
 
 def test_fields_that_json_cannot_hold_are_refused_quietly(tmp_path: Path) -> None:

@@ -378,6 +378,29 @@ def test_what_does_not_happen_does_not_stand_there():
     assert "loss = 0" in lk.Trainer().explain(lk.TaskModule())
 
 
+def test_it_may_be_asked_in_a_fit_and_after_it(tmp_path):
+    pages = []
+
+    class Asks(lk.Callback):
+        def on_train_start(self, trainer, task):
+            pages.append(trainer.explain(task, small.loader()))
+            assert task.trainer is trainer
+            task.log("still", 1.0)
+
+        def on_train_epoch_end(self, trainer, task):
+            assert trainer.callback_metrics["still"] == 1
+
+    trainer = lk.Trainer(callbacks=Asks(), default_root_dir=tmp_path, rehearse=False, max_epochs=1)
+    task = small.Net()
+    before = trainer.explain(task, small.loader())
+    trainer.fit(task, small.loader())
+    assert pages == [before]
+    trainer.callbacks.append(EarlyStopping("train_loss"))
+    after = lines(trainer.explain(task, small.loader()))
+    assert after["on_train_epoch_end"] == "Asks, EarlyStopping, ProgressBar"
+    assert after["on_load_checkpoint"] == "ModelCheckpoint"  # the one of before
+
+
 def test_it_says_what_cannot_be_explained():
     with pytest.raises(lk.errors.ConfigError, match=r"stage='tests'.*Did you mean 'test'"):
         lk.Trainer().explain(small.Net(), stage="tests")

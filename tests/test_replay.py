@@ -76,7 +76,10 @@ def test_G12_a_step_fails_again_with_its_batch_and_state(
     assert files(tmp_path) == before
     message = (run / "failure" / "traceback.txt").read_text("utf-8").partition("Error: ")[2]
     assert message.splitlines()[0] in caplog.text  # to the last digit
-    assert "replay:   step 6 (epoch 1): training batch 5, with the state before it" in caplog.text
+    assert (
+        "replay:   step 6 (epoch 1): training batch 5, with the state before the step"
+        in caplog.text
+    )
     assert "in training_step\n" in caplog.text
 
 
@@ -87,6 +90,7 @@ def test_a_step_that_was_mended_goes_through(
     with caplog.at_level(logging.INFO, "lightkit"):
         assert replay(run / "failure", task=Net())
         assert "in net.0: Linear(in_features=3" in caplog.text or sys.version_info < (3, 11)
+        assert "watching.py" not in caplog.text  # what looks on is no part of the error
         assert not replay(run, task=Net(at=-1))
     assert "the step went through; in the run: RuntimeError" in caplog.text
 
@@ -95,7 +99,7 @@ def test_a_validation_fails_again(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     run = fail(tmp_path, Net("validation"))
     with caplog.at_level(logging.INFO, "lightkit"):
         assert replay(run, task=Net("validation"))
-    assert "validation batch 0, with the state before it" in caplog.text
+    assert "validation batch 0, with the state before the step" in caplog.text
     assert "cannot be multiplied" in caplog.text
 
 
@@ -109,7 +113,7 @@ FOUND = {
     "inf": ["mul made the first inf", "output = output * 1e38 * 1e38"],
     "backward": ["MulBackward0", "output = (output * 0).sqrt()", "returned nan values"],
     "batch": ["the batch itself holds nan"],
-    "update": ["the update made net.0.weight", "from finite gradients"],
+    "update": ["the update of step 6 made net.0.weight", "from finite gradients"],
 }
 
 
@@ -176,6 +180,10 @@ def test_the_command_takes_the_class_where_there_is_no_configuration(
     run = fail(tmp_path, Net())
     assert main(["replay", str(run), "--task", "tests.test_failure.Net"]) == 0
     assert "cannot be multiplied" in capsys.readouterr().out
+    words = ["--task", "tests.test_replay.Told", "--task.at", "7"]
+    assert main(["replay", str(fail(tmp_path, Told())), *words]) == 0  # a number, not text
+    assert main(["replay", str(run), "--task", "tests.test_failure.Net", "--task.att", "1"]) == 2
+    assert "Did you mean 'at'?" in capsys.readouterr().err
     run = fail(tmp_path, Odd("log"))
     words = ["--task", "tests.test_replay.Odd", "--data", "tests.test_replay.Data"]
     assert main(["replay", str(run), *words]) == 0
@@ -183,11 +191,43 @@ def test_the_command_takes_the_class_where_there_is_no_configuration(
     assert "allowed: lightkit replay RUN" in capsys.readouterr().err
 
 
+def test_a_script_that_is_imported_for_its_class_does_not_train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = fail(tmp_path / "runs", Net())
+    script = "import lightkit as lk\nfrom tests.test_failure import Net, loader\n"
+    script += "lk.Trainer(max_epochs=1).fit(Net(at=-1), loader())\n"
+    (tmp_path / "script_of_mine.py").write_text(script, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    fit = lk.Trainer.fit
+    with pytest.raises(UsageError, match="trains when it is imported"):
+        main(["replay", str(run), "--task", "script_of_mine.Net"])
+    assert lk.Trainer.fit is fit
+    assert {path.name for path in tmp_path.iterdir()} <= {
+        *("runs", "script_of_mine.py", "__pycache__")
+    }
+
+
+class Late(Net):
+    """Fails in a validation from some step on."""
+
+    def validation_step(self, batch: Any) -> Tensor:
+        return self.net(batch[0][:, : 3 - (self.trainer.global_step > 5)])
+
+
+def test_a_validation_that_fails_again_knows_its_step(tmp_path: Path) -> None:
+    one = trainer(tmp_path, num_sanity_val_steps=0)
+    with pytest.raises(RuntimeError):
+        one.fit(Late(at=-1), loader(), loader())
+    assert replay(one.run_dir, task=Late(at=-1))
+
+
 def test_what_is_missing_is_said(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="holds no failure/failure.json"):
         replay(tmp_path)
     run = fail(tmp_path, Odd("log"))
-    with pytest.raises(UsageError, match="tests.test_replay.Odd: lightkit replay"):
+    with pytest.raises(UsageError, match="--task tests.test_replay.Odd; or in Python"):
         replay(run)
     with pytest.raises(UsageError, match="needs its data"):
         replay(run, task=Odd("log"))

@@ -17,6 +17,12 @@ from lightkit.loggers.base import Logger
 from lightkit.task import TaskModule
 
 _log = logging.getLogger("lightkit")
+#: What is said of a run that differs from itself.
+AGAIN = (
+    "Nor does the run repeat itself: a second one from the start, with the same seed, differs too. "
+    "Look for kernels that are not deterministic (deterministic=True names them), and for what "
+    "depends on time, on the process, on class attributes or on globals."
+)
 
 
 class Given:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from lightkit.errors import UsageError
 from lightkit.hook_names import LOOP_HOOKS
 from lightkit.hooks import Callback
 from lightkit.task import TaskModule
-from lightkit.testing.given import Given, quiet
+from lightkit.testing.given import AGAIN, Given, quiet
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,6 +83,15 @@ def assert_validation_is_pure(
             raise UsageError("There was no validation: give a loader, and a validation_step.")
         again = two.silencing(one.logged)
         given.fit(two, two.rows, *begin, num_sanity_val_steps=0, change=again)
+        for said in _differences(one, two, ignore):
+            same = _Watch()
+            given.fit(same, same.rows, *begin, num_sanity_val_steps=0)
+            repeats = not any(_differences(one, same, ignore))
+            raise AssertionError(said if repeats else f"{said}\n{AGAIN}")
+
+
+def _differences(one: _Watch, two: _Watch, ignore: Sequence[str]) -> Iterator[str]:
+    """Yields what is to be said of each place at which two runs differ."""
     for (place, now), (_, other) in zip(one.seen, two.seen, strict=False):
         found = [
             (kind, name, how)
@@ -92,7 +101,7 @@ def assert_validation_is_pure(
             for name, how in compare(now[kind][part], other[kind][part], f"{kind}.{part}", ignore)
         ]
         if found:
-            raise AssertionError(_told(place, found))
+            yield _told(place, found)
 
 
 def _told(place: str, found: list[tuple[str, str, str]]) -> str:
@@ -161,11 +170,12 @@ def _state(task: TaskModule) -> dict[str, Any]:
         return None if tensor is None else tensor.detach().clone()
 
     parameters = dict(task.named_parameters())
+    modes = {name or "task": module.training for name, module in task.named_modules()}
     return {
         "weights": {name: taken(p) for name, p in parameters.items()},
         "gradients": {name: taken(p.grad) for name, p in parameters.items()},
         "buffers": {name: taken(b) for name, b in task.named_buffers()},
-        "modes": {name or "task": module.training for name, module in task.named_modules()},
-        "requires_grad": {name: p.requires_grad for name, p in parameters.items()},
+        "modes": {name: "train" if training else "eval" for name, training in modes.items()},
+        "requires_grad": {name: str(p.requires_grad) for name, p in parameters.items()},
         "random states": rng.rng_state(),
     }

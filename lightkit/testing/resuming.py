@@ -20,7 +20,7 @@ from lightkit.differences import compare
 from lightkit.errors import UsageError
 from lightkit.hooks import Callback
 from lightkit.task import TaskModule
-from lightkit.testing.given import Given, quiet
+from lightkit.testing.given import AGAIN, Given, quiet
 
 if TYPE_CHECKING:
     from lightkit.trainer import Trainer
@@ -286,11 +286,6 @@ def _rank(part: str) -> int:
 
 
 # --- the report ----------------------------------------------------------------------------------
-_AGAIN = (
-    "Nor does the run repeat itself: a second one from the start, with the same seed, differs too. "
-    "Look for kernels that are not deterministic (deterministic=True names them), and for what "
-    "depends on time, on the process, on class attributes or on globals."
-)
 _DATA = (
     "The data differ before anything is computed from them. Look for a dataset, sampler or "
     "collate_fn with a random generator, counter or cache of its own: let it draw from torch, "
@@ -321,7 +316,7 @@ def _told(
     names = [name for name, _ in found]
     kinds = {_kind(name) for name in names}
     if not repeats:
-        cause = _AGAIN
+        cause = AGAIN
     elif "batch" in kinds:
         cause = _DATA
     elif kinds == {"rng"}:

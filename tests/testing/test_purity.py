@@ -66,7 +66,7 @@ def test_train_mode_in_the_step():
     assert said.startswith("At the end of validation 1 (step 5) these differ from a run whose")
     assert "buffers.net.1.running_mean: 5 of 5 numbers differ" in said
     assert "in the run that validates, " in said
-    assert "modes.net: True in the run that validates, False in the other" in said
+    assert "modes.net: 'train' in the run that validates, 'eval' in the other\n" in said
     assert "random states.torch: " in said
     assert "do not call train() in it" in said
 
@@ -77,6 +77,7 @@ def test_random_numbers():
             torch.rand(1)
 
     said = refused(Draws)
+    assert "repeat itself" not in said
     assert [line.split(":")[0].strip() for line in said.splitlines()[1:2]] == [
         "random states.torch"
     ]
@@ -94,6 +95,21 @@ def test_a_step_of_an_optimizer():
     assert "weights.net.0.weight: " in said
     assert "A validation must not train" in said
     assert "a backward in it" in said
+
+
+def test_what_is_frozen():
+    class Freezes(Net):
+        def on_validation_start(self):
+            self.net[3].requires_grad_(False)
+
+    said = refused(Freezes)
+    assert "requires_grad.net.3.weight: 'False' in the run that validates" in said
+    assert "freezes or unfreezes" in said
+
+
+def test_a_metric_that_is_made_in_the_first_validation():
+    task = lk.SupervisedTask(nn.Linear(4, 1), loss="mse", metrics=["mae"])
+    assert_validation_is_pure(task, small.loader(), small.loader(12))
 
 
 def test_gradients_alone():
@@ -120,6 +136,16 @@ def test_a_plain_attribute_that_training_reads():
     assert "a plain attribute of the task" in said
     assert "must not train" not in said
     assert refused(Scales, val_check_interval=2).startswith("At step 4 these differ")
+
+
+def test_a_run_that_does_not_repeat_itself():
+    numbers = iter(range(1000))
+
+    class Clock(Net):
+        def training_step(self, batch, batch_idx):
+            return next(numbers) * super().training_step(batch, batch_idx)
+
+    assert "Nor does the run repeat itself" in refused(Clock)
 
 
 def test_names_may_be_left_out():

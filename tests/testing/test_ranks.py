@@ -58,7 +58,9 @@ def test_a_mean_of_each_rank_alone_is_found_and_all_else_is_the_same():
     options = {"accumulate_grad_batches": 2, "val_check_interval": 2, "max_epochs": 1}
     with pytest.raises(AssertionError) as caught:
         assert_same_on_ranks(own, limit=RANK_LIMIT, **options)
-    first, second, why = str(caught.value).splitlines()
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 3, lines
+    first, second, why = lines
     assert first == "2 processes do not train as one does:"
     assert second.startswith("  val_own of epoch 1: ")
     assert " in one process, " in second
