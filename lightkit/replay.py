@@ -351,6 +351,11 @@ def _tell(error: Exception, watch: _Watch, said: list[str]) -> None:
         trace = trace.tb_next
     if trace is None:
         raise error
+    last = inner = trace
+    while inner.tb_next is not None:
+        inner = inner.tb_next
+        last = last if inner.tb_frame.f_globals.get("__name__") in _OF_MODE else inner
+    last.tb_next = None  # the place that is shown, and where the debugger stops
     for text in said:  # of anomaly mode: where the forward was whose gradient is nan
         head, found, lines = text.partition(" Traceback of forward call that caused the error:\n")
         if found:
@@ -360,9 +365,7 @@ def _tell(error: Exception, watch: _Watch, said: list[str]) -> None:
         _log.info("found:    %s", error)
         return
     if any(map(of_user, (frame for frame, _ in walk_tb(trace.tb_next)))):
-        frames = walk_tb(trace.tb_next)
-        frames = (one for one in frames if one[0].f_globals.get("__name__") not in _OF_MODE)
-        lines = "".join(traceback.StackSummary.extract(frames).format())
+        lines = "".join(traceback.format_tb(trace.tb_next))
         _log.info("Traceback from the step on:\n%s", lines.rstrip())
     _log.info("%s", "".join(traceback.format_exception_only(error)).rstrip())
     for sentence in watch.found:

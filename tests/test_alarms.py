@@ -642,7 +642,7 @@ class Warmed(Task):
         if self.by == "hand":
             return optimizer
         if self.by == "one cycle":
-            made = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, 32, div_factor=1e8)
+            made = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, 100_000, div_factor=1e8)
         else:
             made = torch.optim.lr_scheduler.LinearLR(optimizer, 1e-8, 1.0, 10_000)
         return [optimizer], [{"scheduler": made, "interval": "step"}]

@@ -144,7 +144,10 @@ APART: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     "a sampler of the user's own": (lambda: loader(sampler=Evens()), loader),
     "no dataset": (lambda: iter([1]), lambda: iter([1])),
     "disjoint batches of indices": (lambda: batches(range(10)), lambda: batches(range(10, 20))),
-    "a stream": (lambda: DataLoader(STREAM, batch_size=None), lambda: loader(STREAM)),
+    "a stream": (
+        lambda: DataLoader(STREAM, batch_size=None),
+        lambda: DataLoader(STREAM, batch_size=None),
+    ),
     "buckets": (lambda: loader(sampler=Buckets()), lambda: loader(sampler=Buckets())),
     "names": (lambda: loader(Subset(DATA, ["a", "b"])), lambda: loader(Subset(DATA, ["c"]))),
 }
