@@ -433,7 +433,9 @@ def _entry(head: str, text: str) -> list[str]:
 
 
 def _say(text: str) -> int:
-    sys.stdout.write(text.rstrip("\n") + "\n")
+    encoding = sys.stdout.encoding or "utf-8"  # which may lack letters of a name or an error
+    shown = text.encode(encoding, "backslashreplace").decode(encoding)
+    sys.stdout.write(shown.rstrip("\n") + "\n")
     sys.stdout.flush()
     return 0
 

@@ -119,8 +119,9 @@ def read(folder: Path) -> Record | None:
     """Returns what is known about the run of a folder; None where there is nothing readable."""
     try:
         values = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        return Record(**{k: v for k, v in values.items() if k in Record.__dataclass_fields__})
-    except (OSError, ValueError, TypeError, AttributeError):
+        known = {k: v for k, v in values.items() if k in Record.__dataclass_fields__}
+        return Record(id=known.pop("id"), **known)  # without one it is another program's file
+    except (OSError, ValueError, TypeError, AttributeError, KeyError):
         return None
 
 

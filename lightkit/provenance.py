@@ -6,12 +6,15 @@ sent anywhere, and nothing of it can end a fit.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
 import logging
+import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -22,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lightkit.distributed.env import environment
 from lightkit.ledger import plain
 
 if TYPE_CHECKING:
@@ -33,11 +37,15 @@ _log = logging.getLogger("lightkit")
 FILE, DIFF = "provenance.json", "code.diff"
 #: Bytes of a diff, seconds for an answer of git, and names of files that git does not know.
 MOST_BYTES, MOST_SECONDS, MOST_NAMES = 1 << 20, 3.0, 50
-_SECRET = r"[\w.-]*(?:token|key|password|passwd|passphrase|pwd|secret|credentials?|auth)(?:_id)?"  # noqa: S105
+_SECRET = (
+    r"(?:token|key|passw(?:or)?d|passphrase|pwd|secret|credentials?|auth|authorization)(?:_id)?"  # noqa: S105
+)
 #: ``--api_key=x``, ``{"password": "x"}``, ``url?token=x``: all that follows is masked.
-_INSIDE = re.compile(rf"(\b{_SECRET}[\"']?\s*[=:]).+", re.IGNORECASE | re.DOTALL)
-_BEFORE = re.compile(rf"-*{_SECRET}", re.IGNORECASE)
+_INSIDE = re.compile(rf"({_SECRET}[\"']?\s*[=:]).+", re.IGNORECASE | re.DOTALL)
+_BEFORE = re.compile(rf"[\w.-]*{_SECRET}", re.IGNORECASE)
 _MASK = "***"
+#: What a hook of git sets, so that git answers of another repository than that of a folder.
+_ELSEWHERE = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_PREFIX")
 
 
 def keep(trainer: Trainer, run: FitRun, folder: Path) -> None:
@@ -53,7 +61,9 @@ def keep(trainer: Trainer, run: FitRun, folder: Path) -> None:
     try:
         entries = read(folder)
         text = json.dumps([*entries, _entry(trainer, run, folder, entries)], indent=2)
-        (folder / FILE).write_text(text + "\n", encoding="utf-8")
+        part = folder / f".{FILE}.part"  # a kill leaves the earlier entries as they are
+        part.write_text(text + "\n", encoding="utf-8")
+        os.replace(part, folder / FILE)
     except Exception as error:  # noqa: BLE001
         _log.warning("%s could not be written: %s", folder / FILE, error)
 
@@ -104,7 +114,7 @@ def masked(words: Iterable[str]) -> list[str]:
             hidden = False
             continue
         hidden = _BEFORE.fullmatch(word) is not None
-        word = re.sub(r"://[^/@\s]+@", f"://{_MASK}@", word)
+        word = re.sub(r"://[^/\s]+@", f"://{_MASK}@", word)
         shown.append(_INSIDE.sub(rf"\1{_MASK}", word))
     return shown
 
@@ -148,23 +158,32 @@ def _git(folder: Path) -> dict[str, Any] | None:
 
     Asked once per process: what runs is the code as it was read at the start.
     """
-    # Without fsmonitor git runs nothing that the repository names; without locks it writes nothing.
-    git = ["git", "-C", str(folder), "--no-optional-locks", "-c", "core.fsmonitor=false"]
+    # Neither a hook is run nor a lock taken, and of the user's ways to show a diff none would apply.
+    settings = ("core.fsmonitor=false", "diff.noprefix=false", "diff.relative=false")
+    git = ["git", "-C", str(folder), "--no-optional-locks"]
+    git += [word for setting in settings for word in ("-c", setting)]
     status = _output([*git, "status", "--porcelain=v2", "--branch"])
-    if status is None:
-        return None
+    known = status is not None
+    if status is None:  # no repository, or one too large to be looked through in time
+        revision = _output([*git, "rev-parse", "HEAD"])
+        if revision is None:
+            return None
+        status = b"# branch.oid " + revision
     lines = status.decode(errors="replace").splitlines()
     names = dict(line.split(" ", 2)[1:] for line in lines if line.startswith("# branch."))
-    revision, branch = names.get("branch.oid", ""), names.get("branch.head", "")
+    oid, branch = names.get("branch.oid", "("), names.get("branch.head", "(")
     changed = [line for line in lines if line[:1] in "12u"]
     diff = None
-    if changed and not revision.startswith("("):  # "(initial)": nothing is committed yet
-        diff = _output([*git, "diff", "--no-color", "--no-ext-diff", "--no-textconv", "HEAD"])
+    if changed and not oid.startswith("("):  # "(initial)": nothing is committed yet
+        git += ["diff", "--no-color", "--no-ext-diff", "--no-textconv", "-U3"]
+        diff = _output([*git, "--binary", "HEAD"])
+        if diff is None or len(diff) > MOST_BYTES:  # without what is in binary files
+            diff = _output([*git, "HEAD"])
     return {
         "folder": str(folder),
-        "revision": None if revision.startswith("(") else revision,
+        "revision": None if oid.startswith("(") else oid,
         "branch": None if branch.startswith("(") else branch,
-        "changed": len(changed),
+        "changed": len(changed) if known else None,
         "untracked": [line[2:] for line in lines if line.startswith("? ")][:MOST_NAMES],
         "read": datetime.now().astimezone().isoformat(timespec="seconds"),
         "diff": diff,
@@ -176,19 +195,33 @@ def _output(command: list[str]) -> bytes | None:
     pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
     try:
         process = subprocess.Popen(  # noqa: S603  nothing of it is given from outside but a folder
-            command, stdin=nothing, stdout=pipe, stderr=nothing
+            command,
+            stdin=nothing,
+            stdout=pipe,
+            stderr=nothing,
+            env=environment(without=_ELSEWHERE),
+            start_new_session=True,
         )
     except OSError:  # there is no git
         return None
-    timer = threading.Timer(MOST_SECONDS, process.kill)
+    timer = threading.Timer(MOST_SECONDS, _kill, [process])
     timer.start()
     with process:
         assert process.stdout is not None
         output = process.stdout.read(MOST_BYTES + 1)
         if len(output) > MOST_BYTES:
-            process.kill()
-    timer.cancel()
+            _kill(process)
+        timer.cancel()
     return output if process.returncode == 0 or len(output) > MOST_BYTES else None
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Ends a process and what it started (a filter, say), which holds its output open."""
+    if sys.platform == "win32":
+        process.kill()
+    else:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def _write_diff(folder: Path, diff: bytes, entries: list[dict[str, Any]]) -> str:

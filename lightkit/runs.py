@@ -21,13 +21,14 @@ from typing import Any
 
 from lightkit import ledger, provenance
 from lightkit.announce import short
+from lightkit.checkpoint.newest import is_resumable
 from lightkit.errors import ConfigError
 from lightkit.history import POSITION, History
 from lightkit.ledger import Record
 from lightkit.screen import duration, number
 
-#: Columns of the list that go first where the screen is narrow.
-_LEAST = ("took", "task", "steps", "epochs", "best", "age")
+#: Columns of the list; where the screen is narrow those that stand first here have their place.
+_COLUMNS = ("status", "folder", "best", "epochs", "age", "steps", "task", "took")
 #: Characters of a value in a comparison, where the screen does not say.
 _LONGEST = 100
 
@@ -98,7 +99,7 @@ def _read(folder: Path) -> Run | None:
     record = ledger.read(folder)
     if record is None:
         return None
-    status, saved = record.status, any(any(p.glob("*.ckpt")) for p in record.folders(folder))
+    status = record.status
     epoch, step = record.epoch, record.global_step
     if status == "running" or not record.last:
         history = _history(folder)
@@ -107,7 +108,9 @@ def _read(folder: Path) -> Run | None:
             epoch, step = int(record.last["epoch"]) - 1, int(record.last.get("step") or 0)
     if status == "running" and not ledger.in_use(folder):
         status = "killed"
-    resumable = saved and status not in ("running", "finished")
+    resumable = status not in ("running", "finished") and any(
+        is_resumable(place, record.id) for place in record.folders(folder)
+    )
     if resumable and status != "failed":
         status = "resumable"
     known = [name for name, _ in record.monitors] + ["val_loss", "train_loss"]
@@ -131,11 +134,14 @@ def _read(folder: Path) -> Run | None:
 def _history(folder: Path) -> History:
     """Returns the epochs of a run as far as the files of its rows tell."""
     epochs: dict[int, dict[str, float]] = {}
-    for row in _rows(folder):
-        numbers = {k: math.nan if v is None else v for k, v in row.items()}
-        if all(isinstance(value, (int, float)) for value in numbers.values()):
-            epoch = int(row.get("epoch") or 0) + 1  # rows count from 0, people from 1
-            epochs.setdefault(epoch, {}).update(numbers, epoch=epoch)
+    with contextlib.suppress(OSError, csv.Error):  # what was read until then
+        for row in _rows(folder):
+            numbers = {k: math.nan if v is None else v for k, v in row.items()}
+            if not all(isinstance(value, (int, float)) for value in numbers.values()):
+                continue
+            if math.isfinite(epoch := numbers.get("epoch", 0)):
+                epoch = int(epoch) + 1  # rows count from 0, people from 1
+                epochs.setdefault(epoch, {}).update(numbers, epoch=epoch)
     return History(epochs.values())
 
 
@@ -147,7 +153,7 @@ def _rows(folder: Path) -> Iterator[dict[str, Any]]:
         with (folder / name).open(encoding="utf-8", errors="replace", newline="") as file:
             if name.endswith(".csv"):
                 for cells in csv.DictReader(file):
-                    yield {k: _value(v) for k, v in cells.items() if v}
+                    yield {k: _value(v) for k, v in cells.items() if k and v}
                 return
             for line in file:
                 row = _value(line)  # the last one may be cut
@@ -173,12 +179,13 @@ def table(runs: Sequence[Run], width: int) -> str:
     Where they do not fit, columns are left out and the folder loses its beginning.
     """
     rows = [_cells(run) for run in runs]
-    names = list(rows[0])
-    size = {name: max(len(name), *(len(row[name]) for row in rows)) for name in names}
-    for name in _LEAST:
-        if sum(size[name] + 2 for name in names) - 2 <= width:
-            break
-        names.remove(name)
+    size = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
+    left, shown = width + 2, []
+    for name in _COLUMNS:
+        if name in ("status", "folder") or size[name] + 2 <= left:
+            shown.append(name)
+            left -= size[name] + 2
+    names = [name for name in rows[0] if name in shown]
     room = max(width - sum(size[name] + 2 for name in names[:-1]), 8)
     lines = []
     for row in ({name: name for name in names}, *rows):
@@ -299,21 +306,22 @@ def _circumstances(run: Run) -> dict[str, Any]:
     return {
         "revision": ", ".join(filter(None, revisions)) or None,
         "branch": git.get("branch"),
-        "changes": _changes(run.folder, git.get("diff")),
+        "changes": _changes(run.folder, git) if git else None,
         "argv": " ".join(map(str, last.get("argv") or ())),
         **{name: last.get(name) for name in names},
         **{f"packages.{k}": v for k, v in (last.get("packages") or {}).items()},
     }
 
 
-def _changes(folder: Path, name: str | None) -> str:
+def _changes(folder: Path, git: Mapping[str, Any]) -> str:
     """Says in a few letters what a diff holds, so that two different ones differ."""
+    name, changed = git.get("diff"), git.get("changed", 0)
+    if not name:
+        return "none" if changed == 0 else f"{'unknown' if changed is None else changed}, no diff"
     try:
-        diff = (folder / str(name)).read_bytes() if name else b""
+        diff = (folder / name).read_bytes()
     except OSError:
         return f"{name} is gone"
-    if not diff:
-        return "none"
     lines = [line[:3] for line in diff.split(b"\n")]
     more, less = (sum(x[:1] == sign and x != sign * 3 for x in lines) for sign in (b"+", b"-"))
     return f"+{more} -{less} lines, {hashlib.sha256(diff).hexdigest()[:7]} ({name})"
@@ -334,7 +342,9 @@ def difference(runs: Sequence[Run], width: int) -> str:
         if not cells:
             text.append(name)
             continue
-        columns = [textwrap.wrap(name, head, subsequent_indent="    ")]
+        indent = name[: -len(name.lstrip()) or None]
+        name = name.lstrip()
+        columns = [textwrap.wrap(name, head, initial_indent=indent, subsequent_indent="    ")]
         columns += [textwrap.wrap(cell, each) for cell in cells]
         for parts in itertools.zip_longest(*columns, fillvalue=""):
             padded = [f"{part:<{each}}" for part in parts[1:]]

@@ -155,7 +155,8 @@ def test_a_metric_of_the_training_can_be_monitored(tmp_path):
 
 def test_a_misspelled_monitor_ends_the_fit_at_the_first_validation(tmp_path):
     callback = ModelCheckpoint(monitor="val_los")
-    t = trainer(tmp_path, max_epochs=50, val_check_interval=2, callbacks=[callback])
+    options = {"max_epochs": 50, "val_check_interval": 2, "rehearse": False}
+    t = trainer(tmp_path, callbacks=[callback], **options)
     with pytest.raises(ConfigError, match=r"Did you mean 'val_loss'\? There are: .*val/mean"):
         t.fit(Net(), *loaders())
     assert t.global_step == 2

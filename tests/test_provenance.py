@@ -147,12 +147,64 @@ def test_a_repository_without_a_commit(tmp_path, code):
     assert found["diff"] is None
 
 
-@pytest.mark.parametrize("how", ["none", "slow", "fails"])
+@pytest.mark.parametrize("setting", ["diff.noprefix=true", "diff.relative=true", "diff.context=0"])
+def test_the_diff_applies_whatever_is_set_and_changed(tmp_path, code, setting):
+    """Also where a binary file changed; a submodule stays as it is committed."""
+    (code / "picture").write_bytes(bytes(range(256)))
+    git(code, "add", ".")
+    git(code, "commit", "-q", "-m", "second")
+    (code / "picture").write_bytes(bytes(reversed(range(256))))
+    (code.parent / "data.py").write_text("size = 2\n")
+    git(code, "config", *setting.split("="))
+    found = provenance._git(code)
+    (tmp_path / "code.diff").write_bytes(found["diff"])
+    copy = tmp_path / "copy"
+    git(tmp_path, "clone", "-q", str(code.parent), str(copy))
+    git(copy, "apply", str(tmp_path / "code.diff"))
+    assert (copy / "inner/picture").read_bytes() == bytes(reversed(range(256)))
+    assert (copy / "data.py").read_text() == "size = 2\n"
+
+
+def test_a_binary_file_does_not_drive_text_out_of_the_diff(tmp_path, code, monkeypatch):
+    monkeypatch.setattr(provenance, "MOST_BYTES", 1000)
+    (code / "a").write_bytes(bytes(4))
+    git(code, "add", ".")
+    (code / "a").write_bytes(os.urandom(2000))
+    (code / "model.py").write_text("width = 5\n")
+    diff = provenance._git(code)["diff"]
+    assert len(diff) < 1000
+    assert b"+width = 5\n" in diff
+
+
+def test_a_repository_that_the_environment_names_is_not_meant(tmp_path, code, monkeypatch):
+    """As in a hook of git, which sets such variables."""
+    other = tmp_path / "other"
+    other.mkdir()
+    git(other, "init", "-q", "-b", "elsewhere")
+    monkeypatch.setenv("GIT_DIR", str(other / ".git"))
+    monkeypatch.setenv("GIT_INDEX_FILE", str(other / "none"))
+    found = provenance._git(code)
+    assert (found["branch"], found["changed"], found["untracked"]) == ("trunk", 0, [])
+    assert provenance._git(tmp_path) is None
+
+
+def test_a_repository_too_large_to_be_looked_through_has_its_revision(tmp_path, code, monkeypatch):
+    revision = git(code, "rev-parse", "HEAD")
+    real = provenance._output
+    monkeypatch.setattr(
+        provenance, "_output", lambda command: None if "status" in command else real(command)
+    )
+    found = provenance._git(code)
+    assert (found["revision"], found["branch"], found["changed"]) == (revision, None, None)
+
+
+@pytest.mark.parametrize("how", ["none", "slow", "child", "fails"])
 def test_where_git_does_not_answer_nothing_is_said(tmp_path, code, monkeypatch, how):
     programs = tmp_path / "programs"
     programs.mkdir()
     if how != "none":
-        line = "exec /bin/sleep 30" if how == "slow" else "echo '# branch.oid x'; exit 1"
+        slow = {"slow": "exec /bin/sleep 30", "child": "/bin/sleep 30; echo x"}
+        line = slow.get(how, "echo '# branch.oid x'; exit 1")
         (programs / "git").write_text(f"#!/bin/sh\n{line}\n")
         (programs / "git").chmod(0o755)
     monkeypatch.setenv("PATH", str(programs))
@@ -162,7 +214,7 @@ def test_where_git_does_not_answer_nothing_is_said(tmp_path, code, monkeypatch, 
     assert time.monotonic() - began < 10
 
 
-@pytest.mark.parametrize("file", ["provenance.json", "code.diff"])
+@pytest.mark.parametrize("file", [".provenance.json.part", "code.diff"])
 def test_what_cannot_be_written_is_told_and_the_fit_goes_on(
     tmp_path, code, monkeypatch, caplog, file
 ):
@@ -199,10 +251,18 @@ def test_what_cannot_be_written_is_told_and_the_fit_goes_on(
         ("https://host/x?token=abc&a=1", "https://host/x?token=***"),
         ("--access_key_id abc", "--access_key_id ***"),
         ("--token -abc", "--token ***"),
+        ("https://me:a@bc@host/x", "https://***@host/x"),
+        ("Authorization:abc", "Authorization:***"),
     ],
 )
 def test_secrets_of_the_command_line_are_masked(words, shown):
     assert masked(words.split()) == shown.split()
+
+
+def test_long_words_are_looked_through_at_once():
+    began = time.monotonic()
+    assert masked(["a." * 60_000, "-" * 60_000]) == ["a." * 60_000, "-" * 60_000]
+    assert time.monotonic() - began < 5
 
 
 def test_what_cannot_be_read_has_no_entries(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -12,10 +13,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import lightkit as lk
 from lightkit import runs
 from lightkit.callbacks import EarlyStopping
+from lightkit.checkpoint import FORMAT
 from lightkit.cli import main
 from lightkit.errors import ConfigError
 from lightkit.ledger import Ledger, Record
@@ -40,12 +43,17 @@ def folder_of(top: Path, name: str, rows: str = "", saved: bool = False, **value
     folder = top / name
     (folder / "checkpoints").mkdir(parents=True)
     if saved:
-        (folder / "checkpoints/last.ckpt").write_bytes(b"x")
+        checkpoint(folder / "checkpoints/last.ckpt")
     given = {"checkpoints": ["checkpoints"], "settings": {"task": "Net"}, "status": "finished"}
     Record(**given | values).write(folder)
     if rows:
         (folder / "metrics.jsonl").write_text(rows)
     return folder
+
+
+def checkpoint(file: Path, run: str = "", **more) -> None:
+    header = {"format": FORMAT, "run": run}
+    torch.save({"lightkit": header, "loop": {"global_step": 1}} | more, file)
 
 
 def status(folder: Path) -> str:
@@ -150,6 +158,32 @@ def test_a_failed_run_says_why(tmp_path):
     assert set(run.last) > {"train_loss", "val_loss"}
 
 
+def test_only_what_a_fit_can_continue_makes_a_run_resumable(tmp_path):
+    """Neither weights alone nor, in a folder that runs share, the checkpoint of another one."""
+    folder = folder_of(tmp_path, "run", status="interrupted", id="own")
+    checkpoint(folder / "checkpoints/weights.ckpt", loop=None)
+    checkpoint(folder / "checkpoints/other.ckpt", run="other")
+    (folder / "checkpoints/broken.ckpt").write_bytes(b"x")
+    assert status(folder) == "interrupted"
+    checkpoint(folder / "checkpoints/last.ckpt", run="own")
+    assert status(folder) == "resumable"
+
+
+def test_files_that_cannot_be_read_hide_no_other_run(tmp_path):
+    for name, text in {
+        "csv": "step,epoch,val_loss\n5,0,1.5\n10,1,2,3,4\n",  # more cells than names
+        "long": "step,epoch,val_loss\n5,0,1.5\n10,1," + "9" * 200_000,
+        "jsonl": '{"step": 5, "epoch": 0, "val_loss": 1.5}\n{"step": 6, "epoch": 1e999}\n',
+    }.items():
+        kind = "jsonl" if name == "jsonl" else "csv"
+        (folder_of(tmp_path, name, status="running") / f"metrics.{kind}").write_text(text)
+    (folder_of(tmp_path, "folder", status="running") / "metrics.jsonl").mkdir()
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign/run.json").write_text('{"name": "of another program"}')
+    found = {run.folder.name: run.best.get("val_loss") for run in lk.find_runs(tmp_path)}
+    assert found == {"csv": 1.5, "long": 1.5, "jsonl": 1.5, "folder": None}
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
 def test_the_rows_tell_of_a_run_that_was_killed(tmp_path, kind):
     """Its ``run.json`` knows nothing; what is broken or no number is passed over."""
@@ -220,6 +254,16 @@ def test_the_list_fits_the_screen(tmp_path, width, monkeypatch):
         ]
 
 
+def test_one_long_folder_takes_only_as_many_columns_as_it_must(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b" * 44):
+        folder_of(tmp_path, name, best={"val_loss": 0.5}, last={"epoch": 1}, epoch=3)
+    lines = runs.table(lk.find_runs("."), 80).splitlines()
+    assert lines[0].split() == ["status", "epochs", "best", "folder"]
+    assert max(map(len, lines)) <= 80
+    assert not any("..." in line for line in lines)
+
+
 def test_a_folder_that_is_too_long_loses_its_beginning(tmp_path):
     folder_of(tmp_path, "a" * 60 + "/version_0")
     lines = runs.table(lk.find_runs(tmp_path), 40).splitlines()
@@ -262,6 +306,27 @@ def test_how_two_runs_differ(tmp_path):
         text = runs.difference(lk.find_runs(tmp_path), width)
         assert max(map(len, text.splitlines())) <= width
     assert "gradient_clip_val" in text
+
+
+def test_what_is_not_known_of_a_diff_is_not_called_none(tmp_path):
+    for git, shown in (
+        (None, None),
+        ({"changed": 0, "diff": None}, "none"),
+        ({"changed": 2, "diff": None}, "2, no diff"),
+        ({"changed": None, "diff": None}, "unknown, no diff"),
+        ({"changed": 2, "diff": "code.diff"}, "code.diff is gone"),
+    ):
+        (tmp_path / "provenance.json").write_text(json.dumps([{"git": git}]))
+        Record().write(tmp_path)
+        assert runs._circumstances(runs._only(tmp_path))["changes"] == shown
+
+
+def test_names_that_are_too_long_stay_below_their_title(tmp_path):
+    names = ("trainer.limit_val_batches", "trainer.check_val_every_n_epoch")
+    found = [runs._only(folder_of(tmp_path, x, settings=dict.fromkeys(names, x))) for x in "ab"]
+    lines = runs.difference(found, 70).splitlines()
+    first = lines.index("configuration") + 1
+    assert all(line.startswith("  ") for line in lines[first : lines.index("", first)])
 
 
 def test_three_runs_stand_side_by_side(tmp_path):
@@ -309,6 +374,17 @@ def test_the_command_lists_and_compares(tmp_path, monkeypatch, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["differences"]["configuration"] == {"trainer.limit_train_batches": [2, 3]}
     assert [run["folder"] for run in found["runs"]] == [one["folder"], two["folder"]]
+
+
+def test_letters_that_the_terminal_lacks_are_written_as_numbers(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder_of(tmp_path, "caf\u00e9")
+    for encoding in ("ascii", "utf-8"):
+        screen = io.TextIOWrapper(io.BytesIO(), encoding)
+        monkeypatch.setattr(sys, "stdout", screen)
+        assert main(["runs", "."]) == 0
+        shown = screen.buffer.getvalue().decode()
+        assert ("caf\\xe9" in shown) == (encoding == "ascii")
 
 
 def test_the_command_answers_wrong_words(tmp_path, monkeypatch, capsys):

@@ -48,6 +48,15 @@ def latest(directory: str | Path, run: str | None = None) -> Path | None:
     return None
 
 
+def is_resumable(directory: Path, run: str) -> bool:
+    """Tells whether a folder seems to hold what `latest` would find: no bytes are checked."""
+    for path in directory.glob(f"*{SUFFIX}"):
+        with contextlib.suppress(CheckpointError, OSError):
+            if _position(path, run) is not None:
+                return True
+    return False
+
+
 def _say_skipped(path: Path, error: Exception) -> None:
     """Names a file that cannot be used, unless it was only removed in the meantime."""
     if path.exists():

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
@@ -86,6 +86,11 @@ def job_id() -> str:
         if value not in ("", "none"):  # torchrun's default says nothing
             return f"{word} {value}"
     return ""
+
+
+def environment(*, without: Sequence[str]) -> dict[str, str]:
+    """Returns the variables for a process to start, without some of them."""
+    return {name: value for name, value in os.environ.items() if name not in without}
 
 
 def slurm_job() -> str:
