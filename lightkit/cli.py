@@ -292,11 +292,9 @@ def _entry_point(command: str, words: _Words, wants_help: bool) -> int:
         _launch(config, words)
     console.install(launched().rank)
     run = build(config)
-    if command == "explain":
-        return _say(run.trainer.explain(run.task, datamodule=run.data))
-    if command == "check":
-        plan = run.trainer.check(run.task, datamodule=run.data)
-        return _say(str(plan)) if run.trainer.is_global_zero else 0
+    if command in ("check", "explain"):
+        told = getattr(run.trainer, command)(run.task, datamodule=run.data)
+        return _say(str(told)) if run.trainer.is_global_zero else 0
     if command != "fit" and config.ckpt_path is None:
         _log.warning("untrained weights: no ckpt_path was given.%s", _checkpoint_near(words.files))
     if demo:

@@ -20,6 +20,7 @@ from lightkit.limits import make_limits
 from lightkit.session import Session
 from lightkit.state import Stage
 from lightkit.task import overrides
+from lightkit.trials import gives_once
 
 if TYPE_CHECKING:
     from lightkit.hooks import Callback
@@ -27,8 +28,12 @@ if TYPE_CHECKING:
     from lightkit.task import TaskModule
     from lightkit.trainer import Trainer
 
-_EVALUATIONS = {"validate": "validation", "test": "test", "predict": "predict"}
-_SHORT = {"validation": "val", "test": "test", "predict": "predict"}
+#: Entry points, how their steps and hooks are called, and their loaders and limits.
+_EVALUATIONS = {
+    "validate": ("validation", "val"),
+    "test": ("test", "test"),
+    "predict": ("predict", "predict"),
+}
 
 
 class Explanation(str):
@@ -44,8 +49,7 @@ def explain(
     trainer: Trainer, task: TaskModule, data: tuple[Any, Any, Any], stage: str
 ) -> Explanation:
     """Returns the page; see `Trainer.explain`. ``data``: to train, to evaluate, and a data module."""
-    if stage not in ("fit", *_EVALUATIONS):
-        known = ("fit", *_EVALUATIONS)
+    if stage not in (known := ("fit", *_EVALUATIONS)):
         raise ConfigError(
             f"explain(stage={stage!r}): allowed are {', '.join(map(repr, known))}."
             f"{did_you_mean(stage, known)}"
@@ -67,17 +71,20 @@ def explain(
     page.data("prepare_data")
     page.data("setup", stage, hooks=True)
     page.part("configure_model")
+    if trainer.session.strategy.sharded:
+        for name in ("configure_parallelism", "configure_sharding", "init_weights"):
+            page.part(name)
     if stage == "fit":
         _fit(page, trainer, train, val)
     else:
         if train is None:
-            page.data(f"{_SHORT[_EVALUATIONS[stage]]}_dataloader", first=True)
-        _evaluation(page, trainer, _EVALUATIONS[stage])
+            page.data(f"{_EVALUATIONS[stage][1]}_dataloader", first=True)
+        _evaluation(page, trainer, stage)
     page.data("teardown", stage, hooks=True)
     if stage == "fit" and page.validates:
         page.rows.append((0, "", ""))
         with page.block("validation:"):
-            _evaluation(page, trainer, "validation")
+            _evaluation(page, trainer, "validate")
     page.rows.append((0, "", ""))
     with page.block("where a checkpoint is written:"):
         page.hook("on_save_checkpoint")
@@ -167,11 +174,11 @@ def _name(owner: Any) -> str:
     return f"{owner.label} (trainer.on{when and f', {when}'})"
 
 
-def _many(limit: int | float | None) -> str:
-    """Returns in words how much of a loader is used."""
-    return (
-        "" if limit is None else f"{limit} of them" if type(limit) is float else f"at most {limit}"
-    )
+def _many(limit: int | float | None) -> list[str]:
+    """Returns in words how much of a loader is used, unless that is all of it."""
+    if type(limit) is float:
+        return [] if limit == 1 else [f"{limit} of them"]
+    return [] if limit is None else [f"at most {limit}"]
 
 
 # --- the loop ------------------------------------------------------------------------------------
@@ -186,7 +193,7 @@ def _fit(page: _Page, trainer: Trainer, train: Any, val: Any) -> None:
     why_not = _not_validated(page, trainer, train, val)
     page.validates = not why_not
     page.part("configure_optimizers")
-    sanity = _trials(page, trainer)
+    sanity = _trials(page, trainer, train, val)
     page.hook("on_fit_start")
     if page.validates and sanity:
         with page.block("sanity check:", sanity):
@@ -197,7 +204,7 @@ def _fit(page: _Page, trainer: Trainer, train: Any, val: Any) -> None:
     limits = make_limits(options)
     ends = {"epochs": limits.max_epochs, "steps": limits.max_steps, "seconds": limits.seconds}
     most = [
-        f"{n:g} {name[: -1 if n == 1 else None]}"
+        f"{n:.12g} {name[: -1 if n == 1 else None]}"
         for name, n in ends.items()
         if n is not None and n >= 0
     ]
@@ -222,27 +229,29 @@ def _not_validated(page: _Page, trainer: Trainer, train: Any, val: Any) -> str:
         return "limit_val_batches=0"
     if not overrides(page.task, "validation_step"):
         return f"{type(page.task).__name__} has no validation_step"
+    if isinstance(val, (list, tuple, dict)) and not val:
+        return "there is no loader for it"
     known = not (train is None and page.datamodule is None)
     own = page.defined("val_dataloader") or overrides(page.task, "val_dataloader")
     return "there is no loader for it" if known and val is None and not own else ""
 
 
-def _trials(page: _Page, trainer: Trainer) -> str:
+def _trials(page: _Page, trainer: Trainer, train: Any, val: Any) -> str:
     """Adds the rehearsal, and returns what is to be said of the sanity check; "" for none."""
     options, asked = trainer.options, trainer.options.rehearse
-    sanity = trainer.sanity_batches
+    sanity = 0 if gives_once(val) else trainer.sanity_batches
     batches = "all batches" if options.num_sanity_val_steps == -1 else f"batches: {sanity}"
-    if options.fast_dev_run or asked is False or (asked is None and options.overfit_batches):
-        return batches if sanity else ""
-    how = "a few batches, a validation and a save, on a copy"
-    page.say("rehearsal" if asked else "rehearsal, unless the fit is short", how)
-    own = [
-        getattr(owner, name)
-        for name in ("on_sanity_check_start", "on_sanity_check_end")
-        for owner in listeners(name, page.task, page.callbacks)
-    ]
-    if options.num_sanity_val_steps is None and not any(map(of_user, own)):
-        batches += ", unless it was rehearsed"
+    off = options.fast_dev_run or asked is False or (asked is None and options.overfit_batches)
+    if not (off or trainer.session.strategy.sharded or gives_once(train) or gives_once(val)):
+        how = "a few batches, a validation and a save, on a copy"
+        page.say("rehearsal" if asked else "rehearsal, unless the fit is short", how)
+        own = [
+            getattr(owner, name)
+            for name in ("on_sanity_check_start", "on_sanity_check_end")
+            for owner in listeners(name, page.task, page.callbacks)
+        ]
+        if options.num_sanity_val_steps is None and not any(map(of_user, own)):
+            batches += ", unless it was rehearsed"
     return batches if sanity else ""
 
 
@@ -253,7 +262,7 @@ def _times(options: Options) -> tuple[str, str]:
         unit, every = "total" if epochs is None else "batches", f"{interval} of an epoch"
     else:
         cadence = feeds.cadence(options, None)
-        unit, every, epochs = cadence.unit, f"{cadence.every:g} batches", epochs or 1
+        unit, every, epochs = cadence.unit, f"{cadence.every:.12g} batches", epochs or 1
         if unit == "epoch":
             return "", f"every {cadence.every} epochs" if cadence.every > 1 else "every epoch"
     turn = f", every {epochs} epochs" if unit == "batches" and epochs != 1 else ""
@@ -277,7 +286,7 @@ def _steps(page: _Page, trainer: Trainer, validated: str) -> None:
     alone = not positional_arguments(task.training_step, 1)
     head = "for each step, without data:" if alone else "for each batch:"
     limit = trainer.limit("train") or options.overfit_batches or None
-    remarks = [_many(limit)] if limit is not None else []
+    remarks = _many(limit)
     if grouped:
         head = "for each group of batches:"
         remarks.insert(0, f"of {size}; the last one may be smaller")
@@ -333,17 +342,19 @@ def _clip(page: _Page, options: Options) -> None:
     page.part("configure_gradient_clipping", clip, f"{what} to {most}")
 
 
-def _evaluation(page: _Page, trainer: Trainer, stage: str) -> None:
+def _evaluation(page: _Page, trainer: Trainer, entry: str) -> None:
     """Adds a validation, a test or a prediction."""
+    stage, short = _EVALUATIONS[entry]
+    own = stage != "test" or overrides(page.task, "test_step")
+    step = f"{stage if own else 'validation'}_step"
     page.hook(f"on_{stage}_start", f"on_{stage}_epoch_start")
-    limit = _many(trainer.limit(_SHORT[stage]))
-    remark = "in eval mode, without gradients" + (limit and f"; {limit}")
-    with page.block("for each loader, for each batch:", remark):
+    remarks = ["in eval mode, without gradients", *_many(trainer.limit(short))]
+    with page.block("for each loader, for each batch:", "; ".join(remarks)):
         page.transfer()
         page.hook(f"on_{stage}_batch_start")
-        if stage == "test" and not overrides(page.task, "test_step"):
-            page.part("validation_step")
+        if stage == "predict":
+            page.part(step, "forward")
         else:
-            page.part(f"{stage}_step", "forward")
+            page.part(step, step, f"{type(page.task).__name__} defines none")
         page.hook(f"on_{stage}_batch_end")
     page.hook(f"on_{stage}_epoch_end", f"on_{stage}_end")

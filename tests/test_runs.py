@@ -324,9 +324,10 @@ def test_what_is_not_known_of_a_diff_is_not_called_none(tmp_path):
 def test_names_that_are_too_long_stay_below_their_title(tmp_path):
     names = ("trainer.limit_val_batches", "trainer.check_val_every_n_epoch")
     found = [runs._only(folder_of(tmp_path, x, settings=dict.fromkeys(names, x))) for x in "ab"]
-    lines = runs.difference(found, 70).splitlines()
-    first = lines.index("configuration") + 1
-    assert all(line.startswith("  ") for line in lines[first : lines.index("", first)])
+    for width in (60, 77, 80, 120):
+        lines = runs.difference(found, width).splitlines()
+        first = lines.index("configuration") + 1
+        assert all(line.startswith("  ") for line in lines[first : lines.index("", first)])
 
 
 def test_three_runs_stand_side_by_side(tmp_path):

@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lightkit import rng
+from torch import nn
+
+from lightkit import opening, rng
 from lightkit.callbacks import ModelCheckpoint
 from lightkit.errors import UsageError
 from lightkit.hooks import Callback
@@ -106,6 +108,7 @@ class Given:
         rng.seed_everything(seed, verbose=False)
         made = self.make()
         task, callbacks = made.pop("task"), made.pop("callbacks")
+        opening.check_task(task, {})
         if change is not None:
             change(task)
         callbacks = [callbacks] if isinstance(callbacks, Callback) else [*(callbacks or ())]
@@ -134,10 +137,15 @@ def _not_saving(callbacks: Any) -> list[Callback]:
     return [callback for callback in found if not isinstance(callback, ModelCheckpoint)]
 
 
+def patterns(ignore: str | Iterable[str]) -> list[str]:
+    """Returns the names to leave out as a list; a text is one of them."""
+    return [ignore] if isinstance(ignore, str) else [*ignore]
+
+
 def makes(thing: Any) -> bool:
     """Tells whether something is a function or class that makes what is meant."""
     is_loader = hasattr(type(thing), "__iter__") or hasattr(type(thing), "__getitem__")
-    return callable(thing) and not isinstance(thing, TaskModule) and not is_loader
+    return callable(thing) and not isinstance(thing, nn.Module) and not is_loader
 
 
 class Rows(Logger):

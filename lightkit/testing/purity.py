@@ -13,7 +13,7 @@ from lightkit.errors import UsageError
 from lightkit.hook_names import LOOP_HOOKS
 from lightkit.hooks import Callback
 from lightkit.task import TaskModule
-from lightkit.testing.given import AGAIN, Given, quiet
+from lightkit.testing.given import AGAIN, Given, patterns, quiet
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,8 +32,8 @@ _WHY = {
     "random states": "The step draws random numbers, as dropout in train mode and noise do. Draw them "
     "from a generator of their own: torch.rand(..., generator=self.generator).",
     "gradients": "The step leaves gradients: a backward in it.",
-    "training": "The validations before left all of that alone. Look for a plain "
-    "attribute of the task (a counter, a list, a moving mean) that the validation changes and "
+    "training": "The validations before left all of that alone. Look for a plain attribute of the task "
+    "(a counter, a list, a generator), or a setting of its optimizer, that the validation changes and "
     "training reads.",
 }
 
@@ -46,16 +46,16 @@ def assert_validation_is_pure(
     datamodule: Any = None,
     max_epochs: int = 2,
     seed: int = 0,
-    ignore: Sequence[str] = (),
+    ignore: str | Sequence[str] = (),
     **options: Any,
 ) -> None:
     """Asserts that training goes on after a validation as if its steps had not been.
 
     Trains two copies of the task. The second one reads the same batches for its validations, but its
     ``validation_step`` and its hooks of validation do nothing (what the first one logged in them is
-    logged again, for schedules and callbacks that read it). After each validation both must have the
-    same weights, buffers, gradients, modes and random states, bit for bit, and so must they before the
-    next one and at the end of training.
+    logged again, for schedules and callbacks that read it; the outputs of its steps are None). After
+    each validation both must have the same weights, buffers, gradients, modes and random states, bit
+    for bit, and so must they before the next one and at the end of training.
 
     What is given stays as it is. Instead of an object a function that makes it may be given. Files go
     to a temporary folder only, and the random states are put back.
@@ -74,6 +74,7 @@ def assert_validation_is_pure(
         AssertionError: Something differs; it says after which validation, what, and the usual cause.
         UsageError: What was given cannot be tried like this.
     """
+    ignore = patterns(ignore)
     given = Given(task, train_dataloaders, val_dataloaders, datamodule, max_epochs, options)
     with rng.preserved(), quiet(), tempfile.TemporaryDirectory() as folder:
         one, two = _Watch(), _Watch()

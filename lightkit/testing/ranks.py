@@ -21,7 +21,7 @@ from lightkit.checkpoint import read_any
 from lightkit.distributed import launched
 from lightkit.errors import UsageError
 from lightkit.testing import member
-from lightkit.testing.given import quiet
+from lightkit.testing.given import patterns, quiet
 
 _FEWEST, _SHOWN, _LINES = 2, 6, 40
 _LAUNCHER = "torch/distributed/elastic/"  # with it begins what torchrun says at an end
@@ -47,7 +47,7 @@ def assert_same_on_ranks(
     ranks: int = 2,
     tolerance: float = 1e-6,
     seed: int = 0,
-    ignore: Sequence[str] = (),
+    ignore: str | Sequence[str] = (),
     limit: float = 120.0,
     **options: Any,
 ) -> None:
@@ -72,6 +72,7 @@ def assert_same_on_ranks(
         AssertionError: Something differs, or a process failed; it says what.
         UsageError: What was given cannot be tried like this.
     """
+    ignore = patterns(ignore)
     order = _order(make, ranks, seed, options)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -106,6 +107,7 @@ def train(
     rng.seed_everything(seed, verbose=False)
     trainer = Trainer(**{**_OPTIONS, **options}, accelerator="cpu", default_root_dir=folder)
     made = make()
+    made = made if isinstance(made, (list, tuple)) else (made,)
     history = trainer.fit(*made)
     return {
         "batches": trainer.num_training_batches,
@@ -122,12 +124,13 @@ def _order(make: Any, ranks: int, seed: int, options: Mapping[str, Any]) -> str:
     """
     if launched().launched:
         raise UsageError(
-            "assert_same_on_ranks starts processes itself: call it outside of torchrun."
+            "assert_same_on_ranks starts processes itself: call it outside of torchrun, and in a "
+            "script below if __name__ == '__main__', which its processes pass over."
         )
     if not isinstance(ranks, int) or ranks < _FEWEST:
         raise UsageError(f"ranks={ranks!r}; it must be a number of processes, from 2 on.")
     name = getattr(make, "__qualname__", "<object>")
-    file = inspect.getsourcefile(make) if inspect.isfunction(make) else None
+    file = inspect.getsourcefile(inspect.unwrap(make)) if inspect.isfunction(make) else None
     if "<" in name or file is None or not Path(file).is_file():
         raise UsageError(
             f"{name} cannot be imported by other processes. Give a function that is defined at the top "
@@ -165,7 +168,7 @@ def _run(ranks: int, folder: Path, limit: float) -> None:
         if code:
             output.seek(0)
             errors = [file.read_text("utf-8") for file in sorted(folder.glob("error_*.txt"))]
-            own = output.read().partition(_LAUNCHER)[0].splitlines()
+            own = output.read().partition(_LAUNCHER)[0].rpartition("\n")[0].splitlines()
             text = errors[0] if errors else "\n".join(own[-_LINES:])
             raise AssertionError(f"The {ranks} processes {told}:\n{text}")
 

@@ -20,7 +20,7 @@ from lightkit.differences import compare
 from lightkit.errors import UsageError
 from lightkit.hooks import Callback
 from lightkit.task import TaskModule
-from lightkit.testing.given import AGAIN, Given, quiet
+from lightkit.testing.given import AGAIN, Given, patterns, quiet
 
 if TYPE_CHECKING:
     from lightkit.trainer import Trainer
@@ -46,7 +46,7 @@ def assert_resumes_exactly(
     max_epochs: int = 2,
     at: int | Iterable[int] | None = None,
     seed: int = 0,
-    ignore: Sequence[str] = (),
+    ignore: str | Sequence[str] = (),
     **options: Any,
 ) -> None:
     """Asserts that a run of this task, stopped anywhere, ends as if it had never been stopped.
@@ -82,7 +82,7 @@ def assert_resumes_exactly(
         whole = _Life(folder / "whole", given.stops(at))
         whole.run(given, seed)
         whole.check_stops()
-        _compare_rests(whole, given, seed, [*_OWN, *ignore])
+        _compare_rests(whole, given, seed, [*_OWN, *patterns(ignore)])
 
 
 def _compare_rests(whole: _Life, given: Given, seed: int, ignore: list[str]) -> None:

@@ -16,7 +16,7 @@ from lightkit import rng
 from lightkit.errors import NonFiniteError, UsageError, some
 from lightkit.hooks import Callback
 from lightkit.task import TaskModule, overrides
-from lightkit.testing.given import Given, quiet
+from lightkit.testing.given import Given, makes, patterns, quiet
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from lightkit.trainer import Trainer
 
 _FEWEST = 2
+_NO_STEP = (
+    "  no optimizer was stepped: training_step gave no loss, or it steps at some batch_idx only, which "
+    "is 0 in all steps here."
+)
 _WHY = {
     "without a gradient": "They have no part in the loss: they are not used in training_step, or behind "
     "detach() or no_grad().",
@@ -45,7 +49,7 @@ def assert_trains(
     datamodule: Any = None,
     steps: int = 50,
     seed: int = 0,
-    ignore: Sequence[str] = (),
+    ignore: str | Sequence[str] = (),
     **options: Any,
 ) -> None:
     """Asserts that a task learns one batch, with all of its parameters.
@@ -74,14 +78,17 @@ def assert_trains(
     """
     if not isinstance(steps, int) or steps < _FEWEST:
         raise UsageError(f"steps={steps!r}; it must be a number of optimizer steps, from 2 on.")
+    if long := sorted({"max_epochs", "max_steps", "overfit_batches"} & options.keys()):
+        raise UsageError(
+            f"{', '.join(long)}: assert_trains takes steps={steps} steps on one batch."
+        )
     given = Given(task, train_dataloaders, val_dataloaders, datamodule, -1, options)
-    watch, rows = _Watch(ignore), list[tuple[int, dict[str, float]]]()
-    limits: dict[str, Any] = {"max_steps": steps}
-    own = isinstance(task, TaskModule) and overrides(task, "train_dataloader")
-    if train_dataloaders is not None or datamodule is not None or own:
-        limits["overfit_batches"] = 1
-    limits["limit_val_batches"] = 0 if val_dataloaders is None and datamodule is None else 1
+    watch, rows = _Watch(patterns(ignore)), list[tuple[int, dict[str, float]]]()
+    limits: dict[str, Any] = {"max_steps": steps, "limit_val_batches": 1}
     with rng.preserved(), quiet(), tempfile.TemporaryDirectory() as folder:
+        own = overrides(task() if makes(task) else task, "train_dataloader")
+        if train_dataloaders is not None or datamodule is not None or own:
+            limits["overfit_batches"] = 1
         try:
             given.fit(watch, rows, seed, Path(folder), **limits)
         except NonFiniteError as error:
@@ -93,7 +100,7 @@ def assert_trains(
 
 def _of_losses(losses: list[float], *, automatic: bool) -> list[str]:
     """Returns what is wrong with the losses of the steps."""
-    if not automatic:
+    if not automatic or not losses:
         return []
     tenth = max(1, len(losses) // 10)
     first, last = statistics.fmean(losses[:tenth]), statistics.fmean(losses[-tenth:])
@@ -110,11 +117,10 @@ class _Watch(Callback):
     order = 1000
 
     def __init__(self, ignore: Sequence[str]) -> None:
-        self.ignore, self.automatic = ignore, True
+        self.ignore, self.automatic, self.stepped = ignore, True, False
         self.before: dict[str, Tensor] = {}
         self.found: dict[str, list[str]] = {what: [] for what in _WHY}
-        self.gradient: set[str] = set()
-        self.not_zero: set[str] = set()
+        self.gradient: dict[str, bool] = {}  # whether it was ever more than zero
 
     def _trainable(self, task: TaskModule) -> dict[str, Tensor]:
         return {
@@ -134,31 +140,29 @@ class _Watch(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, task: TaskModule, optimizer: Optimizer
     ) -> None:
+        self.stepped = True
         for name, parameter in self._trainable(task).items():
-            if parameter.grad is None:
-                continue
-            self.gradient.add(name)
-            values = (
-                parameter.grad.coalesce().values() if parameter.grad.is_sparse else parameter.grad
-            )
-            if name not in self.not_zero and values.any():
-                self.not_zero.add(name)
+            if (grad := parameter.grad) is not None and not self.gradient.get(name):
+                values = grad.coalesce().values() if grad.is_sparse else grad
+                self.gradient[name] = bool(values.any())
 
     def on_train_end(self, trainer: Trainer, task: TaskModule) -> None:
-        stepped = {id(p) for o in trainer.optimizers for g in o.param_groups for p in g["params"]}
+        owned = {id(p) for o in trainer.optimizers for g in o.param_groups for p in g["params"]}
         for name, parameter in self._trainable(task).items():
             before = self.before.get(name)
             if name not in self.gradient:
                 self.found["without a gradient"].append(name)
-            elif name not in self.not_zero:
+            elif not self.gradient[name]:
                 self.found["with a gradient of zero alone"].append(name)
-            elif id(parameter) not in stepped:
+            elif id(parameter) not in owned:
                 self.found["in no optimizer"].append(name)
             elif before is not None and torch.equal(before, parameter):
                 self.found["that the steps do not change"].append(name)
 
     def faults(self) -> list[str]:
         """Returns a line for each kind of fault."""
+        if not self.stepped:
+            return [_NO_STEP]
         return [
             f"  {len(names)} parameter{'s' * (len(names) > 1)} {what}: {some(names)}. {_WHY[what]}"
             for what, names in self.found.items()
