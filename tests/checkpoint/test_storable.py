@@ -231,4 +231,3 @@ def test_constructor_arguments_that_cannot_be_stored_become_placeholders(caplog)
     assert placeholder_type({}) is None
     assert roundtrip(stored) == stored
     assert caplog.records == []  # load_from_checkpoint asks for them
-    assert "net (torch.nn.modules.linear.Linear)" in caplog.text
