@@ -129,7 +129,7 @@ def test_what_fails_is_raised(quiet):
 
 
 def test_from_the_command_line(tmp_path, monkeypatch, capsys):
-    (tmp_path / "model.py").write_text(
+    (tmp_path / "planned_model.py").write_text(
         "from tests.small import Net as Task, loader\n"
         "import lightkit as lk\n"
         "class Data(lk.DataModule):\n"
@@ -137,11 +137,14 @@ def test_from_the_command_line(tmp_path, monkeypatch, capsys):
         "        return loader()\n"
     )
     (tmp_path / "c.yaml").write_text(
-        "trainer: {max_epochs: 2}\ntask: {class_path: model.Task}\ndata: {class_path: model.Data}\n"
+        "trainer: {max_epochs: 2}\ntask: {class_path: planned_model.Task}\ndata: {class_path: planned_model.Data}\n"
     )
     monkeypatch.chdir(tmp_path)
     assert cli.main(["check", "--config", "c.yaml"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("rehearsed: 5 batches of training, a checkpoint of ")
     assert "\ntraining:  2 epochs, 10 steps, 5 batches per epoch, 4 samples per step\n" in out
-    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix) == ["c.yaml", "model.py"]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix) == [
+        "c.yaml",
+        "planned_model.py",
+    ]

@@ -295,7 +295,7 @@ def test_listeners_stand_in_their_order():
 OPTIONS = {
     "for each epoch:": [
         ({}, "# at most 10 epochs"),
-        ({"max_epochs": 3, "max_steps": 1000}, "# at most 3 epochs or 1000 steps"),
+        ({"max_epochs": 3, "max_steps": 1234567}, "# at most 3 epochs or 1234567 steps"),
         ({"max_time": "2 min", "max_epochs": -1}, "# at most 120 seconds"),
         ({"max_steps": -1, "max_epochs": -1}, "# without end"),
         ({"max_epochs": 0}, "# at most 0 epochs"),
@@ -305,6 +305,7 @@ OPTIONS = {
         ({}, ""),
         ({"limit_train_batches": 7}, "# at most 7"),
         ({"limit_train_batches": 0.5}, "# 0.5 of them"),
+        ({"limit_train_batches": 1.0}, ""),
         ({"overfit_batches": 2}, "# at most 2"),
         ({"fast_dev_run": True}, "# at most 1"),
     ],
@@ -325,6 +326,7 @@ OPTIONS = {
             {"val_check_interval": 30, "check_val_every_n_epoch": None},
             "# every 30 batches, counted over epochs",
         ),
+        ({"val_check_interval": 2000000}, "# every 2000000 batches"),
         ({"val_check_interval": "500 steps"}, "# every 500 steps"),
         ({"val_check_interval": "10 min"}, "# every 10 min"),
         ({"val_check_interval": 0.5, "fast_dev_run": 1}, "# every epoch"),
@@ -363,9 +365,12 @@ def test_what_does_not_happen_does_not_stand_there():
     assert not {"sanity check:", "rehearsal", "clip the gradients", "on_loss"} & set(lines(page))
     assert "rehearsal" not in lk.Trainer(rehearse=False).explain(small.Net())
     assert "rehearsal" not in lk.Trainer(overfit_batches=1).explain(small.Net())
-    assert lines(lk.Trainer().explain(small.Net(), small.loader()))["no validation"] == (
-        "# there is no loader for it"
-    )
+    for val in (None, [], {}):
+        page = lines(lk.Trainer().explain(small.Net(), small.loader(), val))
+        assert page["no validation"] == "# there is no loader for it"
+    for data in ((iter(small.loader()),), (small.loader(), iter(small.loader()))):
+        page = lines(lk.Trainer(rehearse=True).explain(small.Net(), *data))
+        assert not {"sanity check:", "rehearsal"} & set(page)
 
     class Alone(lk.TaskModule):
         def training_step(self):
@@ -376,6 +381,26 @@ def test_what_does_not_happen_does_not_stand_there():
     assert "for each step, without data:" in page
     assert "bring the batch to the device" not in page
     assert "loss = 0" in lk.Trainer().explain(lk.TaskModule())
+    for stage, what in {"validate": "validation_step", "test": "validation_step"}.items():
+        page = lines(lk.Trainer().explain(Alone(), stage=stage))
+        assert page[what] == "# Alone defines none"
+    assert "forward" in lines(lk.Trainer().explain(Alone(), stage="predict"))
+
+
+def test_a_sharded_model_has_pieces_of_its_own_and_no_rehearsal(monkeypatch):
+    class Blocks(small.Net):
+        def configure_sharding(self):
+            return [self.net]
+
+        def init_weights(self):
+            pass
+
+    trainer = lk.Trainer(rehearse=True)
+    assert "configure_sharding" not in trainer.explain(Blocks())
+    monkeypatch.setattr(type(trainer.session.strategy), "sharded", True)
+    page = [line.split()[0] for line in trainer.explain(Blocks()).splitlines() if line]
+    assert page[:3] == ["configure_sharding", "init_weights", "configure_optimizers"]
+    assert "rehearsal" not in page
 
 
 def test_it_may_be_asked_in_a_fit_and_after_it(tmp_path):
@@ -424,6 +449,9 @@ def test_the_command(capsys, tmp_path, monkeypatch):
     out = capsys.readouterr().out
     assert lines(out)["for each epoch:"] == "# at most 7 epochs"
     assert lines(out)["training_step"] == "DigitsNet"
+    monkeypatch.setattr(lk.Trainer, "is_global_zero", False)  # under torchrun one of them speaks
+    assert main(["explain", "--config", "configs/digits.yaml"]) == 0
+    assert capsys.readouterr().out == ""
 
 
 def test_the_page_in_the_documentation_is_what_is_printed(capsys):

@@ -86,9 +86,10 @@ def assert_trains(
     watch, rows = _Watch(patterns(ignore)), list[tuple[int, dict[str, float]]]()
     limits: dict[str, Any] = {"max_steps": steps, "limit_val_batches": 1}
     with rng.preserved(), quiet(), tempfile.TemporaryDirectory() as folder:
-        own = overrides(task() if makes(task) else task, "train_dataloader")
+        made: Any = task() if makes(task) else task
+        own = overrides(made, "train_dataloader")
         if train_dataloaders is not None or datamodule is not None or own:
-            limits["overfit_batches"] = 1
+            limits |= {"overfit_batches": 1, "max_epochs": steps}  # also where no batch is a step
         try:
             given.fit(watch, rows, seed, Path(folder), **limits)
         except NonFiniteError as error:

@@ -49,6 +49,20 @@ def noisy():
     return Noisy(), small.loader(44)
 
 
+class WithData(small.Net):
+    def train_dataloader(self):
+        return small.loader()
+
+
+def alone():
+    return WithData()
+
+
+@torch.no_grad()  # of another file
+def decorated():
+    return good()
+
+
 def broken():
     raise ValueError("no data here")
 
@@ -83,7 +97,7 @@ def test_a_task_that_spreads_passes(monkeypatch):
 
     monkeypatch.setattr(ranks, "_run", run)
     drawn = torch.get_rng_state()
-    assert_same_on_ranks(good, ranks=3, max_epochs=1, precision=32)
+    assert_same_on_ranks(good, ranks=3, max_epochs=1, precision=32, ignore="val_*")
     assert torch.equal(torch.get_rng_state(), drawn)
     given = {"max_epochs": 1, "precision": 32}
     assert orders == [(3, 120.0, [__name__, __file__, "good"], given)]
@@ -141,6 +155,12 @@ def test_a_function_is_found_by_its_module_and_by_its_file(tmp_path):
     del sys.modules["json_of_ranks"]
 
 
+def test_a_decorated_function_is_that_of_its_own_file_and_a_task_may_have_its_data(tmp_path):
+    assert json.loads(ranks._order(decorated, 2, 0, {}))["function"][1] == __file__
+    found = ranks.train(alone, 0, tmp_path, {"max_epochs": 1})
+    assert [*found["means"][0]] == [*ranks.train(noisy, 0, tmp_path, {"max_epochs": 1})["means"][0]]
+
+
 def test_it_says_what_cannot_be_tried(monkeypatch):
     def inner():
         return good()
@@ -154,5 +174,5 @@ def test_it_says_what_cannot_be_tried(monkeypatch):
         assert_same_on_ranks(good, callbacks=lk.callbacks.EMA())
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
-    with pytest.raises(lk.errors.UsageError, match="outside of torchrun"):
+    with pytest.raises(lk.errors.UsageError, match="outside of torchrun, .* __name__"):
         assert_same_on_ranks(good)

@@ -171,9 +171,62 @@ def test_data_that_no_task_could_learn_at_all():
     ]
 
 
+def test_a_task_that_has_its_own_data_learns_one_batch_also_where_a_function_makes_it():
+    batches = []
+
+    class Own(small.Net):
+        def training_step(self, batch, batch_idx):
+            batches.append(tuple(batch[0].flatten().tolist()))
+            return super().training_step(batch, batch_idx)
+
+        def train_dataloader(self):
+            return small.loader()
+
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), 0.01)
+            schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+            return {"optimizer": optimizer, "lr_scheduler": schedule, "monitor": "val_loss"}
+
+        val_dataloader = train_dataloader
+
+    assert_trains(Own, steps=10)
+    assert len(set(batches)) == 1
+
+
+@pytest.mark.parametrize("automatic", [True, False])
+def test_a_task_that_never_steps(automatic):
+    class Never(small.Net):
+        automatic_optimization = automatic
+
+        def training_step(self, batch, batch_idx):
+            if batch_idx == 1:  # which never comes
+                self.optimizers().step()
+            return None
+
+    lines = refused(Never(), small.loader(), steps=10)
+    assert [line.partition(":")[0] for line in lines[1:]] == ["  no optimizer was stepped"]
+
+
+def test_one_name_may_be_left_out_without_a_list():
+    ignore = "head.*"  # as a list of letters it would be all names
+
+    class Heads(small.Net):
+        def __init__(self):
+            super().__init__()
+            self.head, self.other = nn.Linear(2, 2), nn.Linear(2, 2)
+
+    _, line = refused(Heads(), small.loader(), ignore=ignore)
+    assert line.startswith("  2 parameters without a gradient: other.weight, other.bias.")
+
+
 @pytest.mark.parametrize("steps", [1, 0, 2.5])
 def test_it_says_what_cannot_be_tried(steps):
     with pytest.raises(lk.errors.UsageError, match="from 2 on"):
         assert_trains(small.Net(), small.loader(), steps=steps)
     with pytest.raises(lk.errors.UsageError, match="train_dataloaders=lambda"):
         assert_trains(small.Net(), iter(small.loader()))
+    with pytest.raises(lk.errors.UsageError, match="max_epochs, max_steps: .* steps=50"):
+        assert_trains(small.Net(), small.loader(), max_steps=3, max_epochs=1)
+    for given in (nn.Linear(4, 1), lambda: nn.Linear(4, 1)):
+        with pytest.raises(lk.errors.UsageError, match="a TaskModule is needed, got Linear"):
+            assert_trains(given, small.loader())
