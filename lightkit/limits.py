@@ -50,7 +50,7 @@ class Cadence:
 
     Attributes:
         unit: "epoch" (after every ``every``-th epoch), "batches" (within an epoch), "total"
-            (batches counted over epochs), "steps", "seconds", or "never".
+            (batches counted over epochs), "steps" or "seconds".
         every: The length of the interval in that unit.
         epochs: With "batches": only in every ``epochs``-th epoch.
     """

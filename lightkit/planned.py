@@ -118,7 +118,7 @@ def check(trainer: Trainer, task: TaskModule, train: Any, val: Any, datamodule: 
 def _validations(run: FitRun, steps: int | None) -> float | None:
     """Returns how often a fit of so many steps validates; None where that depends on time."""
     unit, every, group = run.cadence.unit, run.cadence.every, run.flow.accumulate
-    if run.validation is None or unit == "never":
+    if run.validation is None:
         return 0
     if steps is None or unit == "seconds" or run.train_length is None:
         return None

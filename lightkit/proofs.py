@@ -36,6 +36,7 @@ from lightkit.differences import compare
 from lightkit.distributed import resolve_device
 from lightkit.hooks import Callback
 from lightkit.task import TaskModule
+from lightkit.testing.ranks import ended
 from lightkit.trainer import Trainer
 
 SEED, EPOCHS, BATCH, SAMPLES = 1, 5, 20, 410
@@ -249,19 +250,14 @@ def _process(
         )
     began, clock = time.monotonic(), threading.Timer(LIMIT, process.terminate)
     clock.start()
-    try:
-        yield process
-        process.communicate()
-        if time.monotonic() - began > LIMIT:
-            raise RuntimeError(f"a process took more than {LIMIT:.0f} s. {_end_of(log)}")
-    finally:
-        clock.cancel()
-        if process.poll() is None:
-            process.terminate()  # torchrun then ends its own processes
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(30)
-            process.kill()
-            process.wait()
+    with ended(process):
+        try:
+            yield process
+            process.communicate()
+            if time.monotonic() - began > LIMIT:
+                raise RuntimeError(f"a process took more than {LIMIT:.0f} s. {_end_of(log)}")
+        finally:
+            clock.cancel()
 
 
 def _lines(log: Path, *words: str) -> list[str]:

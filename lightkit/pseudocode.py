@@ -29,17 +29,11 @@ if TYPE_CHECKING:
     from lightkit.trainer import Trainer
 
 #: Entry points, how their steps and hooks are called, and their loaders and limits.
-_EVALUATIONS = {
-    "validate": ("validation", "val"),
-    "test": ("test", "test"),
-    "predict": ("predict", "predict"),
-}
+_STAGES = {"validate": ("validation", "val"), "test": ("test",) * 2, "predict": ("predict",) * 2}
 
 
 class Explanation(str):
     """A text that a notebook and the prompt of Python show as it is."""
-
-    __slots__ = ()
 
     def __repr__(self) -> str:
         return str(self)
@@ -49,7 +43,7 @@ def explain(
     trainer: Trainer, task: TaskModule, data: tuple[Any, Any, Any], stage: str
 ) -> Explanation:
     """Returns the page; see `Trainer.explain`. ``data``: to train, to evaluate, and a data module."""
-    if stage not in (known := ("fit", *_EVALUATIONS)):
+    if stage not in (known := ("fit", *_STAGES)):
         raise ConfigError(
             f"explain(stage={stage!r}): allowed are {', '.join(map(repr, known))}."
             f"{did_you_mean(stage, known)}"
@@ -78,10 +72,10 @@ def explain(
         _fit(page, trainer, train, val)
     else:
         if train is None:
-            page.data(f"{_EVALUATIONS[stage][1]}_dataloader", first=True)
+            page.data(f"{_STAGES[stage][1]}_dataloader", first=True)
         _evaluation(page, trainer, stage)
     page.data("teardown", stage, hooks=True)
-    if stage == "fit" and page.validates:
+    if page.validates:
         page.rows.append((0, "", ""))
         with page.block("validation:"):
             _evaluation(page, trainer, "validate")
@@ -307,7 +301,10 @@ def _steps(page: _Page, trainer: Trainer, validated: str) -> None:
                 page.part("backward", "backward")
                 page.hook("on_after_backward")
                 with block("if it is the last of the group:"):
-                    _update(page, options)
+                    page.hook("on_before_optimizer_step")
+                    _clip(page, options)
+                    page.part("optimizer_step", "step the optimizer")
+                    page.part("lr_scheduler_step", "move schedules", "those that count steps")
             else:
                 _own_steps(page, options)
             page.hook("on_train_batch_end")
@@ -315,14 +312,6 @@ def _steps(page: _Page, trainer: Trainer, validated: str) -> None:
             page.say("validation", validated)
         with page.block("unless the epoch ends here:"):
             page.hook("on_save_point")
-
-
-def _update(page: _Page, options: Options) -> None:
-    """Adds the step of the optimizer."""
-    page.hook("on_before_optimizer_step")
-    _clip(page, options)
-    page.part("optimizer_step", "step the optimizer")
-    page.part("lr_scheduler_step", "move schedules", "those that count steps")
 
 
 def _own_steps(page: _Page, options: Options) -> None:
@@ -344,7 +333,7 @@ def _clip(page: _Page, options: Options) -> None:
 
 def _evaluation(page: _Page, trainer: Trainer, entry: str) -> None:
     """Adds a validation, a test or a prediction."""
-    stage, short = _EVALUATIONS[entry]
+    stage, short = _STAGES[entry]
     own = stage != "test" or overrides(page.task, "test_step")
     step = f"{stage if own else 'validation'}_step"
     page.hook(f"on_{stage}_start", f"on_{stage}_epoch_start")
@@ -352,9 +341,7 @@ def _evaluation(page: _Page, trainer: Trainer, entry: str) -> None:
     with page.block("for each loader, for each batch:", "; ".join(remarks)):
         page.transfer()
         page.hook(f"on_{stage}_batch_start")
-        if stage == "predict":
-            page.part(step, "forward")
-        else:
-            page.part(step, step, f"{type(page.task).__name__} defines none")
+        missing = (step, f"{type(page.task).__name__} defines none")
+        page.part(step, *(("forward",) if stage == "predict" else missing))
         page.hook(f"on_{stage}_batch_end")
     page.hook(f"on_{stage}_epoch_end", f"on_{stage}_end")

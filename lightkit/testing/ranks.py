@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
-import signal
 import subprocess
 import sys
 import tempfile
@@ -159,7 +158,7 @@ def _run(ranks: int, folder: Path, limit: float) -> None:
         process = subprocess.Popen(  # noqa: S603  this very Python
             [sys.executable, *words], stdin=subprocess.DEVNULL, stdout=output, stderr=output
         )
-        with _ended(process):
+        with ended(process):
             try:
                 code = process.wait(limit)
                 told = f"ended with code {code}"
@@ -174,13 +173,13 @@ def _run(ranks: int, folder: Path, limit: float) -> None:
 
 
 @contextlib.contextmanager
-def _ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
+def ended(process: subprocess.Popen[Any]) -> Iterator[None]:
     """Sees to it that torchrun and its processes have ended."""
     try:
         yield
     finally:
         if process.poll() is None:
-            process.send_signal(signal.SIGTERM)  # torchrun then ends its own processes
+            process.terminate()  # torchrun then ends its own processes
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(40)
             process.kill()

@@ -201,7 +201,6 @@ def test_a_task_that_never_steps(automatic):
         def training_step(self, batch, batch_idx):
             if batch_idx == 1:  # which never comes
                 self.optimizers().step()
-            return None
 
     lines = refused(Never(), small.loader(), steps=10)
     assert [line.partition(":")[0] for line in lines[1:]] == ["  no optimizer was stepped"]
