@@ -27,6 +27,7 @@ from lightkit.losses import (
     added,
     after_manual,
     check_over_ranks,
+    check_progress,
     check_skip,
     checked,
     is_zero,
@@ -67,7 +68,9 @@ def fit(run: FitRun) -> None:
             if run.state.batch_idx and over(run):
                 _end_epoch_cut_off(run)
             while not over(run):
+                before = run.state.global_step, flow.skipped
                 train_epoch(run)
+                check_progress(run, *before)
             run.set_rng()  # a checkpoint after which nothing was left to train
         finally:
             run.metrics.close("after training")

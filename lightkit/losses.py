@@ -247,3 +247,20 @@ def check_skip(run: FitRun) -> None:
             "the others wait for this one's gradients: return {'loss': loss * 0, 'weight': 0} "
             "instead, and the weight of the loss with every other batch."
         )
+
+
+def check_progress(run: FitRun, steps: int, skipped: int) -> None:
+    """Raises after an epoch of skipped batches alone where only steps or losses would end the fit.
+
+    Args:
+        run: The run, after an epoch.
+        steps: ``global_step`` before it.
+        skipped: Batches that were skipped before it.
+    """
+    flow, unlimited = run.flow, run.limits.max_epochs < 0 and run.flow.deadline is None
+    if unlimited and run.state.global_step == steps and flow.skipped > skipped:
+        raise UsageError(
+            f"training_step returned None for all {flow.skipped - skipped} batches of an epoch, so no "
+            f"step was taken, and with max_epochs=-1 the fit would never end. Return the loss, or set "
+            f"max_epochs or max_time."
+        )

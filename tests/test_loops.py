@@ -435,6 +435,15 @@ def test_batches_may_be_skipped(quiet, caplog):
     assert "returned None for 2 batches" in caplog.text
 
 
+def test_a_fit_that_would_skip_batches_for_ever_ends(quiet):
+    class Never(Net):
+        def training_step(self, batch, batch_idx):
+            return None
+
+    with pytest.raises(UsageError, match="returned None for all 5 batches of an epoch"):
+        quiet(max_steps=5, max_epochs=-1).fit(Never(), loader())
+
+
 def test_a_loss_of_one_element_in_any_shape_and_values_beside_it(quiet):
     class Look(Net):
         def training_step(self, batch, batch_idx):
