@@ -154,6 +154,8 @@ def _order(t: Tensor) -> list[int]:
 
 def _dense(p: nn.Parameter) -> bool:
     """Tells whether a parameter's numbers lie in memory without gaps, in whatever order."""
+    if p.layout is not torch.strided:
+        return False
     if p.is_contiguous() or hasattr(p, "to_local"):
         return True
     return _order(torch.empty_like(p, device="meta")) == _order(p)

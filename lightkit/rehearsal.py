@@ -308,11 +308,10 @@ def _copy(
             data = None, None, copy.copy(datamodule)
             memo[id(datamodule)] = data[2]
             vars(data[2]).update({**dict.fromkeys(_OFF, _nothing), **own})
-        task: TaskModule = copy.deepcopy(run.task, memo)
+        task = trials.copied(run.task, memo)
         twin._callbacks[:0] = copy.deepcopy(trials.changing(trainer._callbacks), memo)
     except Exception as error:  # noqa: BLE001  whatever an object raises when it is copied
         return f"{type(run.task).__name__} or its data cannot be copied: {error}"
-    trials.reduce_callbacks(task)
     vars(task).update({**dict.fromkeys(_OFF, _nothing), **own})
     return task, data
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import copy
 import logging
 import random
 import sys
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,8 +33,14 @@ _log = logging.getLogger("lightkit")
 #: What is said where memory ends, beside errors of a kind of their own.
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
 #: What nothing is looked for in. (A task trains as a copy, and modules hold numbers of their own.)
-_CLOSED = (Trainer, TaskModule, Tensor, type, types.ModuleType, types.FunctionType, str, bytes)
+_CLOSED = (Trainer, TaskModule, type, types.ModuleType, types.FunctionType, str, bytes)
+#: Nor in what these hold, which goes on while a trial runs: threads, queues, sockets.
+_RUNNING = {"asyncio", "concurrent", "logging", "multiprocessing", "queue", "selectors", "threading"}
 _PLAIN = (bool, int, float, str, type(None))
+#: What is filled again as it was, up to so many entries; arrays up to so many bytes in all.
+_FILLED = (list, dict, set, collections.deque, *(collections.OrderedDict, collections.Counter))
+_FILLED += (collections.defaultdict,)
+_ENTRIES, _BYTES = 10**6, 5 * 10**7
 #: How far the parts of a loader are looked at: levels, objects, entries of a list.
 _DEEP, _MANY, _LONG = 8, 2000, 1000
 
@@ -51,6 +59,40 @@ def changing(callbacks: list[Callback]) -> list[Callback]:
     """Returns the callbacks that change what is trained."""
     kinds = (BaseFinetuning, GradientAccumulationScheduler)
     return [one for one in callbacks if isinstance(one, kinds) or listens(one, "on_loss")]
+
+
+def copied(task: TaskModule, memo: dict[int, Any]) -> TaskModule:
+    """Returns a copy of a task to be tried; see `reduce_callbacks`.
+
+    Its functions hold the copies of what they held. ``copy.deepcopy`` leaves them as they are, so
+    that a hook such as ``lambda *seen: self.seen.append(seen)`` would go on filling the task.
+    """
+    twin = copy.deepcopy(task, memo)
+    for module in twin.modules():
+        held = vars(module)
+        for names in (held, *(value for value in held.values() if isinstance(value, dict))):
+            for name, one in names.items():
+                if isinstance(one, types.FunctionType):
+                    names[name] = _rebound(one, memo)
+    reduce_callbacks(twin)
+    return twin
+
+
+def _rebound(one: Any, memo: dict[int, Any]) -> Any:
+    """Returns a function that holds the copies of what it held; for other things their copy."""
+    held = isinstance(one, types.FunctionType) and (one.__closure__ or one.__defaults__)
+    if id(one) in memo or not held or "<" not in one.__qualname__:  # that is made in a function
+        return memo.get(id(one), one)
+    cells = tuple(types.CellType() for _ in one.__closure__ or ())
+    twin = types.FunctionType(one.__code__, one.__globals__, one.__name__, None, cells)
+    memo[id(one)] = twin  # before its cells, for it may hold itself
+    twin.__dict__.update(vars(one))
+    twin.__kwdefaults__ = one.__kwdefaults__
+    twin.__defaults__ = one.__defaults__ and tuple(_rebound(each, memo) for each in one.__defaults__)
+    for cell, before in zip(cells, one.__closure__ or (), strict=True):
+        with contextlib.suppress(ValueError):  # a name that has no value yet
+            cell.cell_contents = _rebound(before.cell_contents, memo)
+    return twin
 
 
 def reduce_callbacks(task: TaskModule) -> None:
@@ -106,11 +148,16 @@ def pieces(*roots: Any) -> list[Any]:
     todo = collections.deque((root, 0) for root in roots)
     while todo and len(found) < _MANY:
         one, depth = todo.popleft()
-        if id(one) not in found and not isinstance(one, (*_CLOSED, *_PLAIN)):
+        closed = isinstance(one, (*_CLOSED, *_PLAIN))
+        if id(one) not in found and not closed and _package(one) not in _RUNNING:
             found[id(one)] = one
             if depth < _DEEP:
                 todo.extend((each, depth + 1) for each in _inner(one))
     return list(found.values())
+
+
+def _package(one: Any) -> str:
+    return str(type(one).__module__).partition(".")[0]
 
 
 def _inner(one: Any) -> list[Any]:
@@ -162,8 +209,8 @@ def gives_once(loader: Any) -> str:
 def keep(run: FitRun, *others: Any) -> Callable[[], None]:
     """Notes what reading the data of a run moves, and returns what puts it back.
 
-    That is where the loaders stand, and the generators (torch's, NumPy's, Python's), numbers, texts
-    and short lists that they and their parts hold. Not the random states of the process.
+    That is where the loaders stand, and the generators (torch's, NumPy's, Python's), numbers, texts,
+    lists, dicts, sets and arrays that they and their parts hold. Not the random states of the process.
 
     Args:
         run: The run.
@@ -175,16 +222,22 @@ def keep(run: FitRun, *others: Any) -> Callable[[], None]:
     kinds: tuple[Any, ...] = (random.Random,)
     if numpy is not None:
         kinds = (*kinds, numpy.random.Generator, numpy.random.RandomState)
+    room = _BYTES
     for one in pieces(*(feed.loader for feed, _ in feeds), *others):
         if isinstance(one, torch.Generator):
             back.append((one.set_state, one.get_state()))
         elif isinstance(one, kinds):
             own = OwnRandom(one)
             back.append((own.load_state_dict, own.state_dict()))
-        elif isinstance(one, list) and len(one) <= _LONG:
-            back.append((_refill(one), list(one)))
+        elif type(one) in _FILLED:
+            if len(one) <= _ENTRIES:
+                back.append((partial(_refill, one), copy.copy(one)))
+        elif _is_array(one):
+            if one.nbytes <= room:
+                room -= one.nbytes
+                back.append((partial(_rewrite, one), copy.deepcopy(one)))
         elif hasattr(one, "__dict__") and not isinstance(one, nn.Module):
-            back.append((_recount(one), {k: v for k, v in vars(one).items() if _plain(v)}))
+            back.append((partial(_recount, one), {k: v for k, v in vars(one).items() if _kept(v)}))
 
     def put_back() -> None:
         for put, before in back:
@@ -195,22 +248,30 @@ def keep(run: FitRun, *others: Any) -> Callable[[], None]:
     return put_back
 
 
-def _plain(value: Any) -> bool:
-    return type(value) in _PLAIN
+def _is_array(one: Any) -> bool:
+    """Tells whether something is a plain tensor or array of numbers, with memory of its own."""
+    if type(one) is Tensor:
+        own = one.layout is torch.strided and one.is_contiguous() and not one.is_inference()
+        return own and (one.is_leaf or not one.requires_grad)
+    numpy = sys.modules.get("numpy")
+    plain = numpy is not None and type(one) is numpy.ndarray
+    return plain and bool(one.flags.writeable) and not one.dtype.hasobject
 
 
-def _refill(one: list[Any]) -> Callable[[list[Any]], None]:
-    def put(before: list[Any]) -> None:
-        one[:] = before
-
-    return put
+def _kept(value: Any) -> bool:
+    return type(value) in (*_PLAIN, *_FILLED) or _is_array(value)
 
 
-def _recount(one: Any) -> Callable[[dict[str, Any]], None]:
-    """Returns what gives an object its plain attributes back; one that became a thing stays."""
+def _refill(one: Any, before: Any) -> None:
+    one.clear()
+    (one.update if hasattr(one, "update") else one.extend)(before)
 
-    def put(before: dict[str, Any]) -> None:
-        own = vars(one)
-        own.update({k: v for k, v in before.items() if _plain(own.get(k))})
 
-    return put
+def _rewrite(one: Any, before: Any) -> None:
+    (one.detach() if isinstance(one, Tensor) else one)[...] = before
+
+
+def _recount(one: Any, before: dict[str, Any]) -> None:
+    """Gives an object its attributes back; one that became a thing stays."""
+    own = vars(one)
+    own.update({k: v for k, v in before.items() if _kept(own.get(k))})

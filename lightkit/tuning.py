@@ -378,13 +378,12 @@ def _trial(
             f"would be missing afterwards. Give a DataLoader, or anything that begins anew."
         )
     try:
-        twin = copy.deepcopy(task)
+        twin = trials.copied(task, {})
     except Exception as error:
         raise UsageError(
             f"A trial trains a copy of the task, and {type(task).__name__} cannot be copied: {error}"
         ) from error
     _without_schedules(twin)
-    trials.reduce_callbacks(twin)
     loader, datamodule = opening.as_datamodule(loader, datamodule)
     before = datamodule.trainer if isinstance(datamodule, DataModule) else None
     callbacks = [*copy.deepcopy(trials.changing(trainer._callbacks)), own]

@@ -244,6 +244,12 @@ class Sparse(Task):
         self.table = nn.Embedding(4, 2, sparse=True)
 
 
+class Rows(Task):
+    def __init__(self, returned: Callable[[Task], Any]) -> None:
+        super().__init__(returned)
+        self.rows = nn.Parameter(torch.eye(2).to_sparse_csr())
+
+
 class Half(Task):
     def __init__(self, returned: Callable[[Task], Any]) -> None:
         super().__init__(returned)
@@ -262,11 +268,13 @@ NOT_FUSED: dict[str, tuple[Callable[[Task], Any], type[Task]]] = {
     "differentiable": (lambda t: adam(t, differentiable=True), Task),
     "a tensor as rate": (lambda t: Adam(t.parameters(), lr=torch.tensor(0.1)), Task),
     "sparse gradients": (lambda t: SGD(t.parameters(), lr=0.1), Sparse),
+    "sparse parameters": (lambda t: SGD(t.parameters(), lr=0.1), Rows),
     "half types": (lambda t: SGD(t.parameters(), lr=0.1), Half),
     "dampening": (lambda t: SGD(t.parameters(), lr=0.1, momentum=0.9, dampening=0.1), Task),
 }
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 @pytest.mark.parametrize("case", NOT_FUSED)
 def test_what_was_not_measured_is_left_alone(case: str) -> None:
     returned, task = NOT_FUSED[case]
