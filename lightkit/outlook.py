@@ -17,12 +17,14 @@ from lightkit import announce
 from lightkit.callbacks import EarlyStopping, ModelCheckpoint, ProgressBar
 from lightkit.checkpoint.savers import in_validation
 from lightkit.errors import ConfigError, LightkitError, some
-from lightkit.hooks import Callback
+from lightkit.explaining import of_user as of_user_frame
+from lightkit.hooks import Callback, of_user
 from lightkit.schedules import no_such_metric
 from lightkit.task import TaskModule
 from lightkit.trials import changing
 
 if TYPE_CHECKING:
+    from lightkit.loggers.base import Logger
     from lightkit.run import FitRun
     from lightkit.trainer import Trainer
 
@@ -31,6 +33,7 @@ _log = logging.getLogger("lightkit")
 _WATCHERS = (EarlyStopping, ModelCheckpoint)
 #: Classes that log nothing themselves, and what code does that logs.
 _SILENT = (Callback, *TaskModule.__mro__, *_WATCHERS, ProgressBar)
+_QUOTED = re.compile(r"""(f?)['"](\w[^'"\n]*|\{[^'"\n]*)['"]""")
 _LOGS = re.compile(r"\.log(_dict)?\(|callback_metrics(\[.*\] *=[^=]|\.update)")
 
 
@@ -81,7 +84,7 @@ def megabytes(count: float) -> str:
     return f"{count:.0f} bytes"
 
 
-def explain(error: Exception, run: FitRun) -> None:
+def explain(error: Exception, trainer: Trainer, run: FitRun) -> None:
     """Says of an error where it came from, and what it would have ended."""
     frames = {frame.f_code.co_name for frame, _ in walk_tb(error.__traceback__)}
     if "_try_save" in frames:
@@ -98,10 +101,51 @@ def explain(error: Exception, run: FitRun) -> None:
         f"This came in the rehearsal, on a copy of the task, before the fit began: the fit would have "
         f"failed {when}. Trainer(rehearse=False) leaves the rehearsal out."
     )
+    if missing := counted_on(trainer):
+        text += f" (It is without {missing}: an error for want of that is none of the fit.)"
     if hasattr(error, "add_note") and not isinstance(error, LightkitError):
         error.add_note(text)
     else:
         _log.error("%s", text)
+
+
+def left_out(trainer: Trainer) -> list[Any]:
+    """Returns the callbacks, and the functions of `Trainer.on`, that hear nothing of a rehearsal."""
+    callbacks = trainer.session.callbacks
+    there = [id(one) for one in changing(callbacks)]
+    functions = [handler.function for handler in trainer._handlers]
+    return [*(one for one in callbacks if id(one) not in there), *functions]
+
+
+def sends(logger: Logger) -> bool:
+    """Tells whether a logger may do more than write files in the folder of its run."""
+    from lightkit.loggers import CSVLogger, JSONLLogger, TensorBoardLogger
+
+    return type(logger) not in (CSVLogger, JSONLLogger, TensorBoardLogger)
+
+
+def counted_on(trainer: Trainer) -> str:
+    """Names what a task may count on, and what a rehearsal leaves out; "" where there is nothing.
+
+    A callback of the user's may give the task a temperature, a logger open what a step sends to.
+    """
+    own = [one if inspect.isroutine(one) else type(one) for one in left_out(trainer)]
+    names = [getattr(one, "__name__", str(one)) for one in own if of_user(one)]
+    return some([*names, *(type(one).__name__ for one in filter(sends, trainer.loggers))])
+
+
+def doubt(error: Exception, trainer: Trainer, run: FitRun) -> str:
+    """Returns what to say of an error that may be one of the rehearsal alone; "" where it is none."""
+    missing = "" if trainer.options.rehearse else counted_on(trainer)
+    if not missing or run.strategy.world_size > 1 or isinstance(error, ConfigError):
+        return ""
+    lines = [(frame, line) for frame, line in walk_tb(error.__traceback__) if of_user_frame(frame)]
+    code, line = (lines[-1][0].f_code, lines[-1][1]) if lines else (None, 0)
+    where = f" ({Path(code.co_filename).name}:{line}, in {code.co_name})" if code else ""
+    return (
+        f"it failed with {type(error).__name__}: {error}{where}. That may be for want of {missing}, "
+        f"left out there, so the fit begins; Trainer(rehearse=True) makes it an error"
+    )
 
 
 def _after(run: FitRun) -> str:
@@ -130,8 +174,9 @@ def check_monitors(trainer: Trainer, run: FitRun, logged: Collection[str], sure:
     Raises:
         ConfigError: One of them was not logged, and nobody's code looks as if it might be later.
     """
-    callbacks = trainer.session.callbacks
-    watchers: list[Any] = [one for one in callbacks if not getattr(one, "_optional", False)]
+    watchers: list[Any] = [
+        one for one in trainer.session.callbacks if not getattr(one, "_optional", False)
+    ]
     asked: list[tuple[str, str, bool]] = [
         (type(one).__name__, one.monitor, getattr(one, "strict", isinstance(one, _WATCHERS)))
         for one in watchers
@@ -139,11 +184,9 @@ def check_monitors(trainer: Trainer, run: FitRun, logged: Collection[str], sure:
     ]
     entries = run.plan.plateau_entries
     asked += [(type(e.scheduler).__name__, e.monitor or "", e.strict) for e in entries]
-    there = [id(one) for one in changing(callbacks)]
-    left_out: list[Any] = [one for one in callbacks if id(one) not in there]
-    left_out += [handler.function for handler in trainer._handlers]
+    unheard = left_out(trainer)
     for who, monitor, strict in asked:
-        if monitor in logged or not sure or any(map(_may_log, left_out)):
+        if monitor in logged or not sure or any(map(_may_log, unheard)):
             continue
         text = f"{no_such_metric(who, monitor, logged)} They are those of the rehearsal"
         if not strict or _names(run.task, monitor):
@@ -173,9 +216,17 @@ def _may_log(one: Any) -> bool:
 
 
 def _names(task: TaskModule, monitor: str) -> bool:
-    """Tells whether the code of a task has a name in quotes, or cannot be read."""
-    quoted = re.compile(rf"""['"]{re.escape(monitor)}['"]""")
-    return any(not text or quoted.search(text) for text in _sources(task))
+    """Tells whether the code of a task has a name in quotes, or may compose it; or cannot be read."""
+    for text in _sources(task):
+        for composed, quoted in _QUOTED.findall(text):
+            pattern = re.escape(quoted)
+            if composed:
+                pattern = re.sub(r"\\{.*?\\}", ".+", pattern)
+            if re.fullmatch(pattern, monitor):
+                return True
+        if not text:
+            return True
+    return False
 
 
 def check_last_batch(run: FitRun, means: Mapping[str, int]) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import inspect
 import logging
 import shutil
 import statistics
@@ -110,10 +111,21 @@ def before(trainer: Trainer, run: FitRun, own: Mapping[str, int | None], steps: 
     """
     if not _wanted(trainer, run, steps):
         return
-    found = rehearse(trainer, run, own)
+    found: Rehearsed | str
+    asked, doubt = trainer.options.rehearse, ""
+    missing = "" if asked or run.strategy.world_size == 1 else outlook.counted_on(trainer)
+    if missing:  # after an error several processes cannot go on
+        found = f"it would be without {missing}; Trainer(rehearse=True) rehearses all the same"
+    else:
+        try:
+            found = rehearse(trainer, run, own)
+        except Exception as error:
+            found = doubt = outlook.doubt(error, trainer, run)
+            if not doubt:
+                raise
     told = isinstance(found, str)
     if trainer.is_global_zero:
-        level = logging.WARNING if told and trainer.options.rehearse else logging.INFO
+        level = logging.WARNING if doubt or (told and asked) else logging.INFO
         _log.log(level, "%s: %s", "not rehearsed" if told else "rehearsed", found)
     if told:
         return
@@ -157,7 +169,7 @@ def rehearse(
     except Exception as error:
         if alone and on_card(run) and trials.is_out_of_memory(error):
             return "the memory of the card has no room for a copy of the task"
-        outlook.explain(error, run)
+        outlook.explain(error, trainer, run)
         raise
     finally:
         put_back()
@@ -248,18 +260,18 @@ class _Silent(Logger):
         pass
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(NullExperiment(), name)
+        found = inspect.getattr_static(self._one, name, None)  # asks no property
+        return (
+            found if isinstance(found, (str, int, float, Path)) else getattr(NullExperiment(), name)
+        )
 
 
 def _twin(trainer: Trainer, folder: Path, watch: _Watch) -> _Understudy:
     """Returns the trainer of the rehearsal."""
-    from lightkit.loggers import CSVLogger, JSONLLogger, TensorBoardLogger
-
     loggers: list[Logger] = []
     for one in trainer.loggers:
-        known = type(one) in (CSVLogger, JSONLLogger, TensorBoardLogger)
         first = not any(type(other) is type(one) for other in loggers)
-        loggers.append(type(one)() if known and first else _Silent(one))
+        loggers.append(_Silent(one) if outlook.sends(one) or not first else type(one)())
     twin: _Understudy = trials.like(
         _Understudy,
         trainer,

@@ -35,11 +35,19 @@ _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "AL
 #: What nothing is looked for in. (A task trains as a copy, and modules hold numbers of their own.)
 _CLOSED = (Trainer, TaskModule, type, types.ModuleType, types.FunctionType, str, bytes)
 #: Nor in what these hold, which goes on while a trial runs: threads, queues, sockets.
-_RUNNING = {"asyncio", "concurrent", "logging", "multiprocessing", "queue", "selectors", "threading"}
+_RUNNING = {
+    "asyncio",
+    "concurrent",
+    "logging",
+    "multiprocessing",
+    "queue",
+    "selectors",
+    "threading",
+}
 _PLAIN = (bool, int, float, str, type(None))
 #: What is filled again as it was, up to so many entries; arrays up to so many bytes in all.
-_FILLED = (list, dict, set, collections.deque, *(collections.OrderedDict, collections.Counter))
-_FILLED += (collections.defaultdict,)
+_FILLED: tuple[Any, ...] = (list, dict, set, collections.deque, collections.defaultdict)
+_FILLED += (collections.OrderedDict, collections.Counter)
 _ENTRIES, _BYTES = 10**6, 5 * 10**7
 #: How far the parts of a loader are looked at: levels, objects, entries of a list.
 _DEEP, _MANY, _LONG = 8, 2000, 1000
@@ -88,7 +96,9 @@ def _rebound(one: Any, memo: dict[int, Any]) -> Any:
     memo[id(one)] = twin  # before its cells, for it may hold itself
     twin.__dict__.update(vars(one))
     twin.__kwdefaults__ = one.__kwdefaults__
-    twin.__defaults__ = one.__defaults__ and tuple(_rebound(each, memo) for each in one.__defaults__)
+    twin.__defaults__ = one.__defaults__ and tuple(
+        _rebound(each, memo) for each in one.__defaults__
+    )
     for cell, before in zip(cells, one.__closure__ or (), strict=True):
         with contextlib.suppress(ValueError):  # a name that has no value yet
             cell.cell_contents = _rebound(before.cell_contents, memo)

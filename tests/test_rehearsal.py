@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import logging
 import os
@@ -254,14 +255,17 @@ def test_a_data_module_prepares_itself_once(tmp_path):
 
 
 class Held(Plain):
-    """With a function that holds the task itself, whose copy has it too."""
+    """With functions that hold the task itself, one where nobody looks for it."""
 
     def __init__(self):
         super().__init__()
-        self.call = lambda x: self.body(x)
+        self.call, self.last = [lambda x: self.body(x)], {}
+        self.head.register_forward_hook(lambda module, inputs, output: self.last.update(x=output))
 
     def forward(self, x):
-        return self.head(self.call(x))
+        found = self.head(self.call[0](x))
+        assert found is self.last["x"]
+        return found
 
 
 def test_a_function_of_the_task_leaves_no_trace_in_it(quiet):
@@ -474,6 +478,70 @@ def test_a_large_checkpoint_is_not_written(quiet, caplog, monkeypatch):
     assert "a checkpoint of 592 bytes (not written: too large to be tried), " in caplog.text
 
 
+class Writes(Elsewhere):
+    """A logger with things that tasks ask for."""
+
+    folder = "pictures"
+
+    def __init__(self):
+        super().__init__()
+        self.project = "digits"
+
+    @property
+    def experiment(self):
+        return collections.defaultdict(list)
+
+
+class Asking(Net):
+    def on_fit_start(self):
+        self.folder = os.path.join(self.logger.folder, self.logger.project)
+
+    def validation_step(self, batch, batch_idx):
+        self.logger.experiment["pictures"].append(batch_idx)
+        self.logger.experiment["best"] = 1
+        assert [*self.logger.experiment["rows"]] == []
+        return super().validation_step(batch, batch_idx)
+
+
+def test_what_tasks_do_with_loggers_that_send(quiet, caplog):
+    caplog.set_level(logging.INFO, "lightkit")
+    quiet(rehearse=True, logger=Writes()).fit(Asking(), shuffled(), DataLoader(dataset(8), 4))
+    assert "rehearsed: 2 batches of training, 2 of validation" in caplog.text
+
+
+class Warms(lk.Callback):
+    """What ported code has: a callback without which the task cannot train."""
+
+    def on_train_epoch_start(self, trainer, task):
+        task.temperature = 1.0 / (1 + trainer.current_epoch)
+
+
+class Warm(Plain):
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * self.temperature
+
+
+def test_an_error_for_want_of_what_is_left_out(quiet, caplog):
+    """A fit that is well is not refused."""
+    tasks = []
+    for rehearse in (False, None):
+        lk.seed_everything(5, verbose=False)
+        tasks.append(Warm())
+        trainer = quiet(max_epochs=11, rehearse=rehearse, callbacks=Warms())
+        trainer.fit(tasks[-1], shuffled(), DataLoader(dataset(8), 4))
+    assert tasks[0].losses == tasks[1].losses
+    assert len(tasks[0].losses) == 110
+    (said,) = [r for r in caplog.records if "rehearsed" in r.getMessage()]
+    assert said.levelno == logging.WARNING
+    for part in ("AttributeError: 'Warm' object", "in training_step)", "for want of Warms"):
+        assert part in said.getMessage()
+    caplog.clear()
+    trainer = quiet(rehearse=True, callbacks=Warms())
+    with pytest.raises(AttributeError, match="temperature") as raised:
+        trainer.fit(Warm(), shuffled())
+    assert "(It is without Warms: " in text_of(raised) + caplog.text
+
+
 # --- what it finds -------------------------------------------------------------------------------
 
 
@@ -490,11 +558,8 @@ def fails(tmp_path, kind, error, task, **options) -> str:
         enable_model_summary=False,
         **options,
     )
-    began = []
-    trainer.on("fit_start", lambda: began.append(1))
     with pytest.raises(kind, match=error) as raised:
         trainer.fit(task, shuffled(), DataLoader(dataset(8), 4))
-    assert began == []
     assert list(tmp_path.iterdir()) == []
     return text_of(raised)
 
@@ -592,6 +657,14 @@ class Later(Net):
         return super().training_step(batch, batch_idx)
 
 
+class Composes(Net):
+    def training_step(self, batch, batch_idx):
+        if batch_idx == 5:
+            for name in ("seldom",):
+                self.log(f"{name}_seen", 1.0)
+        return super().training_step(batch, batch_idx)
+
+
 class Logs(lk.Callback):
     def on_validation_epoch_end(self, trainer, task):
         task.log("of_callback", 1.0)
@@ -607,7 +680,12 @@ class Guards(Net):
 
 @pytest.mark.parametrize(
     ("task", "monitor", "callbacks", "said"),
-    [(Later, "now_and_then", [], 1), (Net, "of_callback", [Logs()], 0), (Guards, "guarded", [], 0)],
+    [
+        (Later, "now_and_then", [], 1),
+        (Composes, "seldom_seen", [], 1),
+        (Net, "of_callback", [Logs()], 0),
+        (Guards, "guarded", [], 0),
+    ],
 )
 def test_a_name_that_may_come_later_is_no_error(quiet, caplog, task, monitor, callbacks, said):
     callbacks = [*callbacks, EarlyStopping(monitor, check_on_train_epoch_end=True)]

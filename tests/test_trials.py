@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 import random
 
@@ -21,6 +22,9 @@ class Held:
     def __init__(self):
         self.count, self.name, self.nothing, self.lazy = 0, "a", None, None
         self.recent, self.long = [1, 2], list(range(5000))
+        self.cache, self.known, self.queue = {"a": 1}, {1}, collections.deque([1, 2], 3)
+        self.made, self.order = torch.arange(3), np.arange(3)
+        self.weights, self.array = torch.ones(3), np.ones(3)
         self.generators = {
             "torch": torch.Generator().manual_seed(1),
             "numpy": [np.random.default_rng(2), np.random.RandomState(3)],
@@ -31,6 +35,12 @@ class Held:
         self.count, self.name, self.nothing, self.lazy = 5, "b", 7, object()
         self.recent.append(3)
         self.long.append(0)
+        self.cache["b"] = 2
+        self.known.add(2)
+        self.queue.rotate(1)
+        self.made, self.order = self.made + 1, self.order + 1
+        self.weights *= 2
+        self.array *= 2
         return self.draw()
 
     def draw(self):
@@ -59,14 +69,10 @@ class Rides(lk.Callback):
         lazy = held.lazy
         put_back()
         state = held.count, held.name, held.nothing, held.recent, len(held.long), held.lazy
-        assert state == (
-            0,
-            "a",
-            None,
-            [1, 2],
-            5001,
-            lazy,
-        )  # what became a thing stays, and the long
+        assert state == (0, "a", None, [1, 2], 5000, lazy)  # what became a thing stays
+        assert (held.cache, held.known, [*held.queue]) == ({"a": 1}, {1}, [1, 2])
+        arrays = (held.made, held.order, held.weights, held.array)
+        assert [one.tolist() for one in arrays] == [[0, 1, 2], [0, 1, 2], [1, 1, 1], [1, 1, 1]]
         self.drawn.append(held.draw())
 
 
@@ -111,3 +117,30 @@ def test_data_are_found_but_neither_weights_nor_what_a_stream_holds():
     assert {id(data), id(labels)} <= {id(one) for one in found}
     assert not any(one is p for one in found for p in (*task.parameters(), *held.net.parameters()))
     assert trials.bulk(task, [DataLoader(Lines(np.zeros(3000)))]) == []
+
+
+class Hooked(Net):
+    """With functions that hold the task, or what it holds."""
+
+    def __init__(self):
+        super().__init__()
+        seen = self.seen = []
+        self.net = nn.Linear(2, 2)
+        self.net.register_forward_hook(lambda *_: seen.append(1))
+        self.own = lambda: self
+        self.again = (lambda function: lambda: function())(self.own)
+        self.default = lambda held=self: held
+        self.plain = nn.functional.relu
+        if False:
+            missing = 1
+        self.empty = lambda: missing
+
+
+def test_functions_of_a_copy_hold_the_copy():
+    task = Hooked()
+    twin = trials.copied(task, {})
+    twin.net(torch.zeros(1, 2))
+    assert (task.seen, twin.seen) == ([], [1])
+    assert twin.own() is twin.again() is twin.default() is twin
+    assert task.own() is task.again() is task.default() is task
+    assert twin.plain is nn.functional.relu

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -27,6 +27,15 @@ class NullExperiment:
     def __call__(self, *args: Any, **kwargs: Any) -> NullExperiment:
         """Takes any call."""
         return self
+
+    def __getitem__(self, key: Any) -> NullExperiment:
+        return self
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
 
 
 @refuses_unknown
