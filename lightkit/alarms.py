@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 #: Optimizer steps after which a suspicion is told, or else, where parts take turns; less tell nothing.
 STEPS, _TURNS, _LEAST = 10, 100, 3
-_NAMES = ("no-gradient", "zero-gradient", "no-change", "eval-mode", "high-loss")
+_NAMES = ("no-gradient", "zero-gradient", "no-change", "eval-mode", "high-loss", "probabilities")
 #: What may stand between a loss and its cross entropy, or between that and what it takes.
 _SAME = ("View", "Reshape", "ToCopy", "Squeeze", "Unsqueeze", "Clone", "Alias")
 
@@ -68,6 +68,8 @@ class _Watch:
         #: Those in train mode before the first batch, later those of them that no batch left so.
         self._modes: dict[str, nn.Module] | None = None
         self._loss: tuple[Tensor, int] | None = None
+        #: What a loss takes that was taken before it, and what it cannot fall below for that.
+        self._twice: tuple[str, float] | None = None
         self._stepped: set[int] = set()  # the optimizers that took steps
         self._open = True  # whether values are to be looked at, not only which gradients there are
         self._with: set[str] = set()
@@ -103,8 +105,11 @@ class _Watch:
             self._modes = {n: m for n, m in self._run.task.named_modules() if m.training}
 
     def _take_loss(self, loss: Tensor) -> None:
-        if self._loss is None and not self._steps and (classes := _classes(loss)) is not None:
+        if self._steps:
+            return
+        if (classes := _classes(loss)) is not None and self._loss is None:
             self._loss = loss.detach(), classes
+        self._twice = self._twice or _twice(loss, classes)
 
     def _take_gradients(self, optimizer: Any = None) -> None:
         """Notes the gradients that there are, and what they should change."""
@@ -158,6 +163,9 @@ class _Watch:
         if not self._hooks or not self._steps:
             self.leave()
             return
+        if self._twice is not None:
+            self._say_twice(*self._twice)
+            self._twice = None
         sizes: dict[str, float] = {}
         without, zeros, still = self._without - self._with, set[str](), False
         if getattr(self._run.strategy, "find_unused_parameters", False):
@@ -166,7 +174,8 @@ class _Watch:
         if self._open:
             sizes, least, moved = self._read_values()
             zeros = _zeros(sizes)
-            still = any(sizes.values()) and not any(moved) and not self._excused()
+            looked = any(sizes.values()) or (not sizes and self._with and self._at_rest())
+            still = bool(looked) and not any(moved) and not self._excused()
             turns = turns or any(sizes[n] and not low for n, low in least.items())
             seen = bool(sizes) and len(self._stepped) == len(self._run.plan.optimizers)
             self._open = bool(zeros or still or not seen)
@@ -179,7 +188,7 @@ class _Watch:
                 self._say_without(sorted(without))
                 self._say_zeros(zeros, len(set(map(_owner, sizes))))
             if still:
-                self._say_still(max(sizes.values(), key=_or_nan), len(sizes))
+                self._say_still(sizes)
         self.leave()
 
     def _read_values(self) -> tuple[dict[str, float], dict[str, float], list[float]]:
@@ -206,6 +215,12 @@ class _Watch:
                 if any(rate and float(group["lr"]) < float(rate) / 2 for rate in meant):
                     return True
         return self._run.scaled
+
+    def _at_rest(self) -> bool:
+        """Tells whether all rates are 0."""
+        optimizers = self._run.plan.optimizers
+        rates = [group.get("lr") for one in optimizers for group in one.param_groups]
+        return all(rate is not None and float(rate) == 0 for rate in rates)
 
     def _say_modes(self) -> None:
         groups = [group for one in self._run.plan.optimizers for group in one.param_groups]
@@ -235,6 +250,14 @@ class _Watch:
         )
         hints.say(self._trainer, "high-loss", text)
 
+    def _say_twice(self, function: str, least: float) -> None:
+        self._warn(
+            "probabilities",
+            f"The loss takes the {function} itself, and what it is given went through a {function} "
+            f"already: so it cannot fall below {least:.3g}. Give it what comes before, the logits, "
+            f"and take the {function} where probabilities are needed, as in predict_step.",
+        )
+
     def _say_without(self, names: list[str]) -> None:
         if names:
             total = len(self._with | self._without)
@@ -255,7 +278,14 @@ class _Watch:
                 f"(relu, clamp, a saturated softmax), or a factor of 0.",
             )
 
-    def _say_still(self, size: float, count: int) -> None:
+    def _say_still(self, sizes: dict[str, float]) -> None:
+        if not sizes:
+            self._warn(
+                "no-change",
+                f"Nothing changed {self._when()}: the learning rate is 0, and so is the one that the "
+                f"optimizer was made with. Give it one above 0.",
+            )
+            return
         groups = [group for one in self._run.plan.optimizers for group in one.param_groups]
         rates = sorted(
             {f"{float(group['lr']):.3g}" for group in groups if group.get("lr") is not None}
@@ -263,8 +293,8 @@ class _Watch:
         kinds = sorted({str(p.dtype).removeprefix("torch.") for g in groups for p in g["params"]})
         self._warn(
             "no-change",
-            f"Nothing changed {self._when()}: in none of {count} parameters the element with "
-            f"the largest gradient, of up to {size:.3g}, at a learning rate of "
+            f"Nothing changed {self._when()}: in none of {len(sizes)} parameters the element with "
+            f"the largest gradient, of up to {max(sizes.values(), key=_or_nan):.3g}, at a learning rate of "
             f"{some(rates) or 'its own'}. Look for an optimizer_step that does not step, for hooks "
             f"that put weights back or take gradients away, and whether the rate is too small for "
             f"{some(kinds)}.",
@@ -336,6 +366,22 @@ def _classes(loss: Tensor) -> int | None:
             return None  # with a temperature, as that of cosines: sure of itself on purpose
     shape = before._input_metadata[number].shape
     return shape[1] if len(shape) > 1 and shape[1] > 1 else None
+
+
+def _twice(loss: Tensor, classes: int | None) -> tuple[str, float] | None:
+    """Returns what a mean of a cross entropy takes of probabilities, and the least that it can be."""
+    node = _through(loss.grad_fn)
+    if node is not None and node.name().startswith("BinaryCrossEntropyWithLogits"):
+        even = node._saved_reduction == 1 and node._saved_weight is node._saved_pos_weight is None
+        found = "sigmoid", math.log1p(math.exp(-1)), even
+    elif classes is not None:  # a mean, as `_classes` has seen
+        node = _through(node.next_functions[0][0])
+        found = "softmax", math.log(math.e + classes - 1) - 1, node.name().startswith("LogSoftmax")
+    else:
+        return None
+    before = _through(node.next_functions[0][0])
+    given = before is not None and before.name().lower().startswith(found[0])
+    return found[:2] if given and found[2] else None
 
 
 def _through(node: Any) -> Any:

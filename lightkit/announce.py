@@ -90,8 +90,10 @@ def the_end(trainer: Trainer, session: Session) -> Iterator[None]:
             else:
                 if session.failure is not None:
                     _say("failure", short(session.failure))
+                if session.replay is not None:
                     run = shlex.quote(str(short(session.ledger.folder)))
-                    _say("replay", f"{program('lightkit')} replay {run}", command=True)
+                    line = f"{program('lightkit')} replay {run}{session.replay}"
+                    _say("replay", line, command=True)
                 try:
                     _say_resume(trainer, session, session.ledger)
                 except Exception as problem:  # noqa: BLE001  must not hide the error itself

@@ -106,7 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         if not is_rank_zeros(error):  # else it is there already
             start = f"rank {launched().rank}: " if launched().rank else ""
-            sys.stderr.write(screen.fold(f"{start}error: {error}\n", sys.stderr))
+            text = "\n".join([f"{start}error: {error}", *getattr(error, "__notes__", ())])
+            sys.stderr.write(screen.fold(f"{text}\n", sys.stderr))
         report(error)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
@@ -294,7 +295,8 @@ def _entry_point(command: str, words: _Words, wants_help: bool) -> int:
     run = build(config)
     if command in ("check", "explain"):
         told = getattr(run.trainer, command)(run.task, datamodule=run.data)
-        return _say(str(told)) if run.trainer.is_global_zero else 0
+        text = str(told) if command == "explain" else screen.fold(str(told), sys.stdout)
+        return _say(text) if run.trainer.is_global_zero else 0
     if command != "fit" and config.ckpt_path is None:
         _log.warning("untrained weights: no ckpt_path was given.%s", _checkpoint_near(words.files))
     if demo:

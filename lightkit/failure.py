@@ -22,7 +22,7 @@ import platform
 import shutil
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
 from traceback import walk_tb
@@ -99,15 +99,38 @@ def leave(trainer: Trainer, session: Session, error: BaseException) -> None:
         text = "".join(traceback.format_exception(error))
         (folder / "traceback.txt").write_text(text, encoding="utf-8")
         (folder / FILE).write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
-        session.failure = folder
+        session.failure, session.replay = folder, _again(folder, session, known)
         if rank:
             _log.error("failure: %s", folder)  # rank zero does not know of it
     except Exception as problem:  # noqa: BLE001  must not hide the error itself
         _log.warning("what is known of the error could not be written: %s", problem)
 
 
+def of_no_step(known: Mapping[str, Any]) -> bool:
+    """Tells whether an error came out of a hook, a loader and the like."""
+    return "state" in known and "dataloader_idx" not in known
+
+
+def _again(folder: Path, session: Session, known: Mapping[str, Any]) -> str | None:
+    """Returns what ``lightkit replay RUN`` needs besides, None where it would not get to the error."""
+    state = (folder / "state.ckpt").exists()
+    own = state and known.get("batch_as_it_was")
+    if not own and known["processes"] > 1:
+        return None
+    if (folder.parent / "config.yaml").exists():
+        return ""
+    words = f" --task {known['task']}"
+    if own:
+        return words
+    if of_no_step(known) or not (state or known["checkpoint"]):
+        return None  # only the script has the callbacks, and the beginning
+    module = session.datamodule
+    kind = "module.Class" if module is None else f"{_module_of(module)}.{type(module).__qualname__}"
+    return f"{words} --data {kind}"
+
+
 def _module_of(task: Any) -> str:
-    """Returns the module from which a task's class can be imported again, also of a script."""
+    """Returns the module from which an object's class can be imported again, also of a script."""
     name, main = type(task).__module__, sys.modules["__main__"]
     if name != "__main__":
         return name
@@ -137,7 +160,9 @@ def _write_files(
     known["checkpoint"] = None if newest is None else str(newest.absolute())
     if isinstance(error, NonFiniteError):
         known["step"] = run.state.global_step - 1 if error.step is None else error.step
-        known["left_out"] = dict.fromkeys(("batch.pt", "state.ckpt"), "found some steps later")
+        known["left_out"] = dict.fromkeys(
+            ("batch.pt", "state.ckpt"), "the loss was read some steps later"
+        )
         return
     step = step_of(error)
     if step is not None:
@@ -179,7 +204,8 @@ def _keep(file: Path, make: Callable[[], Any], left_out: dict[str, str]) -> None
     try:
         checkpoint.save_file(make(), file)
     except Exception as problem:  # noqa: BLE001  each file by itself; the error must not be hidden
-        left_out[file.name] = f"{type(problem).__name__}: {problem}"
+        own = isinstance(problem, CheckpointError)
+        left_out[file.name] = str(problem) if own else f"{type(problem).__name__}: {problem}"
 
 
 def _storable(item: Any, path: str, left_out: list[str]) -> Any:

@@ -22,7 +22,7 @@ _log = logging.getLogger("lightkit.hints")
 NAMES = (
     *("foreign-parameters", "no-optimizer", "two-optimizers", "same-data", "wrong-mode"),
     *("precision", "workers-for-memory"),
-    *("no-gradient", "zero-gradient", "no-change", "eval-mode", "high-loss"),
+    *("no-gradient", "zero-gradient", "no-change", "eval-mode", "high-loss", "probabilities"),
     *("slow-data", "slow-validation", "slow-checkpoints", "slow-callbacks"),
     "overfit",
 )

@@ -213,7 +213,8 @@ class MetricLog(Recorder, Callback):
         if self.stop_on_nan:
             error = NonFiniteError(
                 f"{text[0].upper()}{text[1:]}. Lower the learning rate, clip gradients "
-                f"(gradient_clip_val=1.0), or look for the operation with detect_anomaly=True. "
+                f"(gradient_clip_val=1.0), or look for the operation: lightkit replay takes the step "
+                f"again, without a run folder detect_anomaly=True tells. "
                 f"Trainer(terminate_on_nan=False) trains on."
             )
             error.step = self.loss_steps[bad[0]]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lightkit import announce
 from lightkit.callbacks import EarlyStopping, ModelCheckpoint, ProgressBar
 from lightkit.checkpoint.savers import in_validation
-from lightkit.errors import ConfigError, LightkitError, some
+from lightkit.errors import ConfigError, some
 from lightkit.explaining import of_user as of_user_frame
 from lightkit.hooks import Callback, of_user
 from lightkit.schedules import no_such_metric
@@ -33,6 +33,8 @@ _log = logging.getLogger("lightkit")
 _WATCHERS = (EarlyStopping, ModelCheckpoint)
 #: Classes that log nothing themselves, and what code does that logs.
 _SILENT = (Callback, *TaskModule.__mro__, *_WATCHERS, ProgressBar)
+#: Errors that come of how something is written, whatever data an epoch has seen at its end.
+_TYPOS = (NameError, AttributeError, KeyError, TypeError, ImportError)
 _QUOTED = re.compile(r"""(f?)['"](\w[^'"\n]*|\{[^'"\n]*)['"]""")
 _LOGS = re.compile(r"\.log(_dict)?\(|callback_metrics(\[.*\] *=[^=]|\.update)")
 
@@ -84,9 +86,13 @@ def megabytes(count: float) -> str:
     return f"{count:.0f} bytes"
 
 
+def _functions(error: Exception) -> set[str]:
+    return {frame.f_code.co_name for frame, _ in walk_tb(error.__traceback__)}
+
+
 def explain(error: Exception, trainer: Trainer, run: FitRun) -> None:
     """Says of an error where it came from, and what it would have ended."""
-    frames = {frame.f_code.co_name for frame, _ in walk_tb(error.__traceback__)}
+    frames = _functions(error)
     if "_try_save" in frames:
         when = "at its first save"
     elif in_validation(error):
@@ -103,7 +109,7 @@ def explain(error: Exception, trainer: Trainer, run: FitRun) -> None:
     )
     if missing := counted_on(trainer):
         text += f" (It is without {missing}: an error for want of that is none of the fit.)"
-    if hasattr(error, "add_note") and not isinstance(error, LightkitError):
+    if hasattr(error, "add_note"):
         error.add_note(text)
     else:
         _log.error("%s", text)
@@ -136,8 +142,15 @@ def counted_on(trainer: Trainer) -> str:
 
 def doubt(error: Exception, trainer: Trainer, run: FitRun) -> str:
     """Returns what to say of an error that may be one of the rehearsal alone; "" where it is none."""
-    missing = "" if trainer.options.rehearse else counted_on(trainer)
-    if not missing or run.strategy.world_size > 1 or isinstance(error, ConfigError):
+    missing, frames = counted_on(trainer), _functions(error)
+    if "_close_epoch" in frames and not (in_validation(error) or isinstance(error, _TYPOS)):
+        missing = f"{missing} and the rest of the epoch" if missing else "the rest of the epoch"
+    if (
+        trainer.options.rehearse
+        or not missing
+        or run.strategy.world_size > 1
+        or isinstance(error, ConfigError)
+    ):
         return ""
     lines = [(frame, line) for frame, line in walk_tb(error.__traceback__) if of_user_frame(frame)]
     code, line = (lines[-1][0].f_code, lines[-1][1]) if lines else (None, 0)

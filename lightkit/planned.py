@@ -78,10 +78,16 @@ class Plan:
         most = "; activations come on top"
         if self.peak is not None:
             most = f"; at most {megabytes(self.peak)}, with activations and the rehearsal's copy"
-        length = "without end" if self.epochs is None else f"{self.epochs} epochs"
-        length += "" if self.steps is None else f", {self.steps:,} steps"
-        length += "" if self.batches is None else f", {self.batches:,} batches per epoch"
-        samples = "" if self.global_batch is None else f", {self.global_batch:,} samples per step"
+        length = "without end" if self.epochs is None else _some(self.epochs, "epoch", "epochs")
+        length += "" if self.steps is None else f", {_some(self.steps, 'step', 'steps')}"
+        length += (
+            "" if self.batches is None else f", {_some(self.batches, 'batch', 'batches')} per epoch"
+        )
+        samples = (
+            ""
+            if self.global_batch is None
+            else f", {_some(self.global_batch, 'sample', 'samples')} per step"
+        )
         whole = "" if self.seconds is None else f", about {brief(self.seconds)} in all"
         lines = [
             ("rehearsed", self.rehearsed),
@@ -96,6 +102,10 @@ class Plan:
             text = f"{megabytes(self.checkpoint)} each, up to {megabytes(self.checkpoints)}"
             lines.append(("disk", f"checkpoints of {text}; {megabytes(self.free)} are free"))
         return "\n".join(f"{name + ':':10} {text}" for name, text in lines)
+
+
+def _some(number: int, one: str, many: str) -> str:
+    return f"{number:,} {one if number == 1 else many}"
 
 
 def check(trainer: Trainer, task: TaskModule, train: Any, val: Any, datamodule: Any) -> Plan:

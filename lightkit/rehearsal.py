@@ -228,6 +228,12 @@ class _Understudy(Trainer):
     rehearsing = True
     stands_for: Trainer
     asked = False  # whether the task asked if this is the sanity check
+    most = 0  # training batches
+
+    @property
+    def is_last_batch(self) -> bool:
+        """Whether the epoch ends here, which is shorter than it says: what waits for that comes."""
+        return super().is_last_batch or self.session.state.batch_idx + 1 == self.most
 
     @property
     def sanity_checking(self) -> bool:
@@ -453,7 +459,8 @@ def _play(
     savers = outlook.savers_of(twin.stands_for)
     with calls.open_fit(twin, task, data, None, **own) as run:
         run.limits, run.cadence = Limits(1, -1, 0, 0, None), Cadence("epoch", 1)
-        run.train_limit = run.feed.at_most(watch.batches * run.flow.accumulate, run.train_limit)
+        twin.most = watch.batches * run.flow.accumulate
+        run.train_limit = run.feed.at_most(twin.most, run.train_limit)
         for plan in () if run.validation is None else run.validation.loaders:
             plan.limit = plan.feed.at_most(watch.batches, plan.limit)
         for entry in run.plan.plateau_entries:

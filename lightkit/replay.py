@@ -24,13 +24,14 @@ import torch
 from torch import Tensor
 
 from lightkit import checkpoint, rng, trials
+from lightkit.announce import short
 from lightkit.callbacks import ModelCheckpoint, ProgressBar
 from lightkit.checkpoint.files import peek
 from lightkit.data import move_to_device
 from lightkit.errors import ConfigError, LightkitError, NonFiniteError, UsageError, some
 from lightkit.explaining import DOORS, of_user, passes
 from lightkit.export import tensors_of
-from lightkit.failure import FILE, FOLDER
+from lightkit.failure import FILE, FOLDER, of_no_step
 from lightkit.hooks import Callback
 from lightkit.task import overrides
 from lightkit.trainer import Trainer
@@ -77,9 +78,12 @@ def replay(
         trials.reduce_callbacks(task)
         start = f"{known['stage']} batch {known['batch_idx']}, with the state {known.get('state')}"
         if not own:
-            begin = state if state.exists() else known["checkpoint"] or "its beginning"
-            start = f"the run goes on from {begin}"
-        _log.info("replay:   step %d (epoch %d): %s", known["step"] + 1, known["epoch"] + 1, start)
+            begin = state if state.exists() else known["checkpoint"]
+            start = f"the run goes on from {short(Path(begin)) if begin else 'its beginning'}"
+        place = f"step {known['step'] + 1}"
+        if of_no_step(known):
+            place = f"after step {known['step']}"
+        _log.info("replay:   %s (epoch %d): %s", place, known["epoch"] + 1, start)
         error: Exception | None = None
         with trials.silent(), warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
@@ -96,7 +100,7 @@ def replay(
         if error is None:
             _log.info("replay:   the step went through; in the run: %s", known["exception"])
             return False
-        _tell(error, watch, [str(warning.message) for warning in said])
+        _tell(error, watch, known, [str(warning.message) for warning in said])
         if debug:
             import pdb  # noqa: T100  what was asked for
 
@@ -263,8 +267,8 @@ def _with_data(
     if data is None and not overrides(task, "train_dataloader"):
         raise UsageError(
             f"The batch is not there ({known['left_out'].get('batch.pt')}), so the run goes on up to "
-            f"the step and needs its data: lightkit replay {folder.parent} --task module.Class --data "
-            f"module.Class; or in Python lightkit.replay.replay(..., data=loader)."
+            f"the step and needs its data: lightkit replay {folder.parent} --task {known['task']} "
+            f"--data module.Class; or in Python lightkit.replay.replay(..., data=loader)."
         )
     path = None
     if start:  # a copy: a fit that goes on from the file itself would go on in its folder
@@ -344,13 +348,19 @@ class _Watch(Callback):
             trainer.stop("the step is over")
 
 
-def _tell(error: Exception, watch: _Watch, said: list[str]) -> None:
+def _tell(error: Exception, watch: _Watch, known: Mapping[str, Any], said: list[str]) -> None:
     """Says how the step failed; raises the error itself where the step was not reached."""
     trace = error.__traceback__
     while trace is not None and not passes(trace.tb_frame, DOORS):
         trace = trace.tb_next
     if trace is None:
-        raise error
+        if (type(error).__name__, str(error)) != (known["exception"], known["message"]):
+            raise error
+        _log.info("found:    the same error again, out of no step")  # but of a hook, a loader
+        trace = error.__traceback__
+        while trace is not None and trace.tb_next and not of_user(trace.tb_next.tb_frame):
+            trace = trace.tb_next
+        assert trace is not None
     last = inner = trace
     while inner.tb_next is not None:
         inner = inner.tb_next
@@ -366,7 +376,7 @@ def _tell(error: Exception, watch: _Watch, said: list[str]) -> None:
         return
     if any(map(of_user, (frame for frame, _ in walk_tb(trace.tb_next)))):
         lines = "".join(traceback.format_tb(trace.tb_next))
-        _log.info("Traceback from the step on:\n%s", lines.rstrip())
+        _log.info("Traceback from your code on:\n%s", lines.rstrip())
     _log.info("%s", "".join(traceback.format_exception_only(error)).rstrip())
     for sentence in watch.found:
         _log.info("found:    %s", sentence)

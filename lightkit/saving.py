@@ -153,8 +153,8 @@ def check_finite(run: FitRun) -> None:
             f"Parameters are nan or inf after step {run.state.global_step} (epoch "
             f"{run.state.epoch + 1}) though the loss was finite: {some(bad, most=3)}. This "
             f"state is not saved. Lower the learning rate, clip gradients (gradient_clip_val=1.0), "
-            f"or look for the operation with detect_anomaly=True. Trainer(terminate_on_nan=False) "
-            f"trains on."
+            f"or look for the operation: lightkit replay takes the step again, without a run folder "
+            f"detect_anomaly=True tells. Trainer(terminate_on_nan=False) trains on."
         )
 
 

@@ -53,6 +53,7 @@ class Session:
         ledger: The record of the fit's run folder; None where nothing is written.
         compilation: What is compiled in the fit that runs; None where nothing is.
         failure: What the fit left behind when it failed; see ``failure.py``.
+        replay: What is to be said to ``lightkit replay`` beside its folder; None where it is no help.
     """
 
     task: TaskModule = None  # type: ignore[assignment]  # before the first call there is none
@@ -84,3 +85,4 @@ class Session:
     ledger: Ledger | None = None
     compilation: Compilation | None = None
     failure: Path | None = None
+    replay: str | None = None

@@ -118,6 +118,22 @@ def test_steps_that_change_nothing_are_told(quiet, told):
     assert "at a learning rate of 0.1. Look for an optimizer_step that does not step" in text
 
 
+@pytest.mark.parametrize("schedule", [False, True])
+def test_a_rate_of_zero_is_told(quiet, told, schedule):
+    class Still(Task):
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.0)
+            if not schedule:
+                return optimizer
+            made = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.0, total_steps=100)
+            return [optimizer], [{"scheduler": made, "interval": "step"}]
+
+    quiet().fit(Still(), data())
+    ((name, text),) = told()
+    assert name == "no-change"
+    assert text.startswith("Nothing changed in the first 10 steps: the learning rate is 0, and so is")
+
+
 def test_a_rate_below_what_the_weights_can_hold_is_told(quiet, told):
     class Tiny(Task):
         def configure_optimizers(self):
@@ -234,6 +250,45 @@ def test_a_first_loss_far_above_chance_is_a_hint(quiet, told, images, caplog):
     assert name == "high-loss"
     assert re.match(r"the first loss is [\d.e+]+, and guessing among 3 classes gives 1.1; ", text)
     assert [r.levelname for r in caplog.records if hasattr(r, "hint")] == ["INFO"]
+
+
+class Given(Task):
+    """A loss of its own, of what goes through something before it."""
+
+    def __init__(self, before, loss, images=False):
+        super().__init__()
+        self.before, self.loss, self.images = before, loss, images
+
+    def training_step(self, batch, batch_idx):
+        scores, target = self.before(self(batch[0])), batch[1]
+        if self.images:
+            scores, target = scores[:, :, None, None], target[:, None, None]
+        if self.loss is not F.cross_entropy:
+            target = F.one_hot(target, 3).float()
+        return self.loss(scores, target)
+
+
+def softmax(scores):
+    return scores.softmax(1)
+
+
+@pytest.mark.parametrize("images", [False, True])
+def test_a_softmax_before_a_cross_entropy_is_told(quiet, told, images, caplog):
+    task = Given(softmax, F.cross_entropy, images)
+    quiet(max_steps=12, accumulate_grad_batches=2, max_epochs=-1).fit(task, data())
+    ((name, text),) = told()
+    assert name == "probabilities"
+    assert "went through a softmax already: so it cannot fall below 0.551." in text
+    perfect = F.cross_entropy(torch.eye(3), torch.arange(3))
+    assert perfect.item() == pytest.approx(0.551, abs=1e-3)
+    assert [r.levelname for r in caplog.records if hasattr(r, "hint")] == ["WARNING"]
+
+
+def test_a_sigmoid_before_a_cross_entropy_with_logits_is_told(quiet, told):
+    quiet().fit(Given(torch.sigmoid, F.binary_cross_entropy_with_logits), data())
+    ((name, text),) = told()
+    assert name == "probabilities"
+    assert "went through a sigmoid already: so it cannot fall below 0.313." in text
 
 
 def test_faults_in_manual_optimization_are_told(quiet, told):
@@ -734,6 +789,9 @@ HEALTHY = {
     "gradients taken away": (Cancelled, {}),
     "gradients made": (Made, {}),
     "cosines": (Cosines, {}),
+    "logarithms of probabilities": (partial(Given, nn.LogSoftmax(1), F.cross_entropy), {}),
+    "probabilities": (partial(Given, torch.sigmoid, F.binary_cross_entropy), {}),
+    "logits": (partial(Given, nn.Identity(), F.binary_cross_entropy_with_logits), {}),
     "parts in turns in eval mode": (InTurns, {}),
     "a teacher": (Taught, {"hints": ["no-optimizer"]}),
     "a warm-up in half": (partial(Warmed, "steps"), {"precision": "bf16-true"}),

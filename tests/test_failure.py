@@ -111,13 +111,41 @@ def test_a_run_can_go_on_from_its_state(tmp_path: Path) -> None:
     assert again.run_dir != folder.parent
 
 
-def test_the_end_says_where_it_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+class Data(lk.DataModule):
+    """The data of `loader`."""
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return loader()
+
+
+TASK = " --task tests.test_failure.Net"
+
+
+@pytest.mark.parametrize(
+    ("how", "data", "every", "words"),
+    [
+        ("shapes", None, 3, [TASK]),
+        ("nan", None, 3, [f"{TASK} --data module.Class"]),
+        ("nan", Data, 3, [f"{TASK} --data tests.test_failure.Data"]),
+        ("nan", None, 100, []),  # nothing to go on from
+        ("end", None, 3, []),  # the traceback tells all
+    ],
+)
+def test_the_end_says_where_it_is_and_how_it_comes_again(
+    how: str,
+    data: Any,
+    every: int,
+    words: list[str],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    saver = lk.callbacks.ModelCheckpoint(every_n_train_steps=every)
     with caplog.at_level(logging.INFO, "lightkit"):
-        *_, folder = fail(tmp_path)
+        *_, folder = fail(tmp_path, how, data and data(), log_every_n_steps=4, callbacks=[saver])
     said = [record.getMessage() for record in caplog.records]
     assert f"failure:  {folder}" in said
-    (line,) = [text for text in said if text.startswith("replay:")]
-    assert line.endswith(f"lightkit replay {folder.parent}")
+    told = [text for text in said if text.startswith("replay:")]
+    assert [line.partition(f"lightkit replay {folder.parent}")[2] for line in told] == words
 
 
 def test_a_loss_that_is_not_finite_leaves_its_step_and_a_good_checkpoint(tmp_path: Path) -> None:
@@ -143,7 +171,7 @@ def test_a_validation_that_fails_is_told_apart(tmp_path: Path) -> None:
 
 def test_a_hook_that_fails_leaves_the_state_alone(tmp_path: Path) -> None:
     *_, folder = fail(tmp_path, "end")
-    assert read(folder)["left_out"] == {"batch.pt": "CheckpointError: the error came from no step"}
+    assert read(folder)["left_out"] == {"batch.pt": "the error came from no step"}
     assert (folder / "state.ckpt").exists()
 
 
@@ -226,7 +254,7 @@ def test_a_disk_that_fails_hides_nothing(
         patch.setattr(failure.checkpoint, "save_file", full)
         _, _, error, folder = fail(tmp_path / "one")
     assert "cannot be multiplied" in str(error)
-    assert read(folder)["left_out"]["batch.pt"] == "CheckpointError: no space left"
+    assert read(folder)["left_out"]["batch.pt"] == "no space left"
     with monkeypatch.context() as patch:
         patch.setattr(failure, "newest_checkpoint", full)
         _, _, error, _ = fail(tmp_path / "two")

@@ -64,7 +64,7 @@ def test_nothing_listens_for_what_is_not_told(quiet):
         trainer.fit(Net(), loader())
         return found
 
-    own = ["no-gradient", "zero-gradient", "no-change", "eval-mode", "high-loss"]
+    own = ["no-gradient", "zero-gradient", "no-change", "eval-mode", "high-loss", "probabilities"]
     assert listeners()[:2] == [1, 0]
     assert listeners(hints=own)[0] == listeners(hints=False)[0] == 0
 

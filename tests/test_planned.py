@@ -102,6 +102,8 @@ def test_where_the_length_is_not_known(quiet):
     assert (plan.checkpoint, plan.checkpoints) == (0, 0)
     assert "\ntraining:  3 epochs, 4 samples per step\n" in str(plan)
     assert "disk" not in str(plan)
+    short = str(quiet(max_epochs=1, limit_train_batches=1).check(Net(), loader()))
+    assert "training:  1 epoch, 1 step, 1 batch per epoch, 4 samples per step" in short
     assert quiet(max_epochs=-1, max_steps=7).check(Net(), loader()).epochs is None
 
 

@@ -542,6 +542,25 @@ def test_an_error_for_want_of_what_is_left_out(quiet, caplog):
     assert "(It is without Warms: " in text_of(raised) + caplog.text
 
 
+class Whole(Plain):
+    """It counts on the whole epoch at its end."""
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        if self.trainer.is_last_batch:
+            self.whole = True
+
+    def on_train_epoch_end(self):
+        assert self.whole
+        if len(self.losses) % 10:
+            raise ValueError("where is the rest?")
+
+
+def test_the_end_of_an_epoch_that_is_cut(quiet, caplog):
+    quiet(max_epochs=11).fit(Whole(), shuffled())
+    assert "not rehearsed: it failed with ValueError: where is the rest? (test_reh" in caplog.text
+    assert "for want of the rest of the epoch" in caplog.text
+
+
 # --- what it finds -------------------------------------------------------------------------------
 
 
@@ -607,8 +626,8 @@ def test_what_fails_says_when_the_fit_would_have(tmp_path, task, kind, error, wh
 
 
 def test_a_checkpoint_that_cannot_be_written(tmp_path, caplog):
-    fails(tmp_path, lk.errors.CheckpointError, "mine", BadSave())
-    assert "the fit would have failed at its first save" in caplog.text  # beside an error of ours
+    text = fails(tmp_path, lk.errors.CheckpointError, "mine", BadSave())
+    assert "the fit would have failed at its first save" in text + caplog.text
 
 
 class Forgets(Net):

@@ -222,6 +222,28 @@ def test_a_validation_that_fails_again_knows_its_step(tmp_path: Path) -> None:
     assert replay(one.run_dir, task=Late(at=-1))
 
 
+def test_an_error_of_a_hook_comes_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = fail(tmp_path, Net("end"))
+    with caplog.at_level(logging.INFO, "lightkit"):
+        assert replay(run, task=Net("end"), data=loader())
+    said = [record.getMessage() for record in caplog.records if record.levelname == "INFO"]
+    start, found, trace, error = [line for line in said if not line.startswith("failure")][-4:]
+    assert start.startswith("replay:   after step 10 (epoch 1): the run goes on from ")
+    assert found == "found:    the same error again, out of no step"
+    assert trace.startswith("Traceback from your code on:\n")
+    assert trace.count("File ") == 1
+    assert error == "ValueError: at the end"
+    with pytest.raises(ValueError, match="no data"):  # another one, before it came to the place
+        replay(run, task=Net("end"), data=Broken())
+
+
+class Broken(lk.DataModule):
+    """Has no data."""
+
+    def train_dataloader(self) -> Any:
+        raise ValueError("no data")
+
+
 def test_what_is_missing_is_said(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="holds no failure/failure.json"):
         replay(tmp_path)
