@@ -76,14 +76,7 @@ def replay(
         watch = _Watch(known["step"] - (not own), known["step"], debug)
         twin = _twin(trainer, watch, Path(scratch), known, own=bool(own))
         trials.reduce_callbacks(task)
-        start = f"{known['stage']} batch {known['batch_idx']}, with the state {known.get('state')}"
-        if not own:
-            begin = state if state.exists() else known["checkpoint"]
-            start = f"the run goes on from {short(Path(begin)) if begin else 'its beginning'}"
-        place = f"step {known['step'] + 1}"
-        if of_no_step(known):
-            place = f"after step {known['step']}"
-        _log.info("replay:   %s (epoch %d): %s", place, known["epoch"] + 1, start)
+        _say_start(known, state, own=bool(own))
         error: Exception | None = None
         with trials.silent(), warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
@@ -206,6 +199,16 @@ def _twin(
         changed |= {"max_epochs": known["epoch"] + 1, "max_steps": None}
     twin: Trainer = trials.like(Trainer, trainer, [*kept, watch], **changed)
     return twin
+
+
+def _say_start(known: Mapping[str, Any], state: Path, *, own: bool) -> None:
+    start = f"{known['stage']} batch {known['batch_idx']}, with the state {known.get('state')}"
+    if not own:
+        begin = state if state.exists() else known["checkpoint"]
+        start = f"the run goes on from {short(Path(begin)) if begin else 'its beginning'}"
+    place = "after step" if of_no_step(known) else "step"
+    number = known["step"] + (place == "step")
+    _log.info("replay:   %s %d (epoch %d): %s", place, number, known["epoch"] + 1, start)
 
 
 class _Again:

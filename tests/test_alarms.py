@@ -131,7 +131,9 @@ def test_a_rate_of_zero_is_told(quiet, told, schedule):
     quiet().fit(Still(), data())
     ((name, text),) = told()
     assert name == "no-change"
-    assert text.startswith("Nothing changed in the first 10 steps: the learning rate is 0, and so is")
+    assert text.startswith(
+        "Nothing changed in the first 10 steps: the learning rate is 0, and so is"
+    )
 
 
 def test_a_rate_below_what_the_weights_can_hold_is_told(quiet, told):

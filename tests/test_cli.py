@@ -271,6 +271,17 @@ WRONG = {
 }
 
 
+def test_notes_stand_below_the_error(monkeypatch, capsys):
+    def fails(words):
+        error = lk.errors.CheckpointError("the disk is full")
+        error.__notes__ = ["in the rehearsal"]
+        raise error
+
+    monkeypatch.setattr("lightkit.cli._run", fails)
+    assert main(["fit"]) == 1
+    assert capsys.readouterr().err == "error: the disk is full\nin the rehearsal\n"
+
+
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_input_is_answered_in_four_lines(project, capsys, case):
     words, more, parts = WRONG[case]

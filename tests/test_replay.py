@@ -163,7 +163,7 @@ def test_the_command_runs_it_from_the_configuration_of_the_run(
     Path("config.yaml").write_text(CONFIG, encoding="utf-8")
     assert main(["fit", "--config", "config.yaml"]) == 1
     (run,) = Path("runs/Odd").iterdir()
-    capsys.readouterr()
+    assert f"lightkit replay {run}\n" in capsys.readouterr().out
     assert main(["replay", str(run)]) == 0
     said = capsys.readouterr().out
     assert "the run goes on from its beginning" in said  # before the first checkpoint

@@ -14,7 +14,7 @@ LOOP = ("state", "flow", "hooks", "task", "trainer", "calls", "run", "loops", "l
 #: Lines of code: those with something on them beside comments and docstrings. The package is large
 #: for all that it does; more of it needs a reason, and less of it lowers the number here.
 LOOP_LINES = 2_400
-PACKAGE_LINES = 25_100
+PACKAGE_LINES = 25_300
 SKLEARN_LINES = 250
 
 
