@@ -251,11 +251,12 @@ class _Watch:
         hints.say(self._trainer, "high-loss", text)
 
     def _say_twice(self, function: str, least: float) -> None:
+        bound = f"cannot fall below {least:.3g}" if least else "falls slowly"
         self._warn(
             "probabilities",
             f"The loss takes the {function} itself, and what it is given went through a {function} "
-            f"already: so it cannot fall below {least:.3g}. Give it what comes before, the logits, "
-            f"and take the {function} where probabilities are needed, as in predict_step.",
+            f"already: so it {bound}. Give it what comes before, the logits, and take the {function} "
+            f"where probabilities are needed, as in predict_step.",
         )
 
     def _say_without(self, names: list[str]) -> None:
@@ -369,11 +370,11 @@ def _classes(loss: Tensor) -> int | None:
 
 
 def _twice(loss: Tensor, classes: int | None) -> tuple[str, float] | None:
-    """Returns what a mean of a cross entropy takes of probabilities, and the least that it can be."""
+    """Returns what a cross entropy takes of probabilities; the least that it can be, 0 if unknown."""
     node = _through(loss.grad_fn)
     if node is not None and node.name().startswith("BinaryCrossEntropyWithLogits"):
         even = node._saved_reduction == 1 and node._saved_weight is node._saved_pos_weight is None
-        found = "sigmoid", math.log1p(math.exp(-1)), even
+        found = "sigmoid", math.log1p(math.exp(-1)) if even else 0.0, True
     elif classes is not None:  # a mean, as `_classes` has seen
         node = _through(node.next_functions[0][0])
         found = "softmax", math.log(math.e + classes - 1) - 1, node.name().startswith("LogSoftmax")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lightkit.data import BatchStream
+from lightkit.errors import some
 from lightkit.freezing import modes_kept
 from lightkit.hooks import Callback, of_user
 
@@ -178,4 +179,5 @@ def train_mode(task: TaskModule) -> None:
     if not task.training:  # as a whole in eval mode, perhaps from an earlier evaluation
         task.train()
     elif kept:
-        _log.info("%d modules stay in eval mode, as they were: %s", len(kept), ", ".join(kept[:5]))
+        tops = [name for name in kept if name.rpartition(".")[0] not in kept]
+        _log.info("%d modules stay in eval mode, as they were: %s", len(kept), some(tops))

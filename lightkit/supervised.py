@@ -83,7 +83,6 @@ class SupervisedTask(TaskModule):
         self.measures = [*self._measured, *self._functions]
         self.metrics = nn.ModuleDict()
         self._found: dict[str, Any] | None = None  # what named metrics have to know
-        targets.warn_of_double(net, self._kind)
 
     # --- what a subclass may change --------------------------------------------------------------
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,8 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from lightkit.errors import DataError
-
-_log = logging.getLogger("lightkit")
 
 #: Losses of torch that take class numbers, and those that compare element by element.
 _CLASSES = (nn.CrossEntropyLoss, nn.NLLLoss, nn.MultiMarginLoss)
@@ -146,19 +143,6 @@ def about_target(kind: Any, output: Any, target: Any, error: str) -> str:
             f"network a sigmoid at its end, or use loss='bce_with_logits' without one."
         )
     return ""
-
-
-def warn_of_double(net: nn.Module, kind: Any) -> None:
-    """Warns of a softmax or sigmoid at the end of a network that its loss brings already."""
-    last = [*net.modules()][-1]
-    double = {nn.CrossEntropyLoss: nn.Softmax, nn.BCEWithLogitsLoss: nn.Sigmoid}.get(kind)
-    if double is not None and isinstance(last, double):
-        _log.warning(
-            "The network ends with %s, and %s applies it once more, so that it learns badly. "
-            "Remove it from the network.",
-            double.__name__,
-            kind.__name__,
-        )
 
 
 def task_of(kind: Any, loss: Any, output: Any, target: Any) -> dict[str, Any]:

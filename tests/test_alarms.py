@@ -286,11 +286,21 @@ def test_a_softmax_before_a_cross_entropy_is_told(quiet, told, images, caplog):
     assert [r.levelname for r in caplog.records if hasattr(r, "hint")] == ["WARNING"]
 
 
-def test_a_sigmoid_before_a_cross_entropy_with_logits_is_told(quiet, told):
-    quiet().fit(Given(torch.sigmoid, F.binary_cross_entropy_with_logits), data())
+@pytest.mark.parametrize("weight", [None, torch.full((3,), 0.5)])
+def test_a_sigmoid_before_a_cross_entropy_with_logits_is_told(quiet, told, weight):
+    loss = partial(F.binary_cross_entropy_with_logits, pos_weight=weight)
+    quiet().fit(Given(torch.sigmoid, loss), data())
     ((name, text),) = told()
     assert name == "probabilities"
-    assert "went through a sigmoid already: so it cannot fall below 0.313." in text
+    least = "falls slowly" if weight is not None else "cannot fall below 0.313"
+    assert f"went through a sigmoid already: so it {least}." in text
+
+
+def test_it_is_told_once_of_a_net_in_one_line(quiet, told, caplog):
+    task = lk.SupervisedTask(nn.Sequential(net(), nn.Softmax(1)), loss="cross_entropy")
+    quiet().fit(task, data())
+    assert [name for name, _ in told()] == ["probabilities"]
+    assert caplog.text.lower().count("softmax") == 3  # in one sentence
 
 
 def test_faults_in_manual_optimization_are_told(quiet, told):

@@ -278,6 +278,7 @@ def test_notes_stand_below_the_error(monkeypatch, capsys):
         raise error
 
     monkeypatch.setattr("lightkit.cli._run", fails)
+    monkeypatch.setattr("lightkit.cli._passes_through_user_code", lambda error: False)
     assert main(["fit"]) == 1
     assert capsys.readouterr().err == "error: the disk is full\nin the rehearsal\n"
 

@@ -344,6 +344,14 @@ def test_modes_are_kept_for_each_module(quiet):
     assert net.net[1].num_batches_tracked == 0
 
 
+def test_what_stays_in_eval_mode_is_named_by_its_top(quiet, caplog):
+    task = Net()
+    task.body = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Dropout()).eval()
+    with caplog.at_level("INFO", "lightkit"):
+        quiet().fit(task, loader())
+    assert "3 modules stay in eval mode, as they were: body" in caplog.messages
+
+
 def test_a_task_left_in_eval_mode_is_trained_in_train_mode(quiet):
     class Look(Net):
         def training_step(self, batch, batch_idx):

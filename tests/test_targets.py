@@ -118,13 +118,3 @@ def test_inputs_that_a_network_cannot_take(layer, inputs, message):
         layer(inputs)
     assert re.search(message, targets.about_inputs(layer, inputs, str(caught.value)))
     assert targets.about_inputs(layer, torch.zeros(1), "a mistake in the user's network") == ""
-
-
-def test_a_softmax_that_the_loss_brings_already_is_told(caplog):
-    soft = nn.Sequential(nn.Linear(2, 2), nn.Softmax(1))
-    targets.warn_of_double(soft, nn.CrossEntropyLoss)
-    assert "ends with Softmax, and CrossEntropyLoss applies it once more" in caplog.text
-    caplog.clear()
-    targets.warn_of_double(soft, nn.NLLLoss)
-    targets.warn_of_double(nn.Sequential(nn.Linear(2, 1), nn.Sigmoid()), nn.BCELoss)
-    assert not caplog.records
