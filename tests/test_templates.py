@@ -90,12 +90,9 @@ def test_in_the_clone(name, tmp_path):
     assert list(tmp_path.iterdir()) == []  # fast_dev_run leaves nothing behind
 
 
-#: The longer ones are trained whole by hand; in every run they are tried on a few batches.
+#: The others are trained whole by hand; in every run they are tried on a few batches.
 COPIES = [
-    name
-    if name in ("digits", "tabular", "transfer")
-    else pytest.param(name, marks=pytest.mark.slow)
-    for name in templates()
+    name if name == "digits" else pytest.param(name, marks=pytest.mark.slow) for name in templates()
 ]
 
 
