@@ -145,4 +145,4 @@ def test_new_and_demo_from_an_installed_wheel(installed, tmp_path):
     (project / "templates").mkdir()
     (project / "templates" / "__init__.py").touch()
     short = ("--trainer.fast_dev_run", "2")
-    assert "best:     epoch 1, " in python("-m", "lightkit", "demo", *short, cwd=project)
+    assert "val_accuracy, epoch 1: " in python("-m", "lightkit", "demo", *short, cwd=project)

@@ -69,7 +69,7 @@ def test_workers_live_through_signals_and_end_with_the_pass() -> None:
     loader = DataLoader(Slow(), 2, num_workers=2)
     stream = BatchStream(loader, feed=Feed(loader))
     workers = stream._iterator._workers  # type: ignore[union-attr]
-    batches = [stream.fetch()]
+    batches = [stream.fetch(), stream.fetch()]  # one of each worker: both have begun
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         for worker in workers:
             os.kill(worker.pid, number)
