@@ -110,7 +110,13 @@ def test_breakpoint_and_input_can_be_used(tmp_path):
 
 def test_ctrl_c_leaves_the_terminal_clean(tmp_path):
     # It waits for the key, however late that comes on a busy machine.
-    step = "if epoch == 1 and batch_idx == 10:\n    print('now', flush=True)\n    time.sleep(30)"
+    step = (
+        "if epoch == 1 and batch_idx == 10:\n"
+        "    print('now', flush=True)\n"
+        "    end = time.monotonic() + 30\n"
+        "    while self.trainer.session.flow.signal is None and time.monotonic() < end:\n"
+        "        time.sleep(0.05)"
+    )
     status, raw = run(program(tmp_path, step), keys=[("now", b"\x03")])
     assert status != 0
     shown = lines(raw)
